@@ -1,0 +1,290 @@
+import { mkdirSync, statSync, writeFileSync } from 'node:fs'
+import { join, resolve } from 'node:path'
+import { parseArgs } from 'node:util'
+import { isolation, runIsolated } from './isolate.ts'
+import { describeMachine } from './machine.ts'
+import { type MergeOptions, mergeRows } from './merge.ts'
+import { peerVersions } from './peers.ts'
+import { drawRow } from './plot.ts'
+import { compilePrograms } from './program.ts'
+import { formatHead, formatRow, formatSummary, type Report } from './report.ts'
+import { Scratch } from './scratch.ts'
+import type { Fs } from './state.ts'
+
+const help = `Measures lsync against other ways to do the same job, side by side in one run.
+
+  pnpm bench merge --quick                      every row at a small size, in half a minute
+  pnpm bench merge --target /srv/data --only in-place    on your own file system
+
+Usage: bench QUESTION [options]      bench list      bench --help
+
+What is run
+  --only ROW[,ROW]       only these rows (see bench list)
+  --fs FS[,FS]           ext4, xfs, btrfs: images of its own in memory; tmpfs; moosefs: a server of its own
+                         (default: ext4, and btrfs, moosefs, xfs for the row growth)
+  --target DIR           in a folder of this directory instead, which is removed afterwards
+  --files N              files of the lower (50,000)
+  --changes N            changes made to them through a kernel overlay mount (10,000)
+  --overlay OPTION[,…]   options of that mount, such as redirect_dir=on,metacopy=on
+  --seed N               another seed makes another workload (1)
+  --content full|empty   whether the files of the lower hold bytes (full up to 200,000 files)
+  --runs N               runs of each command, in turns (5)
+  --cache warm|cold      walk the trees before each run, or start from a fresh mount (warm)
+  --growth N,N,…         files below in the row growth (10000,100000,1000000)
+  --growth-changes N     changes in the row growth (1,000)
+  --curve N,N,…          files below in the row curve (1000,10000,100000,1000000)
+  --entries N            entries in the row memory (1,000,000)
+  --quick                small sizes and three runs, in less than half a minute
+
+Against what
+  --lsync PATH           the lsync to measure (node_modules/.bin/lsync)
+  --peer NAME=PATH       another program that merges in place, called as PATH UPPER LOWER;
+                         overlayfs-tools=PATH is called as PATH merge -f -l LOWER -u UPPER
+  --skip WORD[,WORD]     leave out the commands with such a word in their name, such as rsync,cp
+  --check                compare each result to the kernel's view, and say what differs
+
+What comes out
+  --json FILE            machine, options, every sample, medians and ratios
+  --svg DIR              one plot for each row
+  --scratch DIR          where images and mount points lie (/dev/shm)
+
+It prints figures next to their goals and asserts nothing: the exit code is 0 whether they are met or not.
+Every mount lives in a namespace of its own and ends with the run. Without root, --target and tmpfs still work,
+with overlay mounts in a user namespace.
+`
+
+const options = {
+  only: { type: 'string' },
+  fs: { type: 'string' },
+  target: { type: 'string' },
+  files: { type: 'string' },
+  changes: { type: 'string' },
+  overlay: { type: 'string' },
+  seed: { type: 'string' },
+  content: { type: 'string' },
+  runs: { type: 'string' },
+  cache: { type: 'string' },
+  growth: { type: 'string' },
+  'growth-changes': { type: 'string' },
+  curve: { type: 'string' },
+  entries: { type: 'string' },
+  quick: { type: 'boolean' },
+  lsync: { type: 'string' },
+  peer: { type: 'string', multiple: true },
+  skip: { type: 'string' },
+  check: { type: 'boolean' },
+  json: { type: 'string' },
+  svg: { type: 'string' },
+  scratch: { type: 'string' },
+  help: { type: 'boolean', short: 'h' },
+} as const
+
+/** The command line cannot be understood. */
+class UsageError extends Error {}
+
+type Values = ReturnType<typeof parse>['values']
+
+function parse() {
+  try {
+    // pnpm passes the -- of `pnpm bench -- merge` on.
+    const args = process.argv.slice(2).filter((word, index) => index > 0 || word !== '--')
+    return parseArgs({ args, options, allowPositionals: true })
+  } catch (error) {
+    throw new UsageError(error instanceof Error ? error.message : String(error))
+  }
+}
+
+function readCount(values: Values, name: keyof typeof options, otherwise: number): number {
+  const text = values[name]
+  if (text === undefined) return otherwise
+  const number = Number(String(text).replaceAll('_', ''))
+  if (!Number.isInteger(number) || number < 0) throw new UsageError(`--${name} needs a whole number, not ${text}`)
+  return number
+}
+
+function readCounts(values: Values, name: 'growth' | 'curve', otherwise: readonly number[]): number[] {
+  const text = values[name]
+  if (text === undefined) return [...otherwise]
+  const numbers = text.split(',').map(Number)
+  if (numbers.some((number) => !Number.isInteger(number) || number < 1))
+    throw new UsageError(`--${name} needs whole numbers with commas, not ${text}`)
+  return numbers.sort((left, right) => left - right)
+}
+
+function readChoice<const Choice extends string>(
+  values: Values,
+  name: 'content' | 'cache',
+  choices: readonly Choice[],
+  otherwise: Choice,
+): Choice {
+  const text = values[name]
+  if (text === undefined) return otherwise
+  const choice = choices.find((candidate) => candidate === text)
+  if (choice === undefined) throw new UsageError(`--${name} is one of ${choices.join(', ')}, not ${text}`)
+  return choice
+}
+
+function readFs(values: Values): readonly Fs[] {
+  if (values.target !== undefined) {
+    if (values.fs !== undefined) throw new UsageError('--target and --fs exclude each other')
+    if (!statSync(values.target, { throwIfNoEntry: false })?.isDirectory())
+      throw new UsageError(`--target ${values.target} is not a directory`)
+    return ['target']
+  }
+  const known = ['ext4', 'xfs', 'btrfs', 'tmpfs', 'moosefs'] as const
+  return (values.fs ?? 'ext4').split(',').map((name) => {
+    const fs = known.find((candidate) => candidate === name)
+    if (fs === undefined) throw new UsageError(`--fs is of ${known.join(', ')}, not ${name}`)
+    return fs
+  })
+}
+
+function readOptions(values: Values): MergeOptions {
+  const quick = values.quick === true
+  const overlayOptions = (values.overlay ?? '').split(',').filter((option) => option !== '')
+  // In a user namespace, the kernel keeps its marks in user.overlay.*.
+  if (isolation()?.privileged === false && !overlayOptions.includes('userxattr')) overlayOptions.push('userxattr')
+  return {
+    lsync: resolve(values.lsync ?? join(import.meta.dirname, '..', 'node_modules', '.bin', 'lsync')),
+    given: (values.peer ?? []).map((text) => {
+      const [name = '', ...path] = text.split('=')
+      if (name === '' || path.length === 0) throw new UsageError(`--peer needs NAME=PATH, not ${text}`)
+      return { name, path: resolve(path.join('=')) }
+    }),
+    runs: Math.max(1, readCount(values, 'runs', quick ? 3 : 5)),
+    files: readCount(values, 'files', quick ? 2000 : 50_000),
+    changes: readCount(values, 'changes', quick ? 400 : 10_000),
+    seed: readCount(values, 'seed', 1),
+    fs: readFs(values),
+    fsWasChosen: values.fs !== undefined || values.target !== undefined,
+    ...(values.target === undefined ? {} : { target: resolve(values.target) }),
+    overlayOptions,
+    growth: readCounts(values, 'growth', quick ? [500, 5000] : [10_000, 100_000, 1_000_000]),
+    growthChanges: readCount(values, 'growth-changes', quick ? 100 : 1000),
+    curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
+    memoryEntries: readCount(values, 'entries', quick ? 20_000 : 1_000_000),
+    content: readChoice(values, 'content', ['full', 'empty', 'auto'], 'auto'),
+    cache: readChoice(values, 'cache', ['warm', 'cold'], 'warm'),
+    skip: (values.skip ?? '').split(',').filter((word) => word !== ''),
+    check: values.check === true,
+  }
+}
+
+function readRows(values: Values): string[] {
+  const known = Object.keys(mergeRows)
+  if (values.only === undefined) return known
+  const chosen = values.only.split(',')
+  const unknown = chosen.find((row) => !known.includes(row))
+  if (unknown !== undefined) throw new UsageError(`no row ${unknown}; there are ${known.join(', ')}`)
+  return known.filter((row) => chosen.includes(row))
+}
+
+function printList(): void {
+  process.stdout.write('merge\n')
+  for (const [row, { question }] of Object.entries(mergeRows)) process.stdout.write(`  ${row.padEnd(10)} ${question}\n`)
+}
+
+async function main(): Promise<number> {
+  const { values, positionals } = parse()
+  const [question, ...surplus] = positionals
+  if (values.help === true || question === 'help') {
+    process.stdout.write(help)
+    return 0
+  }
+  if (question === 'list') {
+    printList()
+    return 0
+  }
+  if (question === undefined) {
+    process.stderr.write(help)
+    return 2
+  }
+  if (question !== 'merge' || surplus.length > 0)
+    throw new UsageError(`no question ${positionals.join(' ')}; bench list names them`)
+  const mergeOptions = readOptions(values)
+  const rows = readRows(values)
+  const usesMoosefs = mergeOptions.fs.includes('moosefs') || (!mergeOptions.fsWasChosen && rows.includes('growth'))
+  if (isolation() === undefined) return await runIsolated({ network: usesMoosefs })
+  return await measure(values, mergeOptions, rows)
+}
+
+async function measure(values: Values, mergeOptions: MergeOptions, rows: readonly string[]): Promise<number> {
+  const scratch = new Scratch(resolve(values.scratch ?? '/dev/shm'))
+  const startedAt = new Date()
+  const report: Report = {
+    tool: 'lsync bench',
+    formatVersion: 1,
+    question: 'merge',
+    startedAt: startedAt.toISOString(),
+    elapsedMs: 0,
+    machine: describeMachine(),
+    options: { ...mergeOptions, rows },
+    versions: peerVersions(mergeOptions),
+    missing: [],
+    rows: [],
+  }
+  const onTerminal = process.stderr.isTTY === true
+  const progress = (text: string): void => {
+    process.stderr.write(onTerminal ? `\r\x1b[K${text}` : `${text}\n`)
+  }
+  const clearProgress = (): void => {
+    if (onTerminal) process.stderr.write('\r\x1b[K')
+  }
+  try {
+    const programs = compilePrograms(scratch)
+    process.stdout.write(`${formatHead(report)}\n`)
+    const missing = (absent: { name: string; reason: string }): void => {
+      if (report.missing.some(({ name }) => name === absent.name)) return
+      report.missing.push(absent)
+      clearProgress()
+      process.stdout.write(`without ${absent.name}: ${absent.reason}\n`)
+    }
+    for (const id of rows) {
+      const entry = mergeRows[id]
+      if (entry === undefined) continue
+      try {
+        for await (const row of entry.rows({ scratch, programs, options: mergeOptions, progress, missing })) {
+          clearProgress()
+          report.rows.push(row)
+          process.stdout.write(`\n${formatRow(row)}`)
+        }
+      } catch (error) {
+        if (scratch.interruptedBy !== undefined) throw error
+        // One row that cannot be measured takes no others with it.
+        missing({ name: `row ${id}`, reason: error instanceof Error ? error.message : String(error) })
+      }
+    }
+    process.stdout.write(`\n${formatSummary(report.rows)}`)
+    report.elapsedMs = Date.now() - startedAt.getTime()
+    writeResults(values, report)
+    return 0
+  } catch (error) {
+    if (scratch.interruptedBy === undefined) throw error
+    clearProgress()
+    process.stderr.write('bench: interrupted\n')
+    return 130
+  } finally {
+    scratch.cleanup()
+  }
+}
+
+function writeResults(values: Values, report: Report): void {
+  if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(report, undefined, 2)}\n`)
+  if (values.svg === undefined) return
+  mkdirSync(values.svg, { recursive: true })
+  for (const row of report.rows) {
+    const path = join(values.svg, `${report.question}-${row.id}-${row.fs}.svg`)
+    const picture = drawRow(row)
+    if (picture === undefined) continue
+    writeFileSync(path, picture)
+    process.stderr.write(`wrote ${path}\n`)
+  }
+}
+
+try {
+  process.exitCode = await main()
+} catch (error) {
+  if (!(error instanceof UsageError)) throw error
+  process.stderr.write(`bench: ${error.message}\n`)
+  process.exitCode = 2
+}

@@ -1,0 +1,110 @@
+import { spawnSync } from 'node:child_process'
+import {
+  type ByteString,
+  fileSystemOf,
+  type HostPath,
+  isSubvolume,
+  LsyncError,
+  O_CREAT,
+  O_EXCL,
+  O_NOFOLLOW,
+  O_RDWR,
+  openat,
+  pathOfFd,
+  snapshotSubvolume,
+  statFd,
+  textOf,
+  tryClone,
+  unlink,
+  withFd,
+  writeAt,
+} from '@lsync/posix'
+import type { CloneMethod } from './clone.ts'
+
+/** The named way to clone does not work here. */
+export class CloneImpossibleError extends LsyncError {
+  constructor(method: CloneMethod, why: string) {
+    super('CLONE_IMPOSSIBLE', `cannot clone by ${method}: ${why}`, {
+      hint: 'leave --clone out, so that the cheapest way that works is chosen',
+    })
+  }
+}
+
+/** What a new version needs: the whole-tree ways, then the ways that go entry by entry. */
+export interface CloneSite {
+  readonly fromFd: number
+  /** An open directory of the file system that the clone will be on. */
+  readonly toFd: number
+  /** The clone must be visited entry by entry anyway, since something in it changes its form. */
+  readonly perEntry: boolean
+}
+
+/** Which ways work between two directories, the cheapest first. Tried for real, with a file of its own. */
+export function cloneMethods(site: CloneSite): CloneMethod[] {
+  const methods: CloneMethod[] = []
+  const from = statFd(site.fromFd)
+  const to = statFd(site.toFd)
+  const { type } = fileSystemOf(site.toFd)
+  const isOneMount = from.mountId === to.mountId
+  if (!site.perEntry) {
+    if (type === 'fuse.mfs' && isOneMount && hasTool()) methods.push('moosefs')
+    if (type === 'btrfs' && fileSystemOf(site.fromFd).type === 'btrfs' && isSubvolume(site.fromFd))
+      methods.push('btrfs')
+  }
+  if (isOneMount && canReflink(site.toFd)) methods.push('reflink')
+  if (isOneMount && from.dev === to.dev) methods.push('hardlink')
+  methods.push('copy')
+  return methods
+}
+
+/**
+ * The way to clone: the one asked for, or the cheapest that works.
+ * @throws {CloneImpossibleError} if the one asked for does not
+ */
+export function chooseClone(site: CloneSite, wanted: CloneMethod | 'auto'): CloneMethod {
+  const methods = cloneMethods(site)
+  if (wanted === 'auto') return methods[0] as CloneMethod
+  if (!methods.includes(wanted)) throw new CloneImpossibleError(wanted, `here only ${methods.join(', ')} can`)
+  return wanted
+}
+
+function hasTool(): boolean {
+  return spawnSync('mfsmakesnapshot', ['-h'], { stdio: 'ignore' }).error === undefined
+}
+
+function canReflink(dirfd: number): boolean {
+  const first = `.lsync-probe-${process.pid}-a` as ByteString
+  const second = `.lsync-probe-${process.pid}-b` as ByteString
+  const create = (name: ByteString) => openat(dirfd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
+  try {
+    return withFd(create(first), (from) => {
+      writeAt(from, 0, Buffer.alloc(4096, 1))
+      return withFd(create(second), (to) => tryClone(from, to))
+    })
+  } finally {
+    unlink(dirfd, first)
+    unlink(dirfd, second)
+  }
+}
+
+/** Clones a whole tree at once as `name` beneath `toFd`, by a snapshot of its file system. */
+export function snapshotTree(method: 'moosefs' | 'btrfs', fromFd: number, toFd: number, name: ByteString): void {
+  if (method === 'btrfs') {
+    snapshotSubvolume(fromFd, toFd, name)
+    return
+  }
+  const from = pathOfFd(fromFd)
+  const to = `${pathOfFd(toFd)}/${name}` as HostPath
+  const { status, stderr, error } = spawnSync('mfsmakesnapshot', [textOf(from), textOf(to)], { encoding: 'utf8' })
+  if (error !== undefined || status !== 0) {
+    throw new CloneImpossibleError(method, (error?.message ?? stderr).trim() || `mfsmakesnapshot ended with ${status}`)
+  }
+}
+
+/** Whether a directory is on a file system where each call takes a trip over a network. */
+export function isRemote(fd: number): boolean {
+  const { type } = fileSystemOf(fd)
+  return type.startsWith('fuse') || REMOTE.has(type)
+}
+
+const REMOTE = new Set(['nfs', 'nfs4', 'ceph', 'cifs', 'smb2', 'smb3', 'lustre', '9p'])

@@ -1,0 +1,168 @@
+import {
+  type ByteString,
+  close,
+  DT_CHR,
+  DT_DIR,
+  DT_REG,
+  DT_UNKNOWN,
+  FS_APPEND_FL,
+  FS_IMMUTABLE_FL,
+  getInodeFlags,
+  listXattrs,
+  makeDirectory,
+  O_DIRECTORY,
+  O_NOFOLLOW,
+  O_NONBLOCK,
+  openat,
+  openBeneath,
+  PosixError,
+  readDirents,
+  type Stat,
+  setTimes,
+  statAt,
+  statFd,
+  textOf,
+  tryLink,
+  withFd,
+} from '@lsync/posix'
+import { copyObject, resultMeta } from './effects.ts'
+import { finishDirectory, inheritsAcls, readMeta, type WriteMetaOptions } from './encodings/inode.ts'
+import type { Meta } from './model/entry.ts'
+import { isMark, type MarkNames } from './model/marks.ts'
+import { type EntryPath, join, type Name } from './model/path.ts'
+import { typeOf } from './scan.ts'
+
+/** How the new tree gets what does not change. */
+export type CloneMethod = 'moosefs' | 'btrfs' | 'reflink' | 'hardlink' | 'copy'
+
+/** What cloning a tree entry by entry needs. */
+export interface CloneContext {
+  readonly fromFd: number
+  readonly toFd: number
+  readonly method: 'reflink' | 'hardlink' | 'copy'
+  /** The clone stays a layer on something: whiteouts and marks stay. Otherwise it is the bottom, where they go. */
+  readonly below: boolean
+  /** Escaped attributes get their plain names. */
+  readonly plain: boolean
+  readonly marks: MarkNames
+}
+
+/** What cloning some directories gave. */
+export interface ClonePart {
+  readonly next: EntryPath[]
+  /** Names of files with several names, where they are copied: one inode each for `key`. */
+  readonly groups: [key: string, path: string][]
+  readonly counts: { directories: number; objects: number; bytes: number }
+}
+
+export function emptyClonePart(): ClonePart {
+  return { next: [], groups: [], counts: { directories: 0, objects: 0, bytes: 0 } }
+}
+
+/**
+ * Clones one directory of the source into the one of the same path that exists in the target: links or copies what is
+ * not a directory, makes the subdirectories (given back in `part.next`), and sets the directory's metadata last.
+ */
+export function cloneDirectory(context: CloneContext, path: EntryPath, part: ClonePart): void {
+  const from = openBeneath(context.fromFd, path, O_DIRECTORY | O_NOFOLLOW)
+  try {
+    const to = openBeneath(context.toFd, path, O_DIRECTORY | O_NOFOLLOW)
+    try {
+      const entries: { name: ByteString; type: number }[] = []
+      readDirents(from, (name, type) => entries.push({ name, type }))
+      let inherits: boolean | undefined
+      for (const entry of entries) {
+        const { name } = entry
+        const type = entry.type === DT_UNKNOWN ? typeOf(statAt(from, name)) : entry.type
+        if (type === DT_DIR) {
+          makeDirectory(to, name, 0o700)
+          part.next.push(join(path, name))
+          continue
+        }
+        if (type === DT_CHR && !context.below && statAt(from, name).isWhiteoutDevice) continue
+        if (context.method === 'hardlink' && !isRewritten(context, from, name, type) && tryShare(from, to, name)) {
+          part.counts.objects++
+          continue
+        }
+        inherits ??= inheritsAcls(to)
+        copyEntry(context, { from, to, name: name as string as Name, path: join(path, name) }, inherits, part)
+      }
+      const stat = statFd(from)
+      finishDirectory(to, cloneMeta(context, from, '', stat), { removeOthers: () => true })
+      part.counts.directories++
+    } finally {
+      close(to)
+    }
+  } finally {
+    close(from)
+  }
+}
+
+// A link shares the inode with all its attributes, so what must lose some of them is copied instead.
+function isRewritten(context: CloneContext, from: number, name: ByteString, type: number): boolean {
+  if (!context.plain || (type !== DT_REG && type !== DT_CHR)) return false
+  return listXattrs(from, name).some((attribute) => attribute.startsWith(context.marks.prefix))
+}
+
+// `false` where the inode has all the links it can have, or is immutable: then a copy does.
+function tryShare(from: number, to: number, name: ByteString): boolean {
+  const code = tryLink(from, name, to, name)
+  if (code === undefined) return true
+  if (code === 'EMLINK' || code === 'EPERM') return false
+  throw new PosixError(code, { syscall: 'linkat', path: name })
+}
+
+interface Place {
+  readonly from: number
+  readonly to: number
+  readonly name: Name
+  readonly path: EntryPath
+}
+
+function copyEntry(context: CloneContext, place: Place, inherits: boolean, part: ClonePart): void {
+  const { from, to, name, path } = place
+  const stat = statAt(from, name)
+  if (stat.nlink > 1 && !stat.isWhiteoutDevice && context.method !== 'hardlink') {
+    part.groups.push([`${stat.dev}:${stat.ino}`, textOf(path)])
+    return
+  }
+  const options: WriteMetaOptions = { dropInheritedAcls: inherits, inodeFlags: protectionOf(from, name, stat) }
+  const meta = cloneMeta(context, from, name, stat)
+  copyObject({ fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }, to, name, options)
+  part.counts.objects++
+  part.counts.bytes += stat.sizeBytes
+}
+
+/** Copies one inode under the first of its names; the caller links the others. */
+export function copyLinked(context: CloneContext, path: EntryPath): void {
+  const slash = path.lastIndexOf('/')
+  const parent = (slash < 0 ? '' : path.slice(0, slash)) as EntryPath
+  const name = path.slice(slash + 1) as Name
+  withFd(openBeneath(context.fromFd, parent, O_DIRECTORY | O_NOFOLLOW), (from) =>
+    withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) => {
+      const stat = statAt(from, name)
+      const meta = cloneMeta(context, from, name, stat)
+      const options = { dropInheritedAcls: inheritsAcls(to), inodeFlags: protectionOf(from, name, stat) }
+      const before = statFd(to)
+      copyObject({ fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }, to, name, options)
+      restoreTimes(to, before)
+    }),
+  )
+}
+
+function restoreTimes(fd: number, stat: Stat): void {
+  setTimes(fd, '', stat.atimeNs, stat.mtimeNs)
+}
+
+// In a layer the meaning stays (opaque, redirect, metacopy, whiteout), what is tied to the old inode goes.
+function cloneMeta(context: CloneContext, dirfd: number, name: ByteString | '', stat: Stat): Meta {
+  const { marks } = context
+  if (!context.below) return resultMeta(dirfd, name, stat, marks, context.plain)
+  const meaningful: readonly ByteString[] = [marks.opaque, marks.redirect, marks.metacopy, marks.whiteout]
+  return readMeta(dirfd, name, stat, (attribute) => !isMark(attribute, marks) || meaningful.includes(attribute))
+}
+
+function protectionOf(dirfd: number, name: ByteString, stat: Stat): number {
+  if (!stat.isFile || !stat.isProtected) return 0
+  return withFd(openat(dirfd, name, O_NOFOLLOW | O_NONBLOCK), getInodeFlags) & (FS_IMMUTABLE_FL | FS_APPEND_FL)
+}

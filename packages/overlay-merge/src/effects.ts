@@ -1,0 +1,309 @@
+import {
+  type ByteString,
+  close,
+  DT_DIR,
+  DT_UNKNOWN,
+  errnoOf,
+  FS_APPEND_FL,
+  FS_IMMUTABLE_FL,
+  getInodeFlags,
+  getXattr,
+  O_CREAT,
+  O_DIRECTORY,
+  O_EXCL,
+  O_NOFOLLOW,
+  O_NONBLOCK,
+  O_RDONLY,
+  O_RDWR,
+  openat,
+  PosixError,
+  readDirents,
+  readSymlink,
+  removeDirectory,
+  rename,
+  S_IFBLK,
+  S_IFCHR,
+  S_IFIFO,
+  type Stat,
+  setInodeFlags,
+  setModeFd,
+  setTimes,
+  setXattr,
+  truncate,
+  tryRename,
+  tryStatAt,
+  tryUnlink,
+  withFd,
+} from '@lsync/posix'
+import {
+  createInode,
+  fillFrom,
+  openRegular,
+  readMeta,
+  type SpecialType,
+  type WriteMetaOptions,
+} from './encodings/inode.ts'
+import type { Meta, Xattr } from './model/entry.ts'
+import { isMark, type MarkNames } from './model/marks.ts'
+
+/**
+ * The metadata that an entry of a layer has in a result: no marks; escaped attributes stay escaped in a layer and lose
+ * one level where the result is `plain`. Source: overlay-format "internal xattrs", escaping.
+ */
+export function resultMeta(dirfd: number, name: ByteString | '', stat: Stat, marks: MarkNames, plain: boolean): Meta {
+  const meta = readMeta(dirfd, name, stat, (attribute) => !isMark(attribute, marks))
+  if (!plain || !meta.xattrs.some((xattr) => xattr.name.startsWith(marks.escape))) return meta
+  return { ...meta, xattrs: meta.xattrs.map((xattr) => unescapeXattr(xattr, marks)) }
+}
+
+function unescapeXattr(xattr: Xattr, marks: MarkNames): Xattr {
+  if (!xattr.name.startsWith(marks.escape)) return xattr
+  return { ...xattr, name: (marks.prefix + xattr.name.slice(marks.escape.length)) as ByteString }
+}
+
+/** Takes the immutable and append-only flags off an entry that is to be changed. `false` when it had none. */
+export function clearProtection(dirfd: number, name: ByteString | ''): boolean {
+  let fd: number
+  try {
+    fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+  } catch (error) {
+    // Symlinks, sockets and devices without a driver have no flags to take off; a vanished entry neither.
+    if (['ELOOP', 'ENXIO', 'ENODEV', 'ENOENT'].includes(errnoOf(error) ?? '')) return false
+    throw error
+  }
+  try {
+    const flags = getInodeFlags(fd)
+    if ((flags & (FS_IMMUTABLE_FL | FS_APPEND_FL)) === 0) return false
+    setInodeFlags(fd, flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL), name)
+    return true
+  } finally {
+    close(fd)
+  }
+}
+
+/** Runs a change; where flags forbid it, takes them off the given entries and runs it again. */
+export function despiteProtection<T>(entries: readonly { dirfd: number; name: ByteString | '' }[], change: () => T): T {
+  try {
+    return change()
+  } catch (error) {
+    if (errnoOf(error) !== 'EPERM') throw error
+    let cleared = false
+    for (const { dirfd, name } of entries) cleared = clearProtection(dirfd, name) || cleared
+    if (!cleared) throw error
+    return change()
+  }
+}
+
+/** A place for what is taken away: directories go there whole by one rename and are emptied at the end. */
+export interface Trash {
+  readonly fd: number
+  /** A name not used before in this trash. */
+  next(): ByteString
+}
+
+/** Takes a name away, whatever it is. `false` when there was none. */
+export function takeAway(dirfd: number, name: ByteString, trash: Trash): boolean {
+  return despiteProtection(
+    [
+      { dirfd, name },
+      { dirfd, name: '' },
+    ],
+    () => {
+      const code = tryUnlink(dirfd, name)
+      if (code === undefined) return true
+      if (code === 'ENOENT') return false
+      if (code !== 'EISDIR') throw new PosixError(code, { syscall: 'unlinkat', path: name })
+      rename(dirfd, name, trash.fd, trash.next())
+      return true
+    },
+  )
+}
+
+/** Renames over whatever is there; a directory in the way goes to the trash first. `false` when `from` is gone. */
+export function moveOver(fromDir: number, from: ByteString, toDir: number, to: ByteString, trash: Trash): boolean {
+  for (let attempt = 0; ; attempt++) {
+    const code = tryRename(fromDir, from, toDir, to)
+    if (code === undefined) return true
+    if (code === 'ENOENT' && tryStatAt(fromDir, from) === undefined) return false
+    if (attempt < 3 && (code === 'EISDIR' || code === 'ENOTDIR' || code === 'ENOTEMPTY' || code === 'EEXIST')) {
+      takeAway(toDir, to, trash)
+      continue
+    }
+    if (attempt < 3 && code === 'EPERM') {
+      const cleared = [
+        clearProtection(fromDir, from),
+        clearProtection(toDir, to),
+        clearProtection(fromDir, ''),
+        clearProtection(toDir, ''),
+      ]
+      if (cleared.includes(true)) continue
+    }
+    throw new PosixError(code, { syscall: 'renameat2', path: to })
+  }
+}
+
+/** What is copied, and where its parts come from. */
+export interface CopyRequest {
+  readonly fromDir: number
+  readonly from: ByteString
+  readonly stat: Stat
+  readonly meta: Meta
+  /** A metacopy's data: another file. */
+  readonly data?: { readonly dir: number; readonly name: ByteString }
+  /** Only the size: the data is below. */
+  readonly withoutData?: boolean
+  readonly reflink: boolean
+}
+
+/** Creates a copy of one object that is not a directory under a new name. */
+export function copyObject(request: CopyRequest, toDir: number, to: ByteString, options: WriteMetaOptions): void {
+  const { fromDir, from, stat, meta } = request
+  switch (stat.type) {
+    case 0o100000:
+      createInode(toDir, to, { kind: 'file', meta, fill: (fd) => fill(request, fd, to) }, options)
+      return
+    case 0o120000:
+      createInode(toDir, to, { kind: 'symlink', meta, target: readSymlink(fromDir, from) }, options)
+      return
+    default:
+      createInode(toDir, to, { kind: 'special', meta, type: specialType(stat), rdev: stat.rdev }, options)
+  }
+}
+
+function fill(request: CopyRequest, to: number, name: ByteString): void {
+  if (request.withoutData === true) {
+    truncate(to, request.stat.sizeBytes, name)
+    return
+  }
+  const source = request.data ?? { dir: request.fromDir, name: request.from }
+  const { fd, stat } = openRegular(source.dir, source.name)
+  withFd(fd, () => fillFrom(fd, to, stat, name, request.reflink))
+}
+
+function specialType(stat: Stat): SpecialType {
+  if (stat.type === S_IFIFO) return 'fifo'
+  if (stat.type === S_IFCHR) return 'character'
+  return stat.type === S_IFBLK ? 'block' : 'socket'
+}
+
+/**
+ * Fills the upper's metacopy inode with its data where it is, so that all its names get it, and takes the marks off
+ * last: as long as `metacopy` is there, it can be done again.
+ */
+export function fillMetacopy(
+  dirfd: number,
+  name: ByteString,
+  data: { readonly dir: number; readonly name: ByteString },
+  marks: MarkNames,
+): void {
+  if (getXattr(dirfd, name, marks.metacopy) === undefined) return
+  const { fd, stat } = openForFilling(dirfd, name)
+  withFd(fd, () => {
+    const capability = getXattr(fd, '', 'security.capability' as ByteString)
+    const source = openRegular(data.dir, data.name)
+    withFd(source.fd, () => {
+      truncate(fd, 0, name)
+      fillFrom(source.fd, fd, source.stat, name, true)
+    })
+    // Writing drops setuid and capabilities, and sets the time.
+    restoreAfterWrite(fd, stat, capability)
+  })
+}
+
+function openForFilling(dirfd: number, name: ByteString): { fd: number; stat: Stat } {
+  const { fd, stat } = openRegular(dirfd, name)
+  close(fd)
+  return { fd: openat(dirfd, name, O_RDWR | O_NOFOLLOW | O_NONBLOCK), stat }
+}
+
+function restoreAfterWrite(fd: number, stat: Stat, capability: Buffer | undefined): void {
+  setModeFd(fd, stat.permissions)
+  if (capability !== undefined) setXattr(fd, '', 'security.capability' as ByteString, capability)
+  setTimes(fd, '', stat.atimeNs, stat.mtimeNs)
+}
+
+/** Empties and removes a directory tree without following anything; what is gone already is fine. */
+export function removeTree(dirfd: number, name: ByteString): void {
+  // Depth first with one fd a level would run out of fds in a deep tree, so subdirectories are lifted to the top
+  // beforehand: each level is emptied with its subdirectories renamed beside the root of the removal.
+  const queue: ByteString[] = [name]
+  let lifted = 0
+  for (let current = queue.pop(); current !== undefined; current = queue.pop()) {
+    const target = current
+    let fd: number
+    try {
+      fd = openat(dirfd, target, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    } catch (error) {
+      const code = errnoOf(error)
+      if (code === 'ENOENT') continue
+      if (code !== 'ENOTDIR' && code !== 'ELOOP') throw error
+      despiteProtection([{ dirfd, name: target }], () => {
+        const failed = tryUnlink(dirfd, target)
+        if (failed !== undefined && failed !== 'ENOENT') {
+          throw new PosixError(failed, { syscall: 'unlinkat', path: target })
+        }
+      })
+      continue
+    }
+    try {
+      const directories: ByteString[] = []
+      const others: ByteString[] = []
+      readDirents(fd, (child, type) => {
+        const isDirectory = type === DT_DIR || (type === DT_UNKNOWN && tryStatAt(fd, child)?.isDirectory === true)
+        ;(isDirectory ? directories : others).push(child)
+      })
+      for (const child of others) {
+        despiteProtection(
+          [
+            { dirfd: fd, name: child },
+            { dirfd: fd, name: '' },
+          ],
+          () => {
+            const failed = tryUnlink(fd, child)
+            if (failed !== undefined && failed !== 'ENOENT') {
+              throw new PosixError(failed, { syscall: 'unlinkat', path: child })
+            }
+          },
+        )
+      }
+      for (const child of directories) {
+        const isEmpty = despiteProtection(
+          [
+            { dirfd: fd, name: child },
+            { dirfd: fd, name: '' },
+          ],
+          () => tryRemoveEmpty(fd, child),
+        )
+        if (isEmpty) continue
+        const beside = `${name}.${process.pid}.${lifted++}` as ByteString
+        despiteProtection(
+          [
+            { dirfd: fd, name: child },
+            { dirfd: fd, name: '' },
+          ],
+          () => rename(fd, child, dirfd, beside),
+        )
+        queue.push(beside)
+      }
+    } finally {
+      close(fd)
+    }
+    despiteProtection([{ dirfd, name: target }], () => removeDirectory(dirfd, target))
+  }
+}
+
+function tryRemoveEmpty(dirfd: number, name: ByteString): boolean {
+  try {
+    removeDirectory(dirfd, name)
+    return true
+  } catch (error) {
+    const code = errnoOf(error)
+    if (code === 'ENOTEMPTY' || code === 'EEXIST') return false
+    throw error
+  }
+}
+
+/** Creates a file exclusively for writing; for the journal and its like. */
+export function createFile(dirfd: number, name: ByteString): number {
+  return openat(dirfd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
+}

@@ -1,0 +1,180 @@
+import { type ByteString, readDirents, syncFileSystem } from '@lsync/posix'
+import { type ApplyContext, applyStage, type Phase } from './apply.ts'
+import type { Journal, LineIndex, SealedPlan } from './journal.ts'
+import { readRecord } from './journal.ts'
+import type { DirectoryRecord } from './model/plan.ts'
+import type { Progress } from './planning.ts'
+import type { Pool } from './pool.ts'
+import { type OpenStack, stackInit } from './stack.ts'
+import type { GroupRef, Job, WorkInit } from './work.ts'
+
+/** What carrying out a plan needs. */
+export interface Execution {
+  readonly stack: OpenStack
+  readonly plan: SealedPlan
+  readonly journal: Journal
+  readonly targetFd: number
+  readonly pool: Pool
+  readonly reflink: boolean
+  readonly resumed: boolean
+  readonly indexFd?: number
+  readonly report?: (progress: Progress) => void
+}
+
+const BATCH = 48
+
+/**
+ * Carries out a sealed plan up to the point where the target holds the new view durably: what is still to be removed
+ * (the upper's leftovers, the journal) no longer matters to it. Every step may run twice.
+ */
+export async function executePlan(execution: Execution): Promise<void> {
+  const { plan, journal, pool, targetFd } = execution
+  const { header, lines, stages } = plan
+  if (journal.has('applied')) return
+  pool.prepare(workInit(execution))
+  const inPlace = header.publish === undefined
+  if (!journal.has('staged')) {
+    const context = stageContext(execution)
+    for (const stage of stages) applyStage(context, stage)
+    if (inPlace && stages.length > 0) {
+      syncFileSystem(targetFd, header.target)
+      journal.reach('staged')
+    }
+  }
+  const directories = lines.filter(({ type }) => type === 'directory')
+  const clean = lines.filter(({ type }) => type === 'clean')
+  if (clean.length > 0) await applyAll(execution, clean, 'clean')
+  const structured = directories.filter(({ hasStructure }) => hasStructure)
+  if (structured.length > 0 && !journal.has('structured')) {
+    // Parents before children: level by level, each level shared out.
+    for (const level of levels(structured)) await applyAll(execution, level, 'structure')
+    if (inPlace) {
+      syncFileSystem(targetFd, header.target)
+      journal.reach('structured')
+    }
+  }
+  await applyAll(execution, directories, 'entries')
+  await applyGroups(execution)
+  await applyAll(execution, directories, 'finish')
+  execution.report?.({ phase: 'durable', done: 0 })
+  syncFileSystem(targetFd, header.target)
+  if (inPlace) journal.reach('applied')
+}
+
+function workInit(execution: Execution): WorkInit {
+  const { plan, journal, targetFd, reflink, resumed, stack, indexFd } = execution
+  return {
+    stack: stackInit(stack),
+    apply: {
+      header: plan.header,
+      targetFd,
+      stageFd: journal.stageFd,
+      trashFd: journal.trashFd,
+      planFd: journal.planFd,
+      stages: plan.stages,
+      reflink,
+      resumed,
+      ...(indexFd === undefined ? {} : { indexFd }),
+    },
+  }
+}
+
+function stageContext(execution: Execution): ApplyContext {
+  const { plan, journal, targetFd, reflink, resumed, stack } = execution
+  let count = 0
+  return {
+    header: plan.header,
+    layerFds: [...stack.layers, ...stack.data].map(({ fd }) => fd),
+    targetFd,
+    stageFd: journal.stageFd,
+    trash: { fd: journal.trashFd, next: () => `stage.${count++}` as ByteString },
+    stages: new Map(),
+    reflink,
+    resumed,
+  }
+}
+
+function levels(lines: readonly LineIndex[]): LineIndex[][] {
+  const byDepth = new Map<number, LineIndex[]>()
+  for (const line of lines) {
+    const depth = line.path === '' ? 0 : line.path.split('/').length
+    const level = byDepth.get(depth)
+    if (level === undefined) byDepth.set(depth, [line])
+    else level.push(line)
+  }
+  return [...byDepth.keys()].sort((left, right) => left - right).map((depth) => byDepth.get(depth) as LineIndex[])
+}
+
+async function applyAll(execution: Execution, lines: readonly LineIndex[], phase: Phase): Promise<void> {
+  let at = 0
+  let done = 0
+  const { pool, report } = execution
+  await pool.drain(
+    (): Job | undefined => {
+      if (at >= lines.length) return undefined
+      const batch = lines.slice(at, at + BATCH)
+      at += batch.length
+      return { kind: 'apply', phase, lines: batch.map(({ offset, length }) => ({ offset, length })) }
+    },
+    (count) => {
+      done += count as number
+      if (phase === 'entries') report?.({ phase: 'apply', done, total: lines.length })
+    },
+  )
+}
+
+async function applyGroups(execution: Execution): Promise<void> {
+  const { plan, pool } = execution
+  if (plan.groups.size === 0) return
+  const lineOfPath = new Map(plan.lines.filter(({ type }) => type === 'directory').map((line) => [line.path, line]))
+  const refs = (paths: readonly string[]): GroupRef[] =>
+    paths.map((path) => {
+      const slash = path.lastIndexOf('/')
+      const line = lineOfPath.get(slash < 0 ? '' : path.slice(0, slash)) as LineIndex
+      return { line: { offset: line.offset, length: line.length }, name: path.slice(slash + 1) }
+    })
+  const groups = [...plan.groups.values()]
+  let at = 0
+  await pool.drain(
+    (): Job | undefined => {
+      if (at >= groups.length) return undefined
+      const batch = groups.slice(at, at + BATCH)
+      at += batch.length
+      return { kind: 'group', members: batch.map(refs) }
+    },
+    () => undefined,
+  )
+}
+
+/** Removes what is left of the upper after its content has arrived: deepest directories first. */
+export async function consumeUpper(execution: Execution): Promise<void> {
+  const { plan, stack } = execution
+  const upper = stack.layers[0]
+  if (upper === undefined) return
+  const lines = plan.lines.filter(({ hasUpper, type }) => hasUpper && type === 'directory')
+  for (const level of levels(lines).reverse()) await applyAll(execution, level, 'consume')
+  syncFileSystem(upper.fd, upper.path)
+}
+
+/** Deletes what was moved out of the way, shared out. */
+export async function emptyTrash(execution: Execution): Promise<void> {
+  const { journal, pool } = execution
+  const names: ByteString[] = []
+  readDirents(journal.trashFd, (name) => names.push(name))
+  let at = 0
+  await pool.drain(
+    (): Job | undefined => {
+      if (at >= names.length) return undefined
+      const batch = names.slice(at, at + 8)
+      at += batch.length
+      return { kind: 'discard', names: batch }
+    },
+    (count) => execution.report?.({ phase: 'clean-up', done: count as number, total: names.length }),
+  )
+}
+
+/** The directory's record of a result path, if the plan has one. */
+export function recordAt(journal: Journal, plan: SealedPlan, path: string): DirectoryRecord | undefined {
+  const line = plan.lines.find((candidate) => candidate.type === 'directory' && candidate.path === path)
+  return line === undefined ? undefined : (readRecord(journal.planFd, line) as DirectoryRecord)
+}

@@ -1,0 +1,436 @@
+import { createHash } from 'node:crypto'
+import {
+  type ByteString,
+  bytesOf,
+  close,
+  fsync,
+  type HostPath,
+  LsyncError,
+  makeDirectory,
+  O_APPEND,
+  O_CREAT,
+  O_DIRECTORY,
+  O_EXCL,
+  O_NOFOLLOW,
+  O_RDONLY,
+  O_RDWR,
+  openat,
+  openRoot,
+  printable,
+  readAt,
+  statFd,
+  tryLock,
+  tryStatAt,
+  unlink,
+  withFd,
+  writeAt,
+} from '@lsync/posix'
+import xxhash from 'xxhash-wasm'
+import { removeTree } from './effects.ts'
+import type { CleanRecord, DirectoryRecord, PlanEnd, PlanHeader, PlanRecord, StageRecord } from './model/plan.ts'
+
+/** Another process works on the same target. */
+export class TargetBusyError extends LsyncError {
+  constructor(path: string) {
+    super('TARGET_BUSY', `another lsync works on ${printable(path)}`, {
+      path,
+      hint: 'wait for it to end, then try again',
+    })
+  }
+}
+
+/** A journal that cannot be believed. Nothing was changed. */
+export class JournalDamagedError extends LsyncError {
+  constructor(path: string, why: string) {
+    super('JOURNAL_DAMAGED', `the journal ${printable(path)} is damaged: ${why}`, {
+      path,
+      hint: 'keep upper, lower and journal as they are, and check the disk; nothing was changed',
+    })
+  }
+}
+
+/** A line of the sealed plan, by its place in the file. */
+export interface LineIndex {
+  readonly path: string
+  readonly offset: number
+  readonly length: number
+  readonly type: PlanRecord['type']
+  /** Directories are made or brought from elsewhere in it, which has to precede what goes into them. */
+  readonly hasStructure: boolean
+  readonly hasUpper: boolean
+}
+
+/** A plan, sealed and indexed. */
+export interface SealedPlan {
+  readonly header: PlanHeader
+  readonly lines: readonly LineIndex[]
+  readonly stages: readonly StageRecord[]
+  /** Names of one inode: group to result paths, in path order. */
+  readonly groups: ReadonlyMap<string, readonly string[]>
+}
+
+const PLAN = 'plan' as ByteString
+const STAGE = 'stage' as ByteString
+const TRASH = 'trash' as ByteString
+/** The tree that a new version is built in until it is published. */
+export const TREE = 'tree' as ByteString
+const NAME_MAX = 255
+const FLUSH_BYTES = 1 << 20
+/** Where stage and trash are when the target is the root of a mount or a subvolume, beyond which no rename goes. */
+const INSIDE = '.lsync' as ByteString
+
+/** Milestones of an apply, each durable before the next thing happens. */
+export type Milestone = 'staged' | 'structured' | 'applied'
+
+/** The directory that holds the journal of a target: beside it, under a name made from its own. */
+export function journalPathOf(target: HostPath): { parent: HostPath; name: ByteString } {
+  const trimmed = target.replace(/\/+$/, '') || '/'
+  const slash = trimmed.lastIndexOf('/')
+  const parent = (slash < 0 ? '.' : trimmed.slice(0, slash) || '/') as HostPath
+  const base = trimmed.slice(slash + 1) || 'root'
+  const name = `.lsync.${base}`
+  if (name.length <= NAME_MAX) return { parent, name: name as ByteString }
+  const digest = createHash('sha256').update(base, 'latin1').digest('hex').slice(0, 16)
+  return { parent, name: `${name.slice(0, NAME_MAX - 17)}.${digest}` as ByteString }
+}
+
+/** Whether a target has a journal: something was interrupted, or is under way. */
+export function hasJournal(target: HostPath): boolean {
+  const { parent, name } = journalPathOf(target)
+  return withFd(openRoot(parent), (fd) => tryStatAt(fd, name) !== undefined)
+}
+
+/**
+ * The journal of one target: the plan, what was reached of it, and places on the target's file system for what is
+ * moved aside. Locked as long as it is open.
+ */
+export class Journal {
+  readonly path: HostPath
+  readonly fd: number
+  readonly #parentFd: number
+  readonly #name: ByteString
+  #stageFd: number | undefined
+  #trashFd: number | undefined
+  #planFd: number | undefined
+  #insideFd: number | undefined
+
+  private constructor(path: HostPath, parentFd: number, name: ByteString, fd: number) {
+    this.path = path
+    this.#parentFd = parentFd
+    this.#name = name
+    this.fd = fd
+  }
+
+  /**
+   * Opens (with `create`, makes) the journal of a target and locks it.
+   * @throws {TargetBusyError} if another process has it
+   */
+  static open(target: HostPath, options: { create: boolean }): Journal | undefined {
+    const { parent, name } = journalPathOf(target)
+    const parentFd = openRoot(parent)
+    try {
+      if (tryStatAt(parentFd, name) === undefined) {
+        if (!options.create) {
+          close(parentFd)
+          return undefined
+        }
+        makeDirectory(parentFd, name, 0o700)
+        fsync(parentFd, parent)
+      }
+      const fd = openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+      try {
+        const stat = statFd(fd)
+        // Somebody who can write beside the target must not be able to plant a plan for root to carry out.
+        if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) {
+          throw new JournalDamagedError(`${parent}/${name}`, 'it does not belong to this user alone')
+        }
+        if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(target)
+        return new Journal(`${parent}/${name}` as HostPath, parentFd, name, fd)
+      } catch (error) {
+        close(fd)
+        throw error
+      }
+    } catch (error) {
+      close(parentFd)
+      throw error
+    }
+  }
+
+  /** Makes the places for what is moved aside: beside the target, or in it where a rename to there is impossible. */
+  prepare(targetFd: number): void {
+    const target = statFd(targetFd)
+    const own = statFd(this.fd)
+    let base = this.fd
+    if (target.dev !== own.dev || target.mountId !== own.mountId) {
+      if (tryStatAt(targetFd, INSIDE) === undefined) makeDirectory(targetFd, INSIDE, 0o700)
+      base = this.#insideFd = openat(targetFd, INSIDE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    }
+    this.#stageFd = openOrMake(base, STAGE)
+    this.#trashFd = openOrMake(base, TRASH)
+  }
+
+  get stageFd(): number {
+    return required(this.#stageFd)
+  }
+
+  get trashFd(): number {
+    return required(this.#trashFd)
+  }
+
+  get planFd(): number {
+    return required(this.#planFd)
+  }
+
+  has(milestone: Milestone): boolean {
+    return tryStatAt(this.fd, milestone as ByteString) !== undefined
+  }
+
+  /** Records durably that a milestone was reached. What it stands for must be durable before. */
+  reach(milestone: Milestone): void {
+    close(openat(this.fd, milestone as ByteString, O_RDWR | O_CREAT | O_NOFOLLOW, 0o600))
+    fsync(this.fd, this.path)
+  }
+
+  /** Starts writing a plan. Without `seal` at the end it counts for nothing. */
+  async write(header: PlanHeader): Promise<PlanWriter> {
+    unlink(this.fd, PLAN)
+    this.#planFd = openat(this.fd, PLAN, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_APPEND, 0o600)
+    return PlanWriter.start(this.#planFd, header, this.path)
+  }
+
+  /** Reads and verifies the plan. `undefined` when it was never sealed, so that nothing can have been changed by it. */
+  async read(): Promise<SealedPlan | undefined> {
+    if (tryStatAt(this.fd, PLAN) === undefined) return undefined
+    this.#planFd ??= openat(this.fd, PLAN, O_RDWR | O_NOFOLLOW)
+    return readPlan(this.#planFd, this.path)
+  }
+
+  /** Removes the journal and what was moved aside. The last act of an operation, and harmless to repeat. */
+  remove(): void {
+    for (const fd of [this.#stageFd, this.#trashFd, this.#planFd]) if (fd !== undefined) close(fd)
+    this.#stageFd = this.#trashFd = this.#planFd = undefined
+    removeTree(this.#parentFd, this.#name)
+    fsync(this.#parentFd, this.path)
+  }
+
+  /** Empties the places inside a target; to be followed by setting the target root's times. */
+  removeInside(targetFd: number): void {
+    if (tryStatAt(targetFd, INSIDE) === undefined) return
+    if (this.#insideFd !== undefined) close(this.#insideFd)
+    this.#insideFd = undefined
+    for (const fd of [this.#stageFd, this.#trashFd]) if (fd !== undefined) close(fd)
+    this.#stageFd = this.#trashFd = undefined
+    removeTree(targetFd, INSIDE)
+  }
+
+  /** Whether stage and trash lie inside the target. */
+  get isInside(): boolean {
+    return this.#insideFd !== undefined
+  }
+
+  close(): void {
+    for (const fd of [this.#stageFd, this.#trashFd, this.#planFd, this.#insideFd]) if (fd !== undefined) close(fd)
+    close(this.fd)
+    close(this.#parentFd)
+  }
+}
+
+function openOrMake(dirfd: number, name: ByteString): number {
+  if (tryStatAt(dirfd, name) === undefined) makeDirectory(dirfd, name, 0o700)
+  return openat(dirfd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+}
+
+function required(fd: number | undefined): number {
+  if (fd === undefined) throw new Error('the journal is not prepared')
+  return fd
+}
+
+interface Hasher {
+  update(input: string | Uint8Array): Hasher
+  digest(): bigint
+}
+
+/** Appends records to a plan file, keeping of them only where they are. */
+export class PlanWriter {
+  readonly #fd: number
+  readonly #header: PlanHeader
+  readonly #hash: Hasher
+  readonly #path: string
+  #offset = 0
+  #buffered: Buffer[] = []
+  #bufferedBytes = 0
+  #records = 0
+  readonly #lines: LineIndex[] = []
+  readonly #stages: StageRecord[] = []
+  readonly #groups = new Map<string, string[]>()
+
+  /** Writes into an empty open file; `path` is what errors call it. */
+  static async start(fd: number, header: PlanHeader, path: string): Promise<PlanWriter> {
+    const { create64 } = await xxhash()
+    return new PlanWriter(fd, header, create64(), path)
+  }
+
+  private constructor(fd: number, header: PlanHeader, hash: Hasher, path: string) {
+    this.#fd = fd
+    this.#header = header
+    this.#hash = hash
+    this.#path = path
+    this.#append(Buffer.from(`${JSON.stringify(header)}\n`))
+  }
+
+  /** Adds a record as the JSON line that `lineOf` made. */
+  addLine(line: EncodedLine): void {
+    const bytes = Buffer.from(line.text)
+    this.#lines.push({ ...line.index, offset: this.#offset, length: bytes.length - 1 })
+    for (const [group, path] of line.groups) {
+      const paths = this.#groups.get(group)
+      if (paths === undefined) this.#groups.set(group, [path])
+      else paths.push(path)
+    }
+    this.#records++
+    this.#append(bytes)
+  }
+
+  addStage(record: StageRecord): void {
+    this.#stages.push(record)
+    this.#records++
+    this.#append(Buffer.from(`${JSON.stringify(record)}\n`))
+  }
+
+  /** Makes the plan count: from here on an interrupted apply is finished, not undone. */
+  seal(): SealedPlan {
+    this.#flush()
+    const end: PlanEnd = { type: 'end', records: this.#records, digest: hex(this.#hash.digest()) }
+    writeAt(this.#fd, this.#offset, Buffer.from(`${JSON.stringify(end)}\n`), this.#path)
+    fsync(this.#fd, this.#path)
+    return { header: this.#header, lines: sorted(this.#lines), stages: this.#stages, groups: sortGroups(this.#groups) }
+  }
+
+  #append(bytes: Buffer): void {
+    this.#hash.update(bytes)
+    this.#buffered.push(bytes)
+    this.#bufferedBytes += bytes.length
+    this.#offset += bytes.length
+    if (this.#bufferedBytes >= FLUSH_BYTES) this.#flush()
+  }
+
+  #flush(): void {
+    if (this.#bufferedBytes === 0) return
+    writeAt(this.#fd, this.#offset - this.#bufferedBytes, Buffer.concat(this.#buffered), this.#path)
+    this.#buffered = []
+    this.#bufferedBytes = 0
+  }
+}
+
+/** A record as its line, with what the index must know of it; made where the record is made, also in a worker. */
+export interface EncodedLine {
+  readonly text: string
+  readonly index: Omit<LineIndex, 'offset' | 'length'>
+  readonly groups: readonly (readonly [group: string, path: string])[]
+}
+
+export function lineOf(record: DirectoryRecord | CleanRecord): EncodedLine {
+  return { text: `${JSON.stringify(record)}\n`, index: indexOf(record), groups: groupsOf(record) }
+}
+
+function indexOf(record: DirectoryRecord | CleanRecord): EncodedLine['index'] {
+  if (record.type === 'clean') {
+    return { path: record.upper, type: 'clean', hasStructure: false, hasUpper: true }
+  }
+  const hasStructure = record.steps.some(
+    (step) => step.do === 'mkdir' || (step.do === 'graft' && step.meta === undefined),
+  )
+  return { path: record.path, type: 'directory', hasStructure, hasUpper: record.upper !== undefined }
+}
+
+function groupsOf(record: DirectoryRecord | CleanRecord): [string, string][] {
+  if (record.type === 'clean') return []
+  const groups: [string, string][] = []
+  for (const step of record.steps) {
+    if ((step.do === 'place' || step.do === 'graft') && step.group !== undefined) {
+      groups.push([step.group, record.path === '' ? step.name : `${record.path}/${step.name}`])
+    }
+  }
+  return groups
+}
+
+/** Reads a plan file: verified, indexed, not held. */
+async function readPlan(fd: number, path: string): Promise<SealedPlan | undefined> {
+  const { create64 } = await xxhash()
+  const hash = create64()
+  const lines: LineIndex[] = []
+  const stages: StageRecord[] = []
+  const groups = new Map<string, string[]>()
+  let header: PlanHeader | undefined
+  let records = 0
+  for (const { bytes, offset } of linesOf(fd)) {
+    let parsed: PlanHeader | PlanRecord | PlanEnd
+    try {
+      parsed = JSON.parse(bytes.toString('utf8', 0, bytes.length - 1)) as typeof parsed
+    } catch {
+      return undefined // the write of this line was cut short, before the plan was sealed
+    }
+    if (parsed.type === 'end') {
+      if (header === undefined || parsed.records !== records || parsed.digest !== hex(hash.digest())) {
+        throw new JournalDamagedError(path, 'its digest does not fit')
+      }
+      return { header, lines: sorted(lines), stages, groups: sortGroups(groups) }
+    }
+    hash.update(bytes)
+    if (parsed.type === 'header') {
+      if (parsed.format !== 1) throw new JournalDamagedError(path, `format ${parsed.format} is not known here`)
+      header = parsed
+      continue
+    }
+    records++
+    if (parsed.type === 'stage') stages.push(parsed)
+    else {
+      lines.push({ ...indexOf(parsed), offset, length: bytes.length - 1 })
+      for (const [group, to] of groupsOf(parsed)) {
+        const paths = groups.get(group)
+        if (paths === undefined) groups.set(group, [to])
+        else paths.push(to)
+      }
+    }
+  }
+  return undefined
+}
+
+function* linesOf(fd: number): Generator<{ bytes: Buffer; offset: number }> {
+  let carry = Buffer.alloc(0)
+  let offset = 0
+  let at = 0
+  for (;;) {
+    const chunk = readAt(fd, at, FLUSH_BYTES)
+    if (chunk.length === 0) return
+    at += chunk.length
+    const whole = carry.length === 0 ? chunk : Buffer.concat([carry, chunk])
+    let start = 0
+    for (let end = whole.indexOf(10, start); end >= 0; end = whole.indexOf(10, start)) {
+      yield { bytes: whole.subarray(start, end + 1), offset }
+      offset += end + 1 - start
+      start = end + 1
+    }
+    carry = Buffer.from(whole.subarray(start))
+  }
+}
+
+/** One record of a sealed plan. */
+export function readRecord(planFd: number, line: { offset: number; length: number }): DirectoryRecord | CleanRecord {
+  return JSON.parse(readAt(planFd, line.offset, line.length).toString('utf8')) as DirectoryRecord | CleanRecord
+}
+
+function hex(value: bigint): string {
+  return value.toString(16).padStart(16, '0')
+}
+
+// By path bytes, not by UTF-16: the plan is the same wherever it is made.
+function sorted(lines: LineIndex[]): LineIndex[] {
+  const keys = new Map(lines.map((line) => [line, bytesOf(line.path)]))
+  return lines.sort((left, right) => ((keys.get(left) as string) < (keys.get(right) as string) ? -1 : 1))
+}
+
+function sortGroups(groups: Map<string, string[]>): Map<string, string[]> {
+  for (const paths of groups.values()) paths.sort((left, right) => (bytesOf(left) < bytesOf(right) ? -1 : 1))
+  return groups
+}

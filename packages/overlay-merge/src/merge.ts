@@ -1,0 +1,377 @@
+import { availableParallelism } from 'node:os'
+import {
+  close,
+  fsync,
+  type HostPath,
+  LsyncError,
+  link,
+  makeDirectory,
+  O_DIRECTORY,
+  O_NOFOLLOW,
+  O_RDONLY,
+  openat,
+  openBeneath,
+  openRoot,
+  printable,
+  RENAME_NOREPLACE,
+  setTimes,
+  statFd,
+  textOf,
+  tryRename,
+  tryStatAt,
+  withFd,
+} from '@lsync/posix'
+import { type CloneContext, type CloneMethod, type ClonePart, copyLinked } from './clone.ts'
+import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
+import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
+import { Journal, journalPathOf, PlanWriter, TREE } from './journal.ts'
+import { type EntryPath, ROOT, split } from './model/path.ts'
+import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
+import type { PlanCounts } from './plan.ts'
+import { openTemporaryPlan, type Planned, type Progress, planStack } from './planning.ts'
+import { Pool } from './pool.ts'
+import { recoverJournal } from './recover.ts'
+import { assertMergeable } from './safety.ts'
+import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
+import type { Job, WorkInit } from './work.ts'
+
+/** What to merge, and into what. */
+export interface MergeRequest extends StackRequest {
+  /**
+   * `in-place`: the upper is folded into the first lower and used up; with more lowers that one stays a layer on them.
+   * `output`: a new tree that is what the whole stack shows. `delta`: the upper and all lowers become one layer, for
+   * whatever lies below them.
+   */
+  readonly mode: MergeMode
+  /** The tree to make; not there yet. For `output` and `delta`. */
+  readonly output?: HostPath
+  /** The workdir of the upper, where it was mounted with index=on. */
+  readonly workdir?: HostPath
+  /** How a new tree gets what does not change. Default `auto`: the cheapest that works. */
+  readonly clone?: CloneMethod | 'auto'
+  /** `output`: give escaped attributes their plain names, for a tree that is run and not mounted as a layer. */
+  readonly plain?: boolean
+  /** Plan only: nothing is changed. */
+  readonly dryRun?: boolean
+  /** Worker threads; 0 works in the calling thread alone. Default 2 on local disks, 16 over a network. */
+  readonly workers?: number
+  /** Allow a result without any entry. */
+  readonly allowEmpty?: boolean
+  readonly signal?: AbortSignal
+  readonly onProgress?: (progress: Progress) => void
+}
+
+/** What a merge did. Sizes in bytes, times in ms. */
+export interface MergeReport {
+  readonly mode: MergeMode
+  readonly target: HostPath
+  readonly clone?: CloneMethod
+  readonly counts: PlanCounts
+  readonly recovered: boolean
+  readonly dryRun: boolean
+  readonly elapsedMs: number
+}
+
+/** A request that contradicts itself. */
+export class RequestInvalidError extends LsyncError {
+  constructor(message: string, hint: string) {
+    super('REQUEST_INVALID', message, { hint })
+  }
+}
+
+/** The tree to make is there already. */
+export class OutputExistsError extends LsyncError {
+  constructor(path: HostPath) {
+    super('OUTPUT_EXISTS', `${printable(path)} exists`, { path, hint: 'name a path that does not exist yet' })
+  }
+}
+
+/**
+ * Folds an upper layer into what lies below it, so that the result shows exactly what the kernel's overlay mount shows.
+ * Journalled: killed at any point, `recover` (or the next merge) brings the old view or the new one, nothing between.
+ * @throws {LsyncError} with a code of docs/errors.md; nothing was changed unless the error says otherwise
+ */
+export async function merge(request: MergeRequest): Promise<MergeReport> {
+  const start = performance.now()
+  const target = checkRequest(request)
+  const recovered = request.dryRun === true ? false : await recoverBefore(target, request)
+  const inPlace = request.mode === 'in-place'
+  const below = request.mode === 'delta' || (inPlace && request.lowers.length > 1)
+  const stack = openStack(request, below, inPlace ? 1 : request.lowers.length)
+  try {
+    assertMergeable({ request, stack, target })
+    const report = await (inPlace ? mergeInPlace(request, stack) : mergeToNew(request, stack, target))
+    return { ...report, recovered, dryRun: request.dryRun === true, elapsedMs: performance.now() - start }
+  } finally {
+    closeStack(stack)
+  }
+}
+
+function checkRequest(request: MergeRequest): HostPath {
+  if (request.lowers.length === 0) throw new RequestInvalidError('no lower layer is named', 'name one with --lower')
+  if (request.mode === 'in-place') {
+    if (request.output !== undefined) {
+      throw new RequestInvalidError('an in-place merge makes no new tree', 'leave --output and --delta out')
+    }
+    if (request.plain === true) {
+      throw new RequestInvalidError('in place the lower stays a layer', 'use --output with --plain')
+    }
+    return request.lowers[0] as HostPath
+  }
+  if (request.output === undefined) throw new RequestInvalidError('no new tree is named', 'name one with --output')
+  return request.output
+}
+
+async function recoverBefore(target: HostPath, request: MergeRequest): Promise<boolean> {
+  const journal = Journal.open(target, { create: false })
+  if (journal === undefined) return false
+  try {
+    const found = await recoverJournal(journal, {
+      ...(request.workers === undefined ? {} : { workers: request.workers }),
+      ...(request.signal === undefined ? {} : { signal: request.signal }),
+    })
+    return found.outcome !== 'nothing'
+  } finally {
+    journal.close()
+  }
+}
+
+type Part = Omit<MergeReport, 'recovered' | 'dryRun' | 'elapsedMs'>
+
+function headerOf(request: MergeRequest, target: HostPath, stack: OpenStack, rename: boolean): PlanHeader {
+  const depth = stack.layers.length - 1
+  return {
+    type: 'header',
+    format: 1,
+    mode: request.mode,
+    namespace: stack.namespace,
+    upper: textOf(request.upper),
+    lowers: request.lowers.slice(0, depth).map(textOf),
+    data: (request.data ?? []).map(textOf),
+    upperIno: inoOf(stack.layers[0]),
+    targetIno: inoOf(stack.layers.at(-1)),
+    ...(request.workdir === undefined ? {} : { workdir: textOf(request.workdir) }),
+    target: textOf(target),
+    ...(request.mode === 'in-place' ? {} : { publish: textOf(target) }),
+    consume: request.mode === 'in-place',
+    rename,
+    below: stack.below,
+    plain: request.plain === true,
+    portable: false,
+  }
+}
+
+function inoOf(layer: OpenStack['layers'][number] | undefined): string {
+  return layer === undefined ? '' : String(statFd(layer.fd).ino)
+}
+
+async function mergeInPlace(request: MergeRequest, stack: OpenStack): Promise<Part> {
+  const upper = stack.layers[0] as OpenStack['layers'][number]
+  const base = stack.layers[1] as OpenStack['layers'][number]
+  const [upperStat, baseStat] = [statFd(upper.fd), statFd(base.fd)]
+  const rename = upperStat.dev === baseStat.dev && upperStat.mountId === baseStat.mountId
+  const header = headerOf(request, base.path, stack, rename)
+  const pool = makePool(request, stack, planInit(request, stack, rename))
+  try {
+    if (request.dryRun === true) {
+      const { counts } = await planForLooking(request, stack, header, pool)
+      return { mode: request.mode, target: base.path, counts }
+    }
+    const journal = Journal.open(base.path, { create: true }) as Journal
+    let sealed = false
+    try {
+      const planned = await planStack(stack, rename, pool, await journal.write(header), request.onProgress)
+      sealed = true
+      journal.prepare(base.fd)
+      await finishInPlace({
+        stack,
+        plan: planned.plan,
+        journal,
+        targetFd: base.fd,
+        pool,
+        reflink: false,
+        resumed: false,
+        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+      })
+      return { mode: request.mode, target: base.path, counts: planned.counts }
+    } catch (error) {
+      if (!sealed) journal.remove() // nothing was touched yet
+      throw error
+    } finally {
+      journal.close()
+    }
+  } finally {
+    await pool.close()
+  }
+}
+
+/** Applies, makes durable, uses up the upper, and removes the journal. Also the second half of a recovery. */
+export async function finishInPlace(execution: Execution): Promise<void> {
+  const { journal, plan, targetFd } = execution
+  await executePlan(execution)
+  await consumeUpper(execution)
+  await emptyTrash(execution)
+  if (journal.isInside) {
+    journal.removeInside(targetFd)
+    const meta = recordAt(journal, plan, '')?.meta
+    if (meta !== undefined) setTimes(targetFd, '', BigInt(meta.atimeNs), BigInt(meta.mtimeNs))
+    fsync(targetFd, plan.header.target)
+  }
+  journal.remove()
+}
+
+async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostPath): Promise<Part> {
+  const header = headerOf(request, target, stack, false)
+  const pool = makePool(request, stack, planInit(request, stack, false))
+  try {
+    if (request.dryRun === true) {
+      const { counts } = await planForLooking(request, stack, header, pool)
+      return { mode: request.mode, target, counts }
+    }
+    const journal = Journal.open(target, { create: true }) as Journal
+    let treeFd: number | undefined
+    try {
+      const planned = await planStack(stack, false, pool, await journal.write(header), request.onProgress)
+      journal.prepare(journal.fd)
+      const base = stack.layers.at(-1) as OpenStack['layers'][number]
+      const perEntry = request.plain === true
+      const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
+      treeFd = await cloneBase(request, stack, journal, pool, clone)
+      await executePlan({
+        stack,
+        plan: planned.plan,
+        journal,
+        targetFd: treeFd,
+        pool,
+        reflink: clone !== 'hardlink' && clone !== 'copy',
+        resumed: false,
+        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+      })
+      publish(journal, target)
+      journal.remove()
+      return { mode: request.mode, target, clone, counts: planned.counts }
+    } catch (error) {
+      // Nobody has seen any of it: the old state is the only state.
+      journal.remove()
+      throw error
+    } finally {
+      if (treeFd !== undefined) close(treeFd)
+      journal.close()
+    }
+  } finally {
+    await pool.close()
+  }
+}
+
+/** Gives the finished tree its name, which nothing may have taken meanwhile. */
+function publish(journal: Journal, target: HostPath): void {
+  const { parent } = journalPathOf(target)
+  const name = target.replace(/\/+$/, '').slice(target.replace(/\/+$/, '').lastIndexOf('/') + 1) as EntryPath
+  withFd(openRoot(parent), (parentFd) => {
+    fsync(journal.fd, journal.path)
+    let code = tryRename(journal.fd, TREE, parentFd, name, RENAME_NOREPLACE)
+    if (code === 'EINVAL' || code === 'ENOSYS') {
+      // Not every file system knows the flag (FUSE); the journal's lock keeps other lsyncs away from the name.
+      if (tryStatAt(parentFd, name) !== undefined) throw new OutputExistsError(target)
+      code = tryRename(journal.fd, TREE, parentFd, name)
+    }
+    if (code === 'EEXIST' || code === 'ENOTEMPTY') throw new OutputExistsError(target)
+    if (code !== undefined)
+      throw new LsyncError(code, `could not publish ${printable(target)}: ${code}`, { path: target })
+    fsync(parentFd, parent)
+  })
+}
+
+async function cloneBase(
+  request: MergeRequest,
+  stack: OpenStack,
+  journal: Journal,
+  pool: Pool,
+  method: CloneMethod,
+): Promise<number> {
+  const base = stack.layers.at(-1) as OpenStack['layers'][number]
+  const openTree = () => openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+  if (method === 'moosefs' || method === 'btrfs') {
+    snapshotTree(method, base.fd, journal.fd, TREE)
+    return openTree()
+  }
+  makeDirectory(journal.fd, TREE, 0o700)
+  const toFd = openTree()
+  const clone = { fromFd: base.fd, toFd, method, below: stack.below, plain: request.plain === true }
+  pool.prepare({ stack: stackInit(stack), clone })
+  let pending: EntryPath[] = [ROOT]
+  const groups = new Map<string, EntryPath[]>()
+  let done = 0
+  await pool.drain(
+    (idle): Job | undefined => {
+      if (pending.length === 0) return undefined
+      const share = Math.min(64, Math.max(1, Math.ceil(pending.length / (idle * 2))))
+      const paths = pending.slice(-share)
+      pending = pending.slice(0, -share)
+      return { kind: 'clone', paths, budgetMs: 25 }
+    },
+    (result) => {
+      const part = result as ClonePart
+      pending.push(...part.next)
+      for (const [key, path] of part.groups) {
+        const paths = groups.get(key)
+        if (paths === undefined) groups.set(key, [planPath(path)])
+        else paths.push(planPath(path))
+      }
+      done += part.counts.objects
+      request.onProgress?.({ phase: 'clone', done })
+    },
+  )
+  linkGroups({ ...clone, marks: base.marks }, [...groups.values()])
+  return toFd
+}
+
+function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {
+  for (const paths of groups) {
+    const [first, ...others] = paths.sort()
+    if (first === undefined) continue
+    copyLinked(context, first)
+    const from = split(first)
+    withFd(openBeneath(context.toFd, from.parent, O_DIRECTORY | O_NOFOLLOW), (fromDir) => {
+      for (const other of others) {
+        const to = split(other)
+        withFd(openBeneath(context.toFd, to.parent, O_DIRECTORY | O_NOFOLLOW), (toDir) => {
+          const before = statFd(toDir)
+          link(fromDir, from.name, toDir, to.name)
+          setTimes(toDir, '', before.atimeNs, before.mtimeNs)
+        })
+      }
+    })
+  }
+}
+
+function planInit(request: MergeRequest, stack: OpenStack, rename: boolean): WorkInit {
+  return {
+    stack: stackInit(stack),
+    plan: { mode: request.mode, rename, plain: request.plain === true, portable: false },
+  }
+}
+
+function makePool(request: MergeRequest, stack: OpenStack, init: WorkInit): Pool {
+  return new Pool(init, { workers: request.workers ?? defaultWorkers(stack), signal: request.signal })
+}
+
+/** Two on local disks, where more only wait for each other; many where each call is a trip over a network. */
+export function defaultWorkers(stack: OpenStack): number {
+  return stack.layers.some(({ fd }) => isRemote(fd)) ? 16 : Math.min(2, availableParallelism())
+}
+
+async function planForLooking(
+  request: MergeRequest,
+  stack: OpenStack,
+  header: PlanHeader,
+  pool: Pool,
+): Promise<Planned> {
+  const fd = openTemporaryPlan()
+  try {
+    const writer = await PlanWriter.start(fd, header, 'plan')
+    return await planStack(stack, header.rename, pool, writer, request.onProgress)
+  } finally {
+    close(fd)
+  }
+}

@@ -1,0 +1,494 @@
+import {
+  type ByteString,
+  close,
+  DT_DIR,
+  DT_REG,
+  FS_APPEND_FL,
+  FS_IMMUTABLE_FL,
+  getXattr,
+  listXattrs,
+  type Stat,
+  statAt,
+  statFd,
+  textOf,
+  tryStatAt,
+} from '@lsync/posix'
+import { emission } from './compose.ts'
+import { resultMeta } from './effects.ts'
+import { isMark, type MarkNames } from './model/marks.ts'
+import { type EntryPath, join, type Name } from './model/path.ts'
+import {
+  type CleanRecord,
+  type DirectoryRecord,
+  type Expectation,
+  type MergeMode,
+  type PlaceStep,
+  plannedMeta,
+  type Step,
+  type Was,
+} from './model/plan.ts'
+import { type Directory, type Found, layerAt, lookup, OpenSources, type Source, type Stack } from './resolve.ts'
+import { inspect, openLayerDirectory, type RawEntry, sortedDirents, typeOf } from './scan.ts'
+
+/** What planning must know besides the stack. The last layer of the stack is the base, which the target starts as. */
+export interface PlanContext {
+  readonly stack: Stack
+  readonly mode: MergeMode
+  /** Layer 0 is renamed into the target rather than copied. */
+  readonly rename: boolean
+  readonly plain: boolean
+  /** Add expectations, so that the plan can be applied where these layers are not read again. */
+  readonly portable: boolean
+}
+
+/** A directory of the result that has something of the upper layers in it, to be planned. */
+export interface PlanTask {
+  readonly directory: Directory
+  /** What it would merge with below if it carried no marks. */
+  readonly inherited: EntryPath | undefined
+}
+
+/** What planning some directories gave. */
+export interface PlanPart {
+  readonly records: (DirectoryRecord | CleanRecord)[]
+  readonly next: PlanTask[]
+  readonly grafts: Graft[]
+  readonly groups: [group: string, path: string][]
+  readonly problems: Problem[]
+  readonly needs: Set<Need>
+  readonly counts: PlanCounts
+}
+
+/** Something that the result needs its file system to hold. */
+export type Need = 'devices' | 'trusted-xattrs' | 'user-xattrs' | 'acls' | 'hard-links' | 'capabilities'
+
+/** One thing that could not be planned. Paths are of the merged view. */
+export interface Problem {
+  readonly path: EntryPath
+  readonly code: string
+  readonly why: string
+}
+
+/** A place that takes its content from elsewhere in the base. */
+export interface Graft {
+  readonly from: EntryPath
+  readonly to: EntryPath
+  readonly kind: 'directory' | 'file'
+  /** Files: the upper's metacopy. */
+  readonly upper?: EntryPath
+  /** The upper's metacopy inode has further names. */
+  readonly linked: boolean
+  /** The base has it where the result wants it. */
+  readonly inPlace: boolean
+}
+
+export interface PlanCounts {
+  directories: number
+  placed: number
+  trees: number
+  removed: number
+  replaced: number
+  created: number
+  whiteouts: number
+  bytes: number
+}
+
+export function emptyPart(): PlanPart {
+  return {
+    records: [],
+    next: [],
+    grafts: [],
+    groups: [],
+    problems: [],
+    needs: new Set(),
+    counts: { directories: 0, placed: 0, trees: 0, removed: 0, replaced: 0, created: 0, whiteouts: 0, bytes: 0 },
+  }
+}
+
+/**
+ * Plans one directory of the result: what happens to each name that an upper layer has in it, and which directories
+ * below it are to be planned next. Reads only, names in byte order, so the same layers give the same plan.
+ */
+export function planDirectory(context: PlanContext, task: PlanTask, part: PlanPart): void {
+  const opened = new OpenSources(context.stack)
+  try {
+    new DirectoryPlanner(context, task, part, opened).run()
+  } finally {
+    opened.close()
+  }
+}
+
+class DirectoryPlanner {
+  readonly #context: PlanContext
+  readonly #task: PlanTask
+  readonly #part: PlanPart
+  readonly #opened: OpenSources
+  readonly #baseIndex: number
+  /** The base's directory that takes part here, if one does. */
+  readonly #base: Source | undefined
+  readonly #types: Map<number, Map<Name, number>> = new Map()
+  readonly #known = new Map<string, RawEntry | undefined>()
+
+  constructor(context: PlanContext, task: PlanTask, part: PlanPart, opened: OpenSources) {
+    this.#context = context
+    this.#task = task
+    this.#part = part
+    this.#opened = opened
+    this.#baseIndex = context.stack.layers.length - 1
+    this.#base = task.directory.sources.find(({ layer }) => layer === this.#baseIndex)
+  }
+
+  run(): void {
+    const { directory } = this.#task
+    const steps: Step[] = []
+    for (const name of this.#upperNames()) {
+      this.#known.clear()
+      const found = lookup(this.#context.stack, directory, name, (source, wanted) => this.#inspect(source, wanted))
+      this.#step(name, found, steps)
+    }
+    this.#part.counts.directories++
+    this.#part.records.push(this.#record(steps))
+  }
+
+  // A listing is only a list of candidates; the base's own names, untouched by the uppers, stay as they are.
+  #upperNames(): Name[] {
+    const names: Name[] = []
+    let listings = 0
+    for (const source of this.#task.directory.sources) {
+      if (source.layer === this.#baseIndex) continue
+      listings++
+      const types = new Map<Name, number>()
+      for (const { name, type } of sortedDirents(this.#opened.fd(source))) {
+        types.set(name, type)
+        names.push(name)
+      }
+      this.#types.set(source.layer, types)
+    }
+    return listings < 2 ? names : [...new Set(names)].sort()
+  }
+
+  #inspect(source: Source, name: Name): RawEntry | undefined {
+    const key = `${source.layer}:${source.path}/${name}`
+    if (this.#known.has(key)) return this.#known.get(key)
+    const isOwn = this.#task.directory.sources.some(({ layer, path }) => layer === source.layer && path === source.path)
+    const types = isOwn ? this.#types.get(source.layer) : undefined
+    let entry: RawEntry | undefined
+    if (types === undefined) entry = this.#opened.inspect(source, name)
+    else {
+      const type = types.get(name)
+      const { marks } = layerAt(this.#context.stack, source.layer)
+      if (type !== undefined) entry = inspect(this.#opened.fd(source), name, type, marks, this.#wantsStat(type))
+    }
+    this.#known.set(key, entry)
+    return entry
+  }
+
+  // Renaming needs no stat. Copying needs the link count and the size.
+  #wantsStat(type: number): boolean {
+    return type !== DT_DIR && (!this.#context.rename || this.#context.portable)
+  }
+
+  #baseStat(name: Name): Stat | undefined {
+    if (this.#base === undefined) return undefined
+    return tryStatAt(this.#opened.fd(this.#base), name)
+  }
+
+  #step(name: Name, found: Found, steps: Step[]): void {
+    const { directory } = this.#task
+    const path = join(directory.path, name)
+    const { counts } = this.#part
+    const stat = this.#baseStat(name)
+    const was: Was = stat === undefined ? 'nothing' : stat.isDirectory ? 'directory' : 'file'
+    const common = {
+      name: textOf(name),
+      was,
+      ...(this.#context.portable && stat !== undefined ? { expectTarget: expectationOf(stat) } : {}),
+    }
+    switch (found.kind) {
+      case 'broken':
+        this.#part.problems.push({ path, code: found.errno, why: found.why })
+        return
+      case 'absent':
+        if (directory.open !== undefined && found.covered) {
+          if (stat?.isWhiteoutDevice === true && !this.#consumes()) return
+          counts.whiteouts++
+          this.#part.needs.add('devices')
+          steps.push({ do: 'whiteout', ...common })
+        } else if (was !== 'nothing' || this.#consumes()) {
+          if (was !== 'nothing') counts.removed++
+          steps.push({ do: 'remove', ...common })
+        }
+        return
+      case 'directory':
+        this.#directoryStep(name, path, found, common, steps)
+        return
+      case 'object':
+        if (found.source.layer === this.#baseIndex) return
+        this.#objectStep(path, found, common, steps)
+    }
+  }
+
+  #consumes(): boolean {
+    return this.#context.mode === 'in-place'
+  }
+
+  #directoryStep(
+    name: Name,
+    path: EntryPath,
+    found: Extract<Found, { kind: 'directory' }>,
+    common: { name: string; was: Was },
+    steps: Step[],
+  ): void {
+    const { directory } = found
+    const base = directory.sources.find(({ layer }) => layer === this.#baseIndex)
+    // The target has it where it belongs: at its place, or in a parent that was moved with it.
+    const ridesAlong = base !== undefined && this.#base !== undefined && base.path === join(this.#base.path, name)
+    const { open } = this.#task.directory
+    const inherited = open === undefined ? undefined : join(open, name)
+    if (base === undefined) {
+      if (this.#context.rename && directory.sources.length === 1 && this.#planTree(path, found, common, steps)) return
+      steps.push({ do: 'mkdir', ...common })
+      this.#part.counts.created++
+    } else if (!ridesAlong) {
+      this.#part.grafts.push({ from: base.path, to: path, kind: 'directory', linked: false, inPlace: false })
+      steps.push({ do: 'graft', ...common, from: textOf(base.path) })
+    }
+    this.#part.next.push({ directory, inherited })
+  }
+
+  /** A directory that only the upper has can be moved whole, unless something in it merges with something elsewhere. */
+  #planTree(
+    path: EntryPath,
+    found: Extract<Found, { kind: 'directory' }>,
+    common: { name: string; was: Was },
+    steps: Step[],
+  ): boolean {
+    const { open, sources } = found.directory
+    if (open !== undefined) return false
+    const source = sources[0] as Source
+    const layer = layerAt(this.#context.stack, source.layer)
+    const clean: CleanRecord[] = []
+    let objects = 0
+    let flags = 0
+    const pending: EntryPath[] = [source.path]
+    for (let current = pending.pop(); current !== undefined; current = pending.pop()) {
+      const fd = openLayerDirectory(layer, current)
+      try {
+        const cleaned = cleanRecord(fd, current, layer.marks, pending)
+        if (cleaned === undefined) return false
+        objects += cleaned.objects
+        if (cleaned.record !== undefined) clean.push(cleaned.record)
+        // An immutable directory cannot be renamed: its own flags wait until it has arrived.
+        if (current === source.path) flags = cleaned.flags
+        else if (cleaned.flags !== 0 && cleaned.record !== undefined) cleaned.record.flags?.push(['', cleaned.flags])
+      } finally {
+        close(fd)
+      }
+    }
+    this.#part.records.push(...clean)
+    // In a result that stays a layer, the moved directory must not merge with what lies below.
+    const isClosedBelow = this.#task.directory.open === undefined
+    steps.push({
+      do: 'place',
+      ...common,
+      tree: true,
+      ...this.#from(source, path),
+      ...(flags === 0 ? {} : { flags }),
+      ...(isClosedBelow ? {} : { set: [[layer.marks.opaque, Buffer.from('y').toString('base64')]] }),
+    } satisfies PlaceStep)
+    this.#count(common.was, 0)
+    this.#part.counts.trees++
+    this.#part.counts.placed += objects
+    return true
+  }
+
+  #objectStep(
+    path: EntryPath,
+    found: Extract<Found, { kind: 'object' }>,
+    common: { name: string; was: Was },
+    steps: Step[],
+  ): void {
+    const { source, data, top } = found
+    const { marks } = layerAt(this.#context.stack, source.layer)
+    const parent = this.#parentFd(source)
+    const name = top.name
+    const marked = marksToDrop(top.attributes, marks)
+    const flags = protectedFlags(parent, name, marked, marks)
+    const stat = top.stat ?? (top.metacopy !== undefined ? statAt(parent, name) : undefined)
+    const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
+    if (flags !== 0) step.flags = flags
+    if (stat !== undefined) this.#needsOf(top, stat)
+    if (this.#context.portable && stat !== undefined) step.expect = expectationOf(stat)
+    if (!this.#context.rename && stat !== undefined && stat.nlink > 1) {
+      step.group = `${source.layer}:${stat.dev}:${stat.ino}`
+      this.#part.groups.push([step.group, textOf(path)])
+      this.#part.needs.add('hard-links')
+    }
+    if (stat !== undefined) step.sizeBytes = stat.sizeBytes
+    this.#count(common.was, stat?.sizeBytes ?? 0)
+    const isOwnData = top.metacopy === undefined
+    if (isOwnData) {
+      if (marked.length > 0) step.drop = marked.map(textOf)
+    } else if (data.layer === 'below') {
+      const { redirect } = emission(data.path, this.#task.directory.open, name)
+      const drop = marked.filter((attribute) => attribute !== marks.metacopy)
+      if (drop.length > 0) step.drop = drop.map(textOf)
+      if (redirect !== undefined) step.set = [[marks.redirect, Buffer.from(redirect, 'latin1').toString('base64')]]
+      step.metacopy = true
+      this.#part.needs.add('trusted-xattrs')
+    } else if (data.layer === this.#baseIndex && this.#consumes()) {
+      const meta = plannedMeta(resultMeta(parent, name, stat as Stat, marks, this.#context.plain))
+      const linked = (stat as Stat).nlink > 1
+      const inPlace = this.#base !== undefined && data.path === join(this.#base.path, name)
+      this.#part.grafts.push({ from: data.path, to: path, kind: 'file', upper: source.path, linked, inPlace })
+      steps.push({
+        do: 'graft',
+        ...common,
+        from: textOf(data.path),
+        meta,
+        drop: marked.map(textOf),
+        ...(flags === 0 ? {} : { flags }),
+        ...(step.group === undefined ? {} : { group: step.group }),
+      })
+      return
+    } else {
+      step.data = [data.layer, textOf(data.path)]
+      step.drop = marked.map(textOf)
+    }
+    steps.push(step)
+  }
+
+  #parentFd(source: Source): number {
+    const slash = source.path.lastIndexOf('/')
+    return this.#opened.fd({
+      layer: source.layer,
+      path: (slash < 0 ? '' : source.path.slice(0, slash)) as EntryPath,
+    })
+  }
+
+  // By default a step takes layer 0's entry of the same name in the record's upper directory.
+  #from(source: Source, path: EntryPath): { from?: [number, string] } {
+    const upper = this.#task.directory.sources[0]
+    const name = path.slice(path.lastIndexOf('/') + 1) as Name
+    if (source.layer === 0 && upper?.layer === 0 && join(upper.path, name) === source.path) return {}
+    return { from: [source.layer, textOf(source.path)] }
+  }
+
+  #count(was: Was, sizeBytes: number): void {
+    const { counts } = this.#part
+    counts.placed++
+    counts.bytes += sizeBytes
+    if (was === 'nothing') counts.created++
+    else counts.replaced++
+  }
+
+  #needsOf(top: RawEntry, stat: Stat): void {
+    const { needs } = this.#part
+    if (stat.rdev !== 0) needs.add('devices')
+    for (const attribute of top.attributes) {
+      if (attribute.startsWith('user.')) needs.add('user-xattrs')
+      else if (attribute.startsWith('trusted.') && !attribute.startsWith('trusted.overlay.'))
+        needs.add('trusted-xattrs')
+      else if (attribute.startsWith('system.posix_acl_')) needs.add('acls')
+      else if (attribute === 'security.capability') needs.add('capabilities')
+    }
+  }
+
+  #record(steps: Step[]): DirectoryRecord {
+    const { directory, inherited } = this.#task
+    const top = directory.sources[0] as Source
+    const { marks } = layerAt(this.#context.stack, top.layer)
+    const fd = this.#opened.fd(top)
+    const meta = resultMeta(fd, '', statFd(fd), marks, this.#context.plain)
+    const record: DirectoryRecord = {
+      type: 'directory',
+      path: textOf(directory.path),
+      meta: plannedMeta(meta),
+      steps,
+    }
+    if (top.layer === 0) record.upper = textOf(top.path)
+    if (directory.path !== '') {
+      const name = directory.path.slice(directory.path.lastIndexOf('/') + 1) as Name
+      const parentOrigin = inherited === undefined ? undefined : (parentOf(inherited) as EntryPath)
+      const { opaque, redirect } = emission(directory.open, parentOrigin, name)
+      if (opaque) record.opaque = true
+      if (redirect !== undefined) record.redirect = textOf(redirect)
+      const flags = protectedFlags(fd, '', [marks.protattr], marks)
+      if (flags !== 0) record.flags = flags
+    }
+    return record
+  }
+}
+
+function parentOf(path: EntryPath): EntryPath {
+  const slash = path.lastIndexOf('/')
+  return (slash < 0 ? '' : path.slice(0, slash)) as EntryPath
+}
+
+/** The marks among some attributes: what does not belong into a result. */
+function marksToDrop(attributes: readonly ByteString[], marks: MarkNames): ByteString[] {
+  return attributes.filter((attribute) => isMark(attribute, marks))
+}
+
+/** The inode flags that `NS.protattr` stands for: `i` and `a`. */
+function protectedFlags(dirfd: number, name: Name | '', marked: readonly ByteString[], marks: MarkNames): number {
+  if (!marked.includes(marks.protattr)) return 0
+  const value = getXattr(dirfd, name, marks.protattr)?.toString('latin1') ?? ''
+  return (value.includes('i') ? FS_IMMUTABLE_FL : 0) | (value.includes('a') ? FS_APPEND_FL : 0)
+}
+
+function expectationOf(stat: Stat): Expectation {
+  const type = typeOf(stat)
+  return type === DT_REG ? { type, sizeBytes: stat.sizeBytes, mtimeNs: String(stat.mtimeNs) } : { type }
+}
+
+/**
+ * What must be cleaned in one directory of a tree that is moved whole: `undefined` when something in it merges with
+ * something elsewhere, so that the tree cannot be moved whole. Subdirectories are added to `pending`.
+ */
+function cleanRecord(
+  fd: number,
+  path: EntryPath,
+  marks: MarkNames,
+  pending: EntryPath[],
+): { record?: CleanRecord; objects: number; flags: number } | undefined {
+  const whiteouts: string[] = []
+  const drop: [string, string[]][] = []
+  const flags: [string, number][] = []
+  const clean = (name: Name, attributes: readonly ByteString[]) => {
+    const marked = marksToDrop(attributes, marks)
+    if (marked.length > 0) drop.push([textOf(name), marked.map(textOf)])
+    const bits = protectedFlags(fd, name, marked, marks)
+    if (bits !== 0) flags.push([textOf(name), bits])
+  }
+  const own = marksToDrop(listXattrs(fd, ''), marks)
+  if (own.length > 0) drop.push(['', own.map(textOf)])
+  const ownFlags = protectedFlags(fd, '', own, marks)
+  let objects = 0
+  for (const { name, type } of sortedDirents(fd)) {
+    const entry = inspect(fd, name, type, marks)
+    if (entry.whiteout !== undefined) {
+      whiteouts.push(textOf(name))
+      continue
+    }
+    if (entry.badRedirect !== undefined || entry.metacopy !== undefined) return undefined
+    if (entry.type === DT_DIR) {
+      // An absolute redirect re-opens the search even below a closed directory.
+      if (entry.redirect?.startsWith('/') === true && !entry.opaque) return undefined
+      pending.push(join(path, name))
+    } else {
+      objects++
+      clean(name, entry.attributes)
+    }
+  }
+  if (whiteouts.length === 0 && drop.length === 0) return { objects, flags: 0 }
+  const record: CleanRecord = { type: 'clean', upper: textOf(path) }
+  if (drop.length > 0) record.drop = drop
+  if (flags.length > 0 || ownFlags !== 0) record.flags = flags
+  if (whiteouts.length > 0) {
+    const stat = statFd(fd)
+    record.whiteouts = whiteouts
+    record.times = [String(stat.atimeNs), String(stat.mtimeNs)]
+  }
+  return { record, objects, flags: ownFlags }
+}

@@ -1,0 +1,166 @@
+import type { ByteString } from '@lsync/posix'
+import { type ApplyContext, applyGroup, applyRecord, type GroupMember, type Phase } from './apply.ts'
+import { type CloneContext, type ClonePart, cloneDirectory, emptyClonePart } from './clone.ts'
+import { removeTree, type Trash } from './effects.ts'
+import { type EncodedLine, lineOf, readRecord } from './journal.ts'
+import type { Namespace } from './model/marks.ts'
+import { MARKS } from './model/marks.ts'
+import type { EntryPath } from './model/path.ts'
+import type { DirectoryRecord, PlanHeader, StageRecord } from './model/plan.ts'
+import { emptyPart, type PlanContext, type PlanPart, type PlanTask, planDirectory } from './plan.ts'
+import type { Stack } from './resolve.ts'
+
+/** A stack as it travels to a worker: file descriptors belong to the process, so their numbers do. */
+export interface StackInit {
+  readonly layers: readonly { path: string; fd: number }[]
+  readonly data: readonly { path: string; fd: number }[]
+  readonly namespace: Namespace
+  readonly below: boolean
+}
+
+/** Everything that a job may need; parts are added as an operation gets to know them. */
+export interface WorkInit {
+  readonly stack: StackInit
+  readonly plan?: Omit<PlanContext, 'stack'>
+  readonly clone?: Omit<CloneContext, 'marks'>
+  readonly apply?: {
+    readonly header: PlanHeader
+    readonly targetFd: number
+    readonly stageFd: number
+    readonly trashFd: number
+    readonly planFd: number
+    readonly stages: readonly StageRecord[]
+    readonly reflink: boolean
+    readonly resumed: boolean
+    readonly indexFd?: number
+  }
+}
+
+/** What a plan job gives back: lines instead of records, since those only travel on to the journal. */
+export interface PlanResult extends Omit<PlanPart, 'records'> {
+  readonly lines: readonly EncodedLine[]
+}
+
+/** One unit of work, small enough to be shared out and big enough to be worth a message. */
+export type Job =
+  | { readonly kind: 'plan'; readonly tasks: readonly PlanTask[]; readonly budgetMs: number }
+  | { readonly kind: 'clone'; readonly paths: readonly EntryPath[]; readonly budgetMs: number }
+  | { readonly kind: 'apply'; readonly phase: Phase; readonly lines: readonly { offset: number; length: number }[] }
+  | { readonly kind: 'group'; readonly members: readonly GroupRef[][] }
+  | { readonly kind: 'discard'; readonly names: readonly ByteString[] }
+
+/** One name of a link group, by the line it is in. */
+export interface GroupRef {
+  readonly line: { readonly offset: number; readonly length: number }
+  readonly name: string
+}
+
+export type JobResult = PlanResult | ClonePart | number
+
+/** Carries out jobs with synchronous system calls, in a worker thread or in the calling one. */
+export class Workshop {
+  readonly #stack: Stack
+  readonly #init: WorkInit
+  #apply: ApplyContext | undefined
+
+  constructor(init: WorkInit, tag: string) {
+    this.#init = init
+    const { layers, data, namespace, below } = init.stack
+    const marks = MARKS[namespace]
+    const layer = ({ path, fd }: { path: string; fd: number }) => ({ path: path as never, fd, marks })
+    this.#stack = {
+      layers: layers.map(layer),
+      data: data.map(layer),
+      below,
+      followRedirects: namespace === 'trusted',
+    }
+    if (init.apply !== undefined) {
+      const { stages, trashFd, ...rest } = init.apply
+      this.#apply = {
+        ...rest,
+        layerFds: [...layers, ...data].map(({ fd }) => fd),
+        trash: namedTrash(trashFd, tag),
+        stages: new Map(stages.map((stage) => [stage.to, stage])),
+      }
+    }
+  }
+
+  run(job: Job): JobResult {
+    switch (job.kind) {
+      case 'plan':
+        return this.#plan(job.tasks, job.budgetMs)
+      case 'clone':
+        return this.#clone(job.paths, job.budgetMs)
+      case 'apply': {
+        const planFd = (this.#init.apply as NonNullable<WorkInit['apply']>).planFd
+        for (const line of job.lines) applyRecord(this.#applyContext, readRecord(planFd, line), job.phase)
+        return job.lines.length
+      }
+      case 'group':
+        for (const members of job.members)
+          applyGroup(
+            this.#applyContext,
+            members.map((ref) => this.#member(ref)),
+          )
+        return job.members.length
+      case 'discard':
+        for (const name of job.names) removeTree(this.#applyContext.trash.fd, name)
+        return job.names.length
+    }
+  }
+
+  get #applyContext(): ApplyContext {
+    if (this.#apply === undefined) throw new Error('this workshop has no plan to apply')
+    return this.#apply
+  }
+
+  #plan(tasks: readonly PlanTask[], budgetMs: number): PlanResult {
+    const context = { ...(this.#init.plan as NonNullable<WorkInit['plan']>), stack: this.#stack }
+    const part = emptyPart()
+    const pending = [...tasks]
+    const lines: EncodedLine[] = []
+    const start = performance.now()
+    // Depth first within the budget; what is left goes back to be shared out.
+    for (let task = pending.pop(); task !== undefined; task = pending.pop()) {
+      planDirectory(context, task, part)
+      for (const record of part.records) lines.push(lineOf(record))
+      part.records.length = 0
+      pending.push(...part.next.reverse())
+      part.next.length = 0
+      if (performance.now() - start > budgetMs) break
+    }
+    const { records: _, ...rest } = part
+    return { ...rest, next: pending, lines }
+  }
+
+  #clone(paths: readonly EntryPath[], budgetMs: number): ClonePart {
+    const part = emptyClonePart()
+    const context: CloneContext = {
+      ...(this.#init.clone as NonNullable<WorkInit['clone']>),
+      marks: MARKS[this.#init.stack.namespace],
+    }
+    const pending = [...paths]
+    const start = performance.now()
+    for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
+      cloneDirectory(context, path, part)
+      pending.push(...part.next)
+      part.next.length = 0
+      if (performance.now() - start > budgetMs) break
+    }
+    part.next.push(...pending)
+    return part
+  }
+
+  #member(ref: GroupRef): GroupMember {
+    const planFd = (this.#init.apply as NonNullable<WorkInit['apply']>).planFd
+    const record = readRecord(planFd, ref.line) as DirectoryRecord
+    const step = record.steps.find(({ name }) => name === ref.name)
+    if (step === undefined || (step.do !== 'place' && step.do !== 'graft')) throw new Error('a group without its step')
+    return { record, step }
+  }
+}
+
+function namedTrash(fd: number, tag: string): Trash {
+  let count = 0
+  return { fd, next: () => `${tag}.${count++}` as ByteString }
+}

@@ -1,0 +1,38 @@
+import { parentPort, threadId } from 'node:worker_threads'
+import { LsyncError } from '@lsync/posix'
+import { type Job, type WorkInit, Workshop } from './work.ts'
+
+/** What the pool sends: a new workshop, or a job for it. */
+export type ToWorker = { readonly init: WorkInit; readonly tag: string } | { readonly job: Job }
+
+/** An error as it travels: its class is known by its code. */
+export interface TravellingError {
+  readonly name: string
+  readonly message: string
+  readonly stack: string | undefined
+  readonly code?: string
+  readonly path?: string | undefined
+  readonly syscall?: string | undefined
+  readonly hint?: string | undefined
+}
+
+let workshop: Workshop | undefined
+
+parentPort?.on('message', (message: ToWorker) => {
+  if ('init' in message) {
+    workshop = new Workshop(message.init, `${message.tag}-${threadId}`)
+    return
+  }
+  try {
+    parentPort?.postMessage({ result: (workshop as Workshop).run(message.job) })
+  } catch (error) {
+    parentPort?.postMessage({ error: packed(error) })
+  }
+})
+
+function packed(error: unknown): TravellingError {
+  const { name, message, stack } = error instanceof Error ? error : new Error(String(error))
+  if (!(error instanceof LsyncError)) return { name, message, stack }
+  const { code, path, syscall, hint } = error
+  return { name, message, stack, code, path, syscall, hint }
+}

@@ -1,0 +1,137 @@
+import type { ByteString } from './bytes.ts'
+import { errnoName, PosixError } from './errors.ts'
+import { allocate, cString, errno, libcFunction } from './native.ts'
+
+const statxNative = libcFunction('statx', 'i', 'ipiup')
+
+const AT_SYMLINK_NOFOLLOW = 0x100
+const AT_NO_AUTOMOUNT = 0x800
+const AT_EMPTY_PATH = 0x1000
+const MASK = 0x7ff | 0x800 | 0x1000 // basic stats, birth time, mount id
+
+export const S_IFMT = 0o170000
+export const S_IFSOCK = 0o140000
+export const S_IFLNK = 0o120000
+export const S_IFREG = 0o100000
+export const S_IFBLK = 0o060000
+export const S_IFDIR = 0o040000
+export const S_IFCHR = 0o020000
+export const S_IFIFO = 0o010000
+
+/** An inode number: a number where that is exact, else a bigint. */
+export type Ino = number | bigint
+
+/** What statx(2) says of one inode. Sizes in bytes, `blocks` in units of 512, times in ns since 1970 (bigint). */
+export class Stat {
+  readonly mode: number
+  readonly nlink: number
+  readonly uid: number
+  readonly gid: number
+  readonly ino: Ino
+  readonly sizeBytes: number
+  readonly blocks: number
+  /** Major in the upper 32 bits' place: `major * 2^32 + minor`, an opaque but comparable number. */
+  readonly dev: number
+  /** The device a device node stands for, as mknod(2) takes it. */
+  readonly rdev: number
+  readonly mountId: number
+  readonly isMountRoot: boolean
+  /** Immutable or append-only (chattr +i, +a), where the file system tells. */
+  readonly isProtected: boolean
+  readonly #times: Float64Array
+
+  constructor(raw: DataView) {
+    this.nlink = raw.getUint32(16, true)
+    this.uid = raw.getUint32(20, true)
+    this.gid = raw.getUint32(24, true)
+    this.mode = raw.getUint16(28, true)
+    this.ino = unsigned64(raw, 32)
+    this.sizeBytes = Number(unsigned64(raw, 40))
+    this.blocks = Number(unsigned64(raw, 48))
+    this.#times = new Float64Array(8)
+    for (let i = 0; i < 4; i++) {
+      const at = 64 + i * 16
+      this.#times[i * 2] = raw.getInt32(at + 4, true) * 0x1_0000_0000 + raw.getUint32(at, true)
+      this.#times[i * 2 + 1] = raw.getUint32(at + 8, true)
+    }
+    this.rdev = makeDevice(raw.getUint32(128, true), raw.getUint32(132, true))
+    this.dev = raw.getUint32(136, true) * 0x1_0000_0000 + raw.getUint32(140, true)
+    this.mountId = Number(unsigned64(raw, 144))
+    const attributes = raw.getUint32(8, true)
+    this.isMountRoot = (attributes & 0x2000) !== 0
+    this.isProtected = (attributes & 0x30) !== 0
+  }
+
+  get atimeNs(): bigint {
+    return this.#timeNs(0)
+  }
+  get btimeNs(): bigint {
+    return this.#timeNs(1)
+  }
+  get ctimeNs(): bigint {
+    return this.#timeNs(2)
+  }
+  get mtimeNs(): bigint {
+    return this.#timeNs(3)
+  }
+  get type(): number {
+    return this.mode & S_IFMT
+  }
+  get permissions(): number {
+    return this.mode & 0o7777
+  }
+  get isDirectory(): boolean {
+    return this.type === S_IFDIR
+  }
+  get isFile(): boolean {
+    return this.type === S_IFREG
+  }
+  /** A whiteout as the kernel writes it: a character device 0:0. */
+  get isWhiteoutDevice(): boolean {
+    return this.type === S_IFCHR && this.rdev === 0
+  }
+
+  #timeNs(index: number): bigint {
+    return BigInt(this.#times[index * 2] as number) * 1_000_000_000n + BigInt(this.#times[index * 2 + 1] as number)
+  }
+}
+
+/** The number that `mknodat` takes for a device (glibc's makedev). */
+export function makeDevice(major: number, minor: number): number {
+  if (major < 0x1000 && minor < 0x100000) return (minor & 0xff) + major * 0x100 + (minor >>> 8) * 0x100000
+  const high = BigInt(major & ~0xfff) << 32n
+  return Number(high) + (minor & 0xff) + (major & 0xfff) * 0x100 + (minor >>> 8) * 0x100000
+}
+
+function unsigned64(raw: DataView, at: number): Ino {
+  const high = raw.getUint32(at + 4, true)
+  return high < 0x20_0000 ? high * 0x1_0000_0000 + raw.getUint32(at, true) : raw.getBigUint64(at, true)
+}
+
+const out = allocate(256)
+const view = new DataView(out.buffer.buffer, out.buffer.byteOffset, 256)
+
+/** statx(2) of `name` beneath `dirfd`, not following a symlink. `undefined` when there is nothing of that name. */
+export function tryStatAt(dirfd: number, name: ByteString): Stat | undefined {
+  if (statxNative(dirfd, cString(name), AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, out.address) < 0) {
+    const code = errnoName(errno())
+    if (code === 'ENOENT') return undefined
+    throw new PosixError(code, { syscall: 'statx', path: name })
+  }
+  return new Stat(view)
+}
+
+/** As `tryStatAt`, but absence is a failure. */
+export function statAt(dirfd: number, name: ByteString): Stat {
+  const stat = tryStatAt(dirfd, name)
+  if (stat === undefined) throw new PosixError('ENOENT', { syscall: 'statx', path: name })
+  return stat
+}
+
+/** statx(2) of an open file. */
+export function statFd(fd: number): Stat {
+  if (statxNative(fd, cString(''), AT_EMPTY_PATH, MASK, out.address) < 0) {
+    throw new PosixError(errnoName(errno()), { syscall: 'statx', path: '' })
+  }
+  return new Stat(view)
+}
