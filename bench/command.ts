@@ -3,7 +3,8 @@ import { spawn, spawnSync } from 'node:child_process'
 /** A command that the harness needs for its set-up did not end well. */
 export class CommandFailedError extends Error {
   constructor(command: readonly string[], detail: string) {
-    super(`${command.join(' ')}: ${detail}`)
+    // A copy that fails has a line to say about each of a million files.
+    super(`${command.join(' ').slice(0, 300)}: ${detail.split('\n').slice(0, 3).join('; ')}`)
     this.name = 'CommandFailedError'
   }
 }

@@ -32,6 +32,7 @@ export type MergeOptions = {
   /** File systems of the rows in place and output; the row growth has its own unless these were chosen by the user. */
   fs: readonly Fs[]
   fsWasChosen: boolean
+  growthFs: readonly Fs[]
   target?: string
   overlayOptions: readonly string[]
   /** Sizes of the lower in the row growth. */
@@ -322,7 +323,7 @@ async function* measureOutput(context: MergeContext): AsyncGenerator<Row> {
 
 async function* measureGrowth(context: MergeContext): AsyncGenerator<Row> {
   const { options, scratch, progress } = context
-  const wanted: readonly Fs[] = options.fsWasChosen ? options.fs : ['btrfs', 'moosefs', 'xfs']
+  const wanted = options.fsWasChosen ? options.fs : options.growthFs
   const [least = 0] = options.growth
   const most = options.growth.at(-1) ?? 0
   for (const fs of availableFs(context, wanted, 'growth')) {
@@ -463,7 +464,7 @@ async function* measureMemory(context: MergeContext): AsyncGenerator<Row> {
       ...targetOf(options),
       name: `memory-${fs}`,
       sizeBytes: 3 * estimateTreeBytes(entries, 'empty') + options.changes * 60_000 + 2 ** 30,
-      inodes: Math.ceil(entries * 2.2) + options.changes * 6 + 10_000,
+      inodes: Math.ceil(entries * 3.3) + options.changes * 6 + 10_000,
     })
     try {
       const series: Series[] = []
@@ -491,6 +492,7 @@ async function* measureMemory(context: MergeContext): AsyncGenerator<Row> {
         place,
         workload: { ...workload, files: 0 },
         name: 'above',
+        once: true,
         change: async (view) => {
           await makeEntries(view, entries, scratch)
           return { create: entries }
@@ -539,7 +541,7 @@ async function* measureStartUp(context: MergeContext): AsyncGenerator<Row> {
     for (const peer of peers)
       await runPeer(context, { states, peer, series: { peer: '', x: 0, samples: [] }, round: 0 })
     const unchecked = { ...context, options: { ...options, check: false } }
-    const series = await runContests(unchecked, [{ states, peers, x: 0 }], Math.max(options.runs, 10))
+    const series = await runContests(unchecked, [{ states, peers, x: 0 }], 2 * options.runs)
     const figure = (peer: string, goal: Goal): Comparison => {
       const measured = spreadOf(find(series, peer), 'wallMs')
       const base: Comparison = { label: peer, unit: 'ms', goal }

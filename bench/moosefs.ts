@@ -1,4 +1,4 @@
-import { copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
+import { copyFileSync, mkdirSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { findProgram, runCommand } from './command.ts'
 import type { Scratch } from './scratch.ts'
@@ -18,6 +18,7 @@ export const moosefsPrograms = ['mfsmaster', 'mfschunkserver', 'mfsmount', 'mfsm
  */
 export async function startMoosefs(scratch: Scratch): Promise<{ root: string; stop: () => void }> {
   const folder = scratch.folder('moosefs')
+  const removeFolder = scratch.onCleanup(() => rmSync(folder, { recursive: true, force: true }))
   const [meta, chunkMeta, chunks] = ['meta', 'chunk-meta', 'chunks'].map((name) => join(folder, name)) as [
     string,
     string,
@@ -27,6 +28,7 @@ export async function startMoosefs(scratch: Scratch): Promise<{ root: string; st
   const program = (name: string): string => findProgram(name) ?? name
   runCommand(['ip', 'link', 'set', 'lo', 'up'])
   runCommand(['ip', 'link', 'add', 'bench0', 'type', 'veth', 'peer', 'name', 'bench1'])
+  const removeLinks = scratch.onCleanup(() => runCommand(['ip', 'link', 'delete', 'bench0']))
   runCommand(['ip', 'address', 'add', `${address}/24`, 'dev', 'bench0'])
   for (const link of ['bench0', 'bench1']) runCommand(['ip', 'link', 'set', link, 'up'])
 
@@ -87,6 +89,8 @@ export async function startMoosefs(scratch: Scratch): Promise<{ root: string; st
     stop: () => {
       unmount()
       for (const stop of stops.reverse()) stop()
+      removeLinks()
+      removeFolder()
     },
   }
 }

@@ -270,6 +270,8 @@ export async function prepareKeptLower(
     place: Place
     /** Makes the changes, `makeChanges` unless given. */
     change?: (view: string) => Promise<ChangeCounts>
+    /** There will be one run only, which may use up the upper itself: no copy of a very large one. */
+    once?: boolean
   },
 ): Promise<States> {
   const { scratch, place, workload, name } = request
@@ -289,10 +291,12 @@ export async function prepareKeptLower(
     async withState(use) {
       await scratch.checkInterrupted()
       const run = pathsAt(place, `${name}-run-${serial++}`, view)
-      const state = { ...run, lower: kept.lower }
+      const state = request.once === true ? kept : { ...run, lower: kept.lower }
       try {
-        await startCommand(['cp', '-a', kept.upper, state.upper])
-        makeRoot(state.work, 'plain')
+        if (request.once !== true) {
+          await startCommand(['cp', '-a', kept.upper, state.upper])
+          makeRoot(state.work, 'plain')
+        }
         return await use(state)
       } finally {
         for (const path of [state.upper, state.work, state.output]) await removeTree(path, fs)

@@ -1,6 +1,6 @@
 import fc from 'fast-check'
-import type { LayerItem } from '../../packages/overlay-merge/src/encodings/item.ts'
 import { openNew, openRegular } from '../../packages/overlay-merge/src/encodings/inode.ts'
+import type { LayerItem } from '../../packages/overlay-merge/src/encodings/item.ts'
 import type { Entry, Meta, Redirect } from '../../packages/overlay-merge/src/model/entry.ts'
 import { type EntryPath, join, ROOT } from '../../packages/overlay-merge/src/model/path.ts'
 import { type ByteString, close, makeDevice, readAt, truncate, writeAt } from '../../packages/posix/src/index.ts'
@@ -55,13 +55,11 @@ const NAMES = [
 /** The items of a whole layer, the root first, in the order `whiteouts-first`. */
 export function anyLayer(abilities: Abilities): fc.Arbitrary<Model[]> {
   const links = fc.array(fc.tuple(fc.nat(30), fc.nat(30)), { maxLength: 3 })
-  return fc
-    .tuple(anyMeta(abilities, 'directory'), anyChildren(abilities, 3), links)
-    .map(([meta, children, pairs]) => {
-      const models: Model[] = []
-      flatten(ROOT, { make: (path) => ({ entry: { kind: 'directory', path, meta, opaque: false } }), children }, models)
-      return withLinks(models, pairs)
-    })
+  return fc.tuple(anyMeta(abilities, 'directory'), anyChildren(abilities, 3), links).map(([meta, children, pairs]) => {
+    const models: Model[] = []
+    flatten(ROOT, { make: (path) => ({ entry: { kind: 'directory', path, meta, opaque: false } }), children }, models)
+    return withLinks(models, pairs)
+  })
 }
 
 function flatten(path: EntryPath, node: Node, into: Model[]): void {
@@ -117,17 +115,15 @@ function anyChildren(abilities: Abilities, depth: number): fc.Arbitrary<Record<s
 }
 
 function anyNode(abilities: Abilities, depth: number): fc.Arbitrary<Node> {
-  const file = fc
-    .tuple(anyMeta(abilities, 'file'), anyContent, fc.constantFrom(0, 0, 0, 200_000))
-    .map(
-      ([meta, content, holeBytes]): Node => ({
-        make: (path) => ({
-          entry: { kind: 'file', path, meta, sizeBytes: holeBytes + content.length },
-          content,
-          holeBytes,
-        }),
+  const file = fc.tuple(anyMeta(abilities, 'file'), anyContent, fc.constantFrom(0, 0, 0, 200_000)).map(
+    ([meta, content, holeBytes]): Node => ({
+      make: (path) => ({
+        entry: { kind: 'file', path, meta, sizeBytes: holeBytes + content.length },
+        content,
+        holeBytes,
       }),
-    )
+    }),
+  )
   const symlink = fc
     .tuple(anyMeta(abilities, 'symlink'), fc.constantFrom('a', '../..', '/etc', '\xff', 't'.repeat(300)))
     .map(
@@ -168,16 +164,14 @@ function specials(abilities: Abilities): [SpecialEntry['type'], number][] {
 function anyDirectory(abilities: Abilities, depth: number): fc.Arbitrary<Node> {
   const opaque = abilities.opaque === true ? fc.boolean() : fc.constant(false)
   const redirect = abilities.redirects === true ? fc.option(anyRedirect, { nil: undefined }) : fc.constant(undefined)
-  return fc
-    .tuple(anyMeta(abilities, 'directory'), opaque, redirect, anyChildren(abilities, depth - 1))
-    .map(
-      ([meta, isOpaque, to, children]): Node => ({
-        children,
-        make: (path) => ({
-          entry: { kind: 'directory', path, meta, opaque: isOpaque, ...(to === undefined ? {} : { redirect: to }) },
-        }),
+  return fc.tuple(anyMeta(abilities, 'directory'), opaque, redirect, anyChildren(abilities, depth - 1)).map(
+    ([meta, isOpaque, to, children]): Node => ({
+      children,
+      make: (path) => ({
+        entry: { kind: 'directory', path, meta, opaque: isOpaque, ...(to === undefined ? {} : { redirect: to }) },
       }),
-    )
+    }),
+  )
 }
 
 const anyRedirect = fc.constantFrom('a', '/a/b', '/\xff/x\ny') as fc.Arbitrary<Redirect>
@@ -194,7 +188,10 @@ function anyMetacopy(abilities: Abilities): fc.Arbitrary<Node> {
             path,
             meta,
             sizeBytes,
-            metacopy: { ...(redirect === undefined ? {} : { redirect }), ...(bytes === undefined ? {} : { digest: bytes }) },
+            metacopy: {
+              ...(redirect === undefined ? {} : { redirect }),
+              ...(bytes === undefined ? {} : { digest: bytes }),
+            },
           },
         }),
       }),

@@ -5,7 +5,7 @@ import { removeTree } from './build.ts'
 import { hasEngine, type MergeCase } from './engine.ts'
 import { type FileSystemKind, useFileSystem } from './image.ts'
 import { describeLayers, describeTree, mergeEveryWay, viewOf } from './merging.ts'
-import { anyHistory, growStack } from './operations.ts'
+import { anyHistory, growStack, type Operation } from './operations.ts'
 import { isMountable, optionMatrix } from './overlay.ts'
 import { runs, timeLimit } from './runs.ts'
 
@@ -37,7 +37,7 @@ export function describeMatrix(kind: FileSystemKind): void {
                 if (!isMountable(stack, options)) return
                 const layers = [stack.upper, ...stack.lowers]
                 const subject = { directory, layers, work: stack.work, options, clones: CLONES[kind] }
-                const story = `${JSON.stringify(stack.done, bigints, 1)}\n${describeLayers(layers)}\nview\n${describeTree(viewOf(subject))}`
+                const story = `${describeHistory(stack.done)}\n${describeLayers(layers)}\nview\n${describeTree(viewOf(subject))}`
                 await expectNone(mergeEveryWay(subject), story)
               } finally {
                 removeTree(directory)
@@ -50,6 +50,15 @@ export function describeMatrix(kind: FileSystemKind): void {
       )
     })
   })
+}
+
+function describeHistory(done: readonly (readonly Operation[])[]): string {
+  return done
+    .map(
+      (operations, index) =>
+        `session ${index}\n${operations.map((one) => `  ${JSON.stringify(one, bigints)}`).join('\n')}`,
+    )
+    .join('\n')
 }
 
 function bigints(_key: string, value: unknown): unknown {

@@ -1,4 +1,4 @@
-import { mkdirSync } from 'node:fs'
+import { existsSync, mkdirSync } from 'node:fs'
 import { printable } from '@lsync/posix'
 import { engine, type MergeCase } from './engine.ts'
 import { type OverlayOptions, type Stack, withOverlay } from './overlay.ts'
@@ -102,7 +102,8 @@ async function output(subject: Subject, view: Tree, clone: NonNullable<MergeCase
   return [
     ...diffTrees(view, plainTree, diff).map((line) => `plain: ${line}`),
     ...diffTrees(view, shownAlone(layeredTree, options.namespace), diff).map((line) => `layered: ${line}`),
-    ...(clone === 'hardlink' ? [] : strayLinks(plainTree)).map((line) => `plain: ${line}`),
+    // `auto` may choose hard links to the source.
+    ...(clone === 'copy' || clone === 'reflink' ? strayLinks(plainTree) : []).map((line) => `plain: ${line}`),
     ...untouched(before, layers),
   ]
 }
@@ -124,12 +125,15 @@ async function delta(subject: Subject, view: Tree, depth: number): Promise<strin
 const noWork = { work: undefined } as unknown as Record<never, never>
 
 async function inPlace(subject: Subject, view: Tree): Promise<string[]> {
-  const { layers, options, diff } = subject
+  const { layers, options, diff, directory } = subject
+  // A version cloned with hard links shares inodes with the lower that is now changed.
+  const clones = existsSync(`${directory}/plain-hardlink`) ? [`${directory}/plain-hardlink`] : []
+  const before = clones.map(readTree)
   await engine.merge(requestOf(subject, { mode: 'in-place', lowers: layers.slice(1) }))
+  const shared = untouched(before, clones).map((line) => `the clone that shares inodes: ${line}`)
   const lowers = layers.slice(1)
-  if (lowers.length > 1) return diffTrees(view, viewOf({ ...subject, layers: lowers, ...noWork }), diff)
-  const tree = readTree(lowers[0] as string)
-  return [...diffTrees(view, shownAlone(tree, options.namespace), diff), ...strayLinks(tree)]
+  if (lowers.length > 1) return [...diffTrees(view, viewOf({ ...subject, layers: lowers, ...noWork }), diff), ...shared]
+  return [...diffTrees(view, shownAlone(readTree(lowers[0] as string), options.namespace), diff), ...shared]
 }
 
 function untouched(before: readonly Tree[], layers: readonly string[]): string[] {

@@ -1,3 +1,4 @@
+import { mkdirSync } from 'node:fs'
 import fc from 'fast-check'
 import {
   type Attributes,
@@ -175,6 +176,16 @@ function originOf(spec: DirectorySpec, name: string, parent: string | undefined)
   return parent === undefined ? undefined : `${parent}/${redirect ?? name}`
 }
 
+/** The same layer with full (empty) files instead of metacopies. */
+export function withoutMetacopies(spec: DirectorySpec): DirectorySpec {
+  const fix = (child: Spec): Spec => {
+    if (child.kind === 'directory') return withoutMetacopies(child)
+    return child.marks?.['metacopy'] === undefined ? child : file('full')
+  }
+  const children = Object.fromEntries(Object.entries(spec.children).map(([name, child]) => [name, fix(child)]))
+  return { ...spec, children }
+}
+
 /** A stack of such layers, top first, for a mount of lowers only. */
 export function anyRawStack(layers: number, options: RawLayerOptions): fc.Arbitrary<DirectorySpec[]> {
   return fc.array(anyRawLayer(options), { minLength: layers, maxLength: layers })
@@ -186,6 +197,7 @@ export function buildLayers(
   layers: readonly DirectorySpec[],
   namespace: 'trusted' | 'user',
 ): string[] {
+  mkdirSync(directory, { recursive: true })
   return layers.map((spec, index) => {
     const path = `${directory}/${index === 0 ? 'u' : `l${index}`}`
     buildTree(path, spec, { namespace, epoch: 1_600_000_000 - index * 100_000 })

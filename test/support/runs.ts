@@ -19,7 +19,7 @@ export function runs(base: number): fc.Parameters<unknown> {
   }
 }
 
-const SHRINK_MS = 60_000
+const SHRINK_MS = Number(process.env['LSYNC_TEST_SHRINK_MS'] ?? 60_000)
 
 /** How long such a test may take at most, in ms; three times that of its property. */
 export function timeLimit(baseMs = 3 * SHRINK_MS): number {

@@ -42,6 +42,7 @@ import type { Xattr } from './model/entry.ts'
 import { MARKS, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, split } from './model/path.ts'
 import {
+  type AliasStep,
   type CleanRecord,
   type DirectoryRecord,
   type GraftStep,
@@ -74,7 +75,7 @@ export interface ApplyContext {
 }
 
 /** The order in which the kinds of steps happen; all of one phase is done before the next begins. */
-export type Phase = 'clean' | 'structure' | 'entries' | 'finish' | 'consume'
+export type Phase = 'clean' | 'structure' | 'entries' | 'finish' | 'entries-and-finish' | 'consume'
 
 /** Carries out what one record holds for one phase. Each step may run twice. */
 export function applyRecord(context: ApplyContext, record: DirectoryRecord | CleanRecord, phase: Phase): void {
@@ -196,6 +197,10 @@ class RecordWork {
       case 'finish':
         this.#finish()
         return
+      case 'entries-and-finish':
+        for (const step of this.#record.steps) this.#entry(step)
+        this.#finish()
+        return
       case 'consume':
         this.#consume()
         return
@@ -258,7 +263,7 @@ class RecordWork {
         if (step.meta !== undefined && step.group === undefined) this.#graftFile(step, name)
         return
       case 'alias':
-        this.#alias(step.from, name)
+        this.#alias(step, name)
         return
       case 'mkdir':
         return
@@ -397,14 +402,22 @@ class RecordWork {
     if (this.#consumesByRename) this.#dropUpper(name)
   }
 
-  #alias(from: string, name: ByteString): void {
-    const { indexFd, stageFd, trash, resumed } = this.#context
+  #alias(step: AliasStep, name: ByteString): void {
+    const { indexFd, layerFds, stageFd, trash, resumed } = this.#context
     if (indexFd === undefined) throw new Error('an index alias without an index')
-    const source = planName(from)
+    const source = planName(step.from)
     if (resumed && tryStatAt(indexFd, source) === undefined) return
+    if (step.data !== undefined) {
+      const at = split(planPath(step.data[1]))
+      withFd(openBeneath(layerFds[step.data[0]] as number, at.parent, O_DIRECTORY | O_NOFOLLOW), (dir) =>
+        fillMetacopy(indexFd, source, { dir, name: at.name }, marksOf(this.#context)),
+      )
+    }
+    dropAttributes(indexFd, source, step.drop ?? [])
     const temporary = trash.next()
     link(indexFd, source, stageFd, temporary)
     moveOver(stageFd, temporary, this.#targetFd, name, trash)
+    tryUnlink(stageFd, temporary)
   }
 
   /** One inode with several names: the first gets what its step says, the others become links to it. */
@@ -455,7 +468,6 @@ class RecordWork {
   // What was moved is gone from the upper; what was copied goes now, after the target is durable.
   #consume(): void {
     if (this.#record.upper === undefined) return
-    const upper = planPath(this.#record.upper)
     try {
       for (const step of this.#record.steps) {
         if (step.do === 'mkdir' || step.do === 'alias' || (step.do === 'graft' && step.meta === undefined)) continue
@@ -471,16 +483,23 @@ class RecordWork {
     } catch (error) {
       if (errnoOf(error) !== 'ENOENT') throw error // an earlier run has removed the directory
     }
-    if (upper === '') return
-    const { parent, name } = split(upper)
-    try {
-      withFd(openBeneath(this.#context.layerFds[0] as number, parent, O_DIRECTORY | O_NOFOLLOW), (dirfd) =>
-        removeDirectory(dirfd, name),
-      )
-    } catch (error) {
-      if (errnoOf(error) !== 'ENOENT') throw error
-    }
   }
+}
+
+/** Removes directories of the upper that are empty now, all of one parent. What is gone already is fine. */
+export function removeUpperDirectories(context: ApplyContext, parent: EntryPath, names: readonly ByteString[]): void {
+  const fd = openBeneath(context.layerFds[0] as number, parent, O_DIRECTORY | O_NOFOLLOW)
+  withFd(fd, () => {
+    for (const name of names) {
+      despiteProtection(
+        [
+          { dirfd: fd, name },
+          { dirfd: fd, name: '' },
+        ],
+        () => removeDirectory(fd, name),
+      )
+    }
+  })
 }
 
 function readOne(dirfd: number, name: ByteString, attribute: ByteString): Xattr[] {

@@ -3,8 +3,11 @@ import {
   type ByteString,
   fileSystemOf,
   type HostPath,
+  isMooseFs,
   isSubvolume,
   LsyncError,
+  MAGIC_BTRFS,
+  mountOf,
   O_CREAT,
   O_EXCL,
   O_NOFOLLOW,
@@ -44,12 +47,10 @@ export function cloneMethods(site: CloneSite): CloneMethod[] {
   const methods: CloneMethod[] = []
   const from = statFd(site.fromFd)
   const to = statFd(site.toFd)
-  const { type } = fileSystemOf(site.toFd)
   const isOneMount = from.mountId === to.mountId
   if (!site.perEntry) {
-    if (type === 'fuse.mfs' && isOneMount && hasTool()) methods.push('moosefs')
-    if (type === 'btrfs' && fileSystemOf(site.fromFd).type === 'btrfs' && isSubvolume(site.fromFd))
-      methods.push('btrfs')
+    if (isOneMount && isMooseFs(mountOf(site.toFd)) && hasTool()) methods.push('moosefs')
+    if (fileSystemOf(site.toFd).magic === MAGIC_BTRFS && isOneMount && isSubvolume(site.fromFd)) methods.push('btrfs')
   }
   if (isOneMount && canReflink(site.toFd)) methods.push('reflink')
   if (isOneMount && from.dev === to.dev) methods.push('hardlink')

@@ -1,12 +1,14 @@
 import { type ByteString, readDirents, syncFileSystem } from '@lsync/posix'
 import { type ApplyContext, applyStage, type Phase } from './apply.ts'
+import { removeTree } from './effects.ts'
 import type { Journal, LineIndex, SealedPlan } from './journal.ts'
 import { readRecord } from './journal.ts'
-import type { DirectoryRecord } from './model/plan.ts'
+import { type EntryPath, split } from './model/path.ts'
+import { type DirectoryRecord, planPath } from './model/plan.ts'
 import type { Progress } from './planning.ts'
 import type { Pool } from './pool.ts'
 import { type OpenStack, stackInit } from './stack.ts'
-import type { GroupRef, Job, WorkInit } from './work.ts'
+import { type GroupRef, type Job, layerFdsOf, type WorkInit } from './work.ts'
 
 /** What carrying out a plan needs. */
 export interface Execution {
@@ -53,9 +55,13 @@ export async function executePlan(execution: Execution): Promise<void> {
       journal.reach('structured')
     }
   }
-  await applyAll(execution, directories, 'entries')
-  await applyGroups(execution)
-  await applyAll(execution, directories, 'finish')
+  // Link groups change directories once more, so only without them a directory is finished as soon as it is filled.
+  if (plan.groups.size === 0) await applyAll(execution, directories, 'entries-and-finish')
+  else {
+    await applyAll(execution, directories, 'entries')
+    await applyGroups(execution)
+    await applyAll(execution, directories, 'finish')
+  }
   execution.report?.({ phase: 'durable', done: 0 })
   syncFileSystem(targetFd, header.target)
   if (inPlace) journal.reach('applied')
@@ -80,11 +86,11 @@ function workInit(execution: Execution): WorkInit {
 }
 
 function stageContext(execution: Execution): ApplyContext {
-  const { plan, journal, targetFd, reflink, resumed, stack } = execution
+  const { plan, journal, targetFd, reflink, resumed, stack, indexFd } = execution
   let count = 0
   return {
     header: plan.header,
-    layerFds: [...stack.layers, ...stack.data].map(({ fd }) => fd),
+    layerFds: layerFdsOf(stack, indexFd),
     targetFd,
     stageFd: journal.stageFd,
     trash: { fd: journal.trashFd, next: () => `stage.${count++}` as ByteString },
@@ -118,7 +124,7 @@ async function applyAll(execution: Execution, lines: readonly LineIndex[], phase
     },
     (count) => {
       done += count as number
-      if (phase === 'entries') report?.({ phase: 'apply', done, total: lines.length })
+      if (phase !== 'finish') report?.({ phase: 'apply', done, total: lines.length })
     },
   )
 }
@@ -146,14 +152,49 @@ async function applyGroups(execution: Execution): Promise<void> {
   )
 }
 
-/** Removes what is left of the upper after its content has arrived: deepest directories first. */
+/** Removes what is left of the upper after its content has arrived: files that were copied, then directories. */
 export async function consumeUpper(execution: Execution): Promise<void> {
-  const { plan, stack } = execution
+  const { plan, pool, stack } = execution
   const upper = stack.layers[0]
   if (upper === undefined) return
-  const lines = plan.lines.filter(({ hasUpper, type }) => hasUpper && type === 'directory')
-  for (const level of levels(lines).reverse()) await applyAll(execution, level, 'consume')
+  const lines = plan.lines.filter((line) => line.upper !== undefined)
+  if (!plan.header.rename) await applyAll(execution, lines, 'consume')
+  for (const jobs of removalLevels(lines)) {
+    await pool.drain(
+      () => jobs.pop(),
+      () => undefined,
+    )
+  }
+  if (execution.indexFd !== undefined) emptyIndex(execution.indexFd)
   syncFileSystem(upper.fd, upper.path)
+}
+
+// Its entries name inodes that the upper and the target no longer have.
+function emptyIndex(indexFd: number): void {
+  const names: ByteString[] = []
+  readDirents(indexFd, (name) => names.push(name))
+  for (const name of names) removeTree(indexFd, name)
+}
+
+// The deepest directories first; those of one parent together, which costs one open.
+function removalLevels(lines: readonly LineIndex[]): Job[][] {
+  const parents = new Map<EntryPath, ByteString[]>()
+  for (const { upper } of lines) {
+    if (upper === undefined || upper === '') continue
+    const { parent, name } = split(planPath(upper))
+    const names = parents.get(parent)
+    if (names === undefined) parents.set(parent, [name])
+    else names.push(name)
+  }
+  const levels = new Map<number, Job[]>()
+  for (const [parent, names] of parents) {
+    const depth = parent === '' ? 0 : parent.split('/').length
+    const level = levels.get(depth)
+    const job: Job = { kind: 'rmdir', parent, names }
+    if (level === undefined) levels.set(depth, [job])
+    else level.push(job)
+  }
+  return [...levels.keys()].sort((left, right) => right - left).map((depth) => levels.get(depth) as Job[])
 }
 
 /** Deletes what was moved out of the way, shared out. */

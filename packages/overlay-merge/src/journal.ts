@@ -57,7 +57,8 @@ export interface LineIndex {
   readonly type: PlanRecord['type']
   /** Directories are made or brought from elsewhere in it, which has to precede what goes into them. */
   readonly hasStructure: boolean
-  readonly hasUpper: boolean
+  /** The upper's directory that merges here. */
+  readonly upper: string | undefined
 }
 
 /** A plan, sealed and indexed. */
@@ -106,6 +107,8 @@ export function hasJournal(target: HostPath): boolean {
  */
 export class Journal {
   readonly path: HostPath
+  /** The directory that holds the journal, and the target. */
+  readonly parent: HostPath
   readonly fd: number
   readonly #parentFd: number
   readonly #name: ByteString
@@ -114,8 +117,9 @@ export class Journal {
   #planFd: number | undefined
   #insideFd: number | undefined
 
-  private constructor(path: HostPath, parentFd: number, name: ByteString, fd: number) {
-    this.path = path
+  private constructor(parent: HostPath, parentFd: number, name: ByteString, fd: number) {
+    this.path = `${parent}/${name}` as HostPath
+    this.parent = parent
     this.#parentFd = parentFd
     this.#name = name
     this.fd = fd
@@ -145,7 +149,7 @@ export class Journal {
           throw new JournalDamagedError(`${parent}/${name}`, 'it does not belong to this user alone')
         }
         if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(target)
-        return new Journal(`${parent}/${name}` as HostPath, parentFd, name, fd)
+        return new Journal(parent, parentFd, name, fd)
       } catch (error) {
         close(fd)
         throw error
@@ -335,12 +339,12 @@ export function lineOf(record: DirectoryRecord | CleanRecord): EncodedLine {
 
 function indexOf(record: DirectoryRecord | CleanRecord): EncodedLine['index'] {
   if (record.type === 'clean') {
-    return { path: record.upper, type: 'clean', hasStructure: false, hasUpper: true }
+    return { path: record.upper, type: 'clean', hasStructure: false, upper: undefined }
   }
   const hasStructure = record.steps.some(
     (step) => step.do === 'mkdir' || (step.do === 'graft' && step.meta === undefined),
   )
-  return { path: record.path, type: 'directory', hasStructure, hasUpper: record.upper !== undefined }
+  return { path: record.path, type: 'directory', hasStructure, upper: record.upper }
 }
 
 function groupsOf(record: DirectoryRecord | CleanRecord): [string, string][] {
@@ -418,6 +422,13 @@ function* linesOf(fd: number): Generator<{ bytes: Buffer; offset: number }> {
 /** One record of a sealed plan. */
 export function readRecord(planFd: number, line: { offset: number; length: number }): DirectoryRecord | CleanRecord {
   return JSON.parse(readAt(planFd, line.offset, line.length).toString('utf8')) as DirectoryRecord | CleanRecord
+}
+
+/** Every line of a plan in the order for people and for `lsync apply`: header, stages, records by path, end. */
+export function planLines(plan: SealedPlan, planFd: number, emit: (line: string) => void): void {
+  emit(JSON.stringify(plan.header))
+  for (const stage of plan.stages) emit(JSON.stringify(stage))
+  for (const { offset, length } of plan.lines) emit(readAt(planFd, offset, length).toString('utf8'))
 }
 
 function hex(value: bigint): string {

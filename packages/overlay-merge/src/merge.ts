@@ -24,14 +24,15 @@ import {
 import { type CloneContext, type CloneMethod, type ClonePart, copyLinked } from './clone.ts'
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
-import { Journal, journalPathOf, PlanWriter, TREE } from './journal.ts'
+import { findAliases, openIndex } from './index-aliases.ts'
+import { Journal, journalPathOf, PlanWriter, planLines, TREE } from './journal.ts'
 import { type EntryPath, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
-import type { PlanCounts } from './plan.ts'
+import type { PlanContext, PlanCounts } from './plan.ts'
 import { openTemporaryPlan, type Planned, type Progress, planStack } from './planning.ts'
 import { Pool } from './pool.ts'
 import { recoverJournal } from './recover.ts'
-import { assertMergeable } from './safety.ts'
+import { assertHolds, assertMergeable, assertNotEmptied, type Loss } from './safety.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
 import type { Job, WorkInit } from './work.ts'
 
@@ -53,6 +54,8 @@ export interface MergeRequest extends StackRequest {
   readonly plain?: boolean
   /** Plan only: nothing is changed. */
   readonly dryRun?: boolean
+  /** With `dryRun`: gets every line of the plan, sorted by path. */
+  readonly onPlanLine?: (line: string) => void
   /** Worker threads; 0 works in the calling thread alone. Default 2 on local disks, 16 over a network. */
   readonly workers?: number
   /** Allow a result without any entry. */
@@ -67,6 +70,8 @@ export interface MergeReport {
   readonly target: HostPath
   readonly clone?: CloneMethod
   readonly counts: PlanCounts
+  /** What the target holds only nearly. */
+  readonly losses: readonly Loss[]
   readonly recovered: boolean
   readonly dryRun: boolean
   readonly elapsedMs: number
@@ -99,9 +104,22 @@ export async function merge(request: MergeRequest): Promise<MergeReport> {
   const below = request.mode === 'delta' || (inPlace && request.lowers.length > 1)
   const stack = openStack(request, below, inPlace ? 1 : request.lowers.length)
   try {
-    assertMergeable({ request, stack, target })
-    const report = await (inPlace ? mergeInPlace(request, stack) : mergeToNew(request, stack, target))
-    return { ...report, recovered, dryRun: request.dryRun === true, elapsedMs: performance.now() - start }
+    assertMergeable({
+      mode: request.mode,
+      upper: request.upper,
+      lowers: request.lowers,
+      data: request.data ?? [],
+      workdir: request.workdir,
+      target,
+      stack,
+    })
+    const index = openAliases(request, stack)
+    try {
+      const report = await (inPlace ? mergeInPlace(request, stack, index) : mergeToNew(request, stack, target, index))
+      return { ...report, recovered, dryRun: request.dryRun === true, elapsedMs: performance.now() - start }
+    } finally {
+      if (index.indexFd !== undefined) close(index.indexFd)
+    }
   } finally {
     closeStack(stack)
   }
@@ -120,6 +138,15 @@ function checkRequest(request: MergeRequest): HostPath {
   }
   if (request.output === undefined) throw new RequestInvalidError('no new tree is named', 'name one with --output')
   return request.output
+}
+
+/** The index of the upper's workdir, and the names that show its inodes. */
+type Index = Pick<PlanContext, 'aliases' | 'indexFd'>
+
+function openAliases(request: MergeRequest, stack: OpenStack): Index {
+  if (request.workdir === undefined) return {}
+  const indexFd = openIndex(request.workdir)
+  return indexFd === undefined ? { aliases: [] } : { indexFd, aliases: findAliases(stack, indexFd) }
 }
 
 async function recoverBefore(target: HostPath, request: MergeRequest): Promise<boolean> {
@@ -165,22 +192,33 @@ function inoOf(layer: OpenStack['layers'][number] | undefined): string {
   return layer === undefined ? '' : String(statFd(layer.fd).ino)
 }
 
-async function mergeInPlace(request: MergeRequest, stack: OpenStack): Promise<Part> {
+async function mergeInPlace(request: MergeRequest, stack: OpenStack, index: Index): Promise<Part> {
   const upper = stack.layers[0] as OpenStack['layers'][number]
   const base = stack.layers[1] as OpenStack['layers'][number]
   const [upperStat, baseStat] = [statFd(upper.fd), statFd(base.fd)]
   const rename = upperStat.dev === baseStat.dev && upperStat.mountId === baseStat.mountId
   const header = headerOf(request, base.path, stack, rename)
-  const pool = makePool(request, stack, planInit(request, stack, rename))
+  const pool = makePool(request, stack, planInit(request, stack, rename, index))
   try {
     if (request.dryRun === true) {
       const { counts } = await planForLooking(request, stack, header, pool)
-      return { mode: request.mode, target: base.path, counts }
+      return { mode: request.mode, target: base.path, counts, losses: [] }
     }
     const journal = Journal.open(base.path, { create: true }) as Journal
     let sealed = false
     try {
-      const planned = await planStack(stack, rename, pool, await journal.write(header), request.onProgress)
+      let losses: readonly Loss[] = []
+      const planned = await planStack({
+        stack,
+        rename,
+        pool,
+        writer: await journal.write(header),
+        accept: (root, needs) => {
+          if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
+          if (!rename) losses = assertHolds(journal.parent, base.path, needs)
+        },
+        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+      })
       sealed = true
       journal.prepare(base.fd)
       await finishInPlace({
@@ -191,9 +229,10 @@ async function mergeInPlace(request: MergeRequest, stack: OpenStack): Promise<Pa
         pool,
         reflink: false,
         resumed: false,
+        ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
-      return { mode: request.mode, target: base.path, counts: planned.counts }
+      return { mode: request.mode, target: base.path, counts: planned.counts, losses }
     } catch (error) {
       if (!sealed) journal.remove() // nothing was touched yet
       throw error
@@ -220,18 +259,30 @@ export async function finishInPlace(execution: Execution): Promise<void> {
   journal.remove()
 }
 
-async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostPath): Promise<Part> {
+async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostPath, index: Index): Promise<Part> {
   const header = headerOf(request, target, stack, false)
-  const pool = makePool(request, stack, planInit(request, stack, false))
+  const pool = makePool(request, stack, planInit(request, stack, false, index))
   try {
     if (request.dryRun === true) {
       const { counts } = await planForLooking(request, stack, header, pool)
-      return { mode: request.mode, target, counts }
+      return { mode: request.mode, target, counts, losses: [] }
     }
     const journal = Journal.open(target, { create: true }) as Journal
     let treeFd: number | undefined
     try {
-      const planned = await planStack(stack, false, pool, await journal.write(header), request.onProgress)
+      let losses: readonly Loss[] = []
+      const planned = await planStack({
+        stack,
+        rename: false,
+        pool,
+        writer: await journal.write(header),
+        accept: (root, needs) => {
+          const base = stack.layers.at(-1) as OpenStack['layers'][number]
+          if (request.allowEmpty !== true && !stack.below) assertNotEmptied(root, base.fd, target)
+          losses = assertHolds(journal.parent, target, needs)
+        },
+        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+      })
       journal.prepare(journal.fd)
       const base = stack.layers.at(-1) as OpenStack['layers'][number]
       const perEntry = request.plain === true
@@ -245,11 +296,12 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
         pool,
         reflink: clone !== 'hardlink' && clone !== 'copy',
         resumed: false,
+        ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
       publish(journal, target)
       journal.remove()
-      return { mode: request.mode, target, clone, counts: planned.counts }
+      return { mode: request.mode, target, clone, counts: planned.counts, losses }
     } catch (error) {
       // Nobody has seen any of it: the old state is the only state.
       journal.remove()
@@ -345,15 +397,20 @@ function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void
   }
 }
 
-function planInit(request: MergeRequest, stack: OpenStack, rename: boolean): WorkInit {
+function planInit(request: MergeRequest, stack: OpenStack, rename: boolean, index: Index): WorkInit {
   return {
     stack: stackInit(stack),
-    plan: { mode: request.mode, rename, plain: request.plain === true, portable: false },
+    plan: { mode: request.mode, rename, plain: request.plain === true, portable: false, ...index },
   }
 }
 
 function makePool(request: MergeRequest, stack: OpenStack, init: WorkInit): Pool {
-  return new Pool(init, { workers: request.workers ?? defaultWorkers(stack), signal: request.signal })
+  return new Pool(init, {
+    workers: request.workers ?? defaultWorkers(stack),
+    // Renames between directories of one file system take turns in the kernel, so threads gain little there.
+    ...(init.plan?.rename === true && request.workers === undefined ? { aloneMs: 1000 } : {}),
+    signal: request.signal,
+  })
 }
 
 /** Two on local disks, where more only wait for each other; many where each call is a trip over a network. */
@@ -370,7 +427,15 @@ async function planForLooking(
   const fd = openTemporaryPlan()
   try {
     const writer = await PlanWriter.start(fd, header, 'plan')
-    return await planStack(stack, header.rename, pool, writer, request.onProgress)
+    const planned = await planStack({
+      stack,
+      rename: header.rename,
+      pool,
+      writer,
+      ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+    })
+    if (request.onPlanLine !== undefined) planLines(planned.plan, fd, request.onPlanLine)
+    return planned
   } finally {
     close(fd)
   }

@@ -1,20 +1,30 @@
 import {
+  type Ability,
   type ByteString,
   close,
+  DT_BLK,
+  DT_CHR,
   DT_DIR,
+  DT_FIFO,
+  DT_LNK,
   DT_REG,
+  DT_SOCK,
+  DT_UNKNOWN,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
   getXattr,
   listXattrs,
+  S_IFCHR,
+  S_IFDIR,
   type Stat,
   statAt,
   statFd,
   textOf,
-  tryStatAt,
+  tryTypeAt,
 } from '@lsync/posix'
 import { emission } from './compose.ts'
 import { resultMeta } from './effects.ts'
+import type { Alias } from './index-aliases.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, type Name } from './model/path.ts'
 import {
@@ -28,7 +38,7 @@ import {
   type Was,
 } from './model/plan.ts'
 import { type Directory, type Found, layerAt, lookup, OpenSources, type Source, type Stack } from './resolve.ts'
-import { inspect, openLayerDirectory, type RawEntry, sortedDirents, typeOf } from './scan.ts'
+import { inspect, type Layer, openLayerDirectory, type RawEntry, sortedDirents, typeOf } from './scan.ts'
 
 /** What planning must know besides the stack. The last layer of the stack is the base, which the target starts as. */
 export interface PlanContext {
@@ -37,6 +47,10 @@ export interface PlanContext {
   /** Layer 0 is renamed into the target rather than copied. */
   readonly rename: boolean
   readonly plain: boolean
+  /** Names that show an inode of the upper's index; `undefined` when no workdir was named. */
+  readonly aliases?: readonly Alias[]
+  /** The open index directory, as a layer for copies: the index after the data-only layers. */
+  readonly indexFd?: number
   /** Add expectations, so that the plan can be applied where these layers are not read again. */
   readonly portable: boolean
 }
@@ -55,12 +69,26 @@ export interface PlanPart {
   readonly grafts: Graft[]
   readonly groups: [group: string, path: string][]
   readonly problems: Problem[]
-  readonly needs: Set<Need>
+  /** What the result needs its file system to hold, with the first path that does. */
+  readonly needs: Map<Need, EntryPath>
   readonly counts: PlanCounts
 }
 
-/** Something that the result needs its file system to hold. */
-export type Need = 'devices' | 'trusted-xattrs' | 'user-xattrs' | 'acls' | 'hard-links' | 'capabilities'
+/** Something that the result needs its file system to hold, by the name that `probe` has for it. */
+export type Need = Extract<
+  Ability,
+  | 'whiteouts'
+  | 'devices'
+  | 'fifos'
+  | 'sockets'
+  | 'symlinks'
+  | 'hardLinks'
+  | 'userXattrs'
+  | 'trustedXattrs'
+  | 'acls'
+  | 'keepsOwner'
+  | 'keepsSetuid'
+>
 
 /** One thing that could not be planned. Paths are of the merged view. */
 export interface Problem {
@@ -100,7 +128,7 @@ export function emptyPart(): PlanPart {
     grafts: [],
     groups: [],
     problems: [],
-    needs: new Set(),
+    needs: new Map(),
     counts: { directories: 0, placed: 0, trees: 0, removed: 0, replaced: 0, created: 0, whiteouts: 0, bytes: 0 },
   }
 }
@@ -146,6 +174,7 @@ class DirectoryPlanner {
       const found = lookup(this.#context.stack, directory, name, (source, wanted) => this.#inspect(source, wanted))
       this.#step(name, found, steps)
     }
+    for (const alias of this.#aliases()) this.#aliasStep(alias, steps)
     this.#part.counts.directories++
     this.#part.records.push(this.#record(steps))
   }
@@ -164,7 +193,44 @@ class DirectoryPlanner {
       }
       this.#types.set(source.layer, types)
     }
-    return listings < 2 ? names : [...new Set(names)].sort()
+    const beneath = this.#towardsAliases()
+    return listings < 2 && beneath.length === 0 ? names : [...new Set([...names, ...beneath])].sort()
+  }
+
+  #aliases(): readonly Alias[] {
+    return this.#context.aliases?.filter(({ directory }) => directory === this.#task.directory.path) ?? []
+  }
+
+  // Directories that no upper has, but in or below which an alias changes a name.
+  #towardsAliases(): Name[] {
+    const { aliases } = this.#context
+    if (aliases === undefined || aliases.length === 0) return []
+    const { path } = this.#task.directory
+    const prefix = path === '' ? '' : `${path}/`
+    return aliases
+      .filter(({ directory }) => directory !== path && directory.startsWith(prefix))
+      .map(({ directory }) => directory.slice(prefix.length).split('/')[0] as Name)
+  }
+
+  #aliasStep(alias: Alias, steps: Step[]): void {
+    const { indexFd, rename, stack } = this.#context
+    if (indexFd === undefined) return
+    const index = alias.index as string as Name
+    const { marks } = stack.layers[0] as Layer
+    const top = inspect(indexFd, index, DT_UNKNOWN, marks, true)
+    const stat = top.stat as Stat
+    const common = { name: textOf(alias.name), was: this.#baseState(alias.name).was }
+    const dropped = marksToDrop(top.attributes, marks).map(textOf)
+    this.#count(common.was, stat.sizeBytes)
+    const data = top.metacopy === undefined ? {} : { data: [alias.layer, textOf(alias.path)] as [number, string] }
+    if (rename) steps.push({ do: 'alias', ...common, from: alias.index, drop: dropped, ...data })
+    else {
+      const group = `0:${stat.dev}:${stat.ino}`
+      this.#part.groups.push([group, textOf(join(alias.directory, alias.name))])
+      this.#need('hardLinks', join(alias.directory, alias.name))
+      const layer = stack.layers.length + stack.data.length
+      steps.push({ do: 'place', ...common, from: [layer, alias.index], group, sizeBytes: stat.sizeBytes, ...data })
+    }
   }
 
   #inspect(source: Source, name: Name): RawEntry | undefined {
@@ -188,17 +254,23 @@ class DirectoryPlanner {
     return type !== DT_DIR && (!this.#context.rename || this.#context.portable)
   }
 
-  #baseStat(name: Name): Stat | undefined {
-    if (this.#base === undefined) return undefined
-    return tryStatAt(this.#opened.fd(this.#base), name)
+  /** What the target has under a name: a stat only where something depends on more than the type. */
+  #baseState(name: Name): { was: Was; stat?: Stat; isWhiteout: boolean } {
+    if (this.#base === undefined) return { was: 'nothing', isWhiteout: false }
+    const fd = this.#opened.fd(this.#base)
+    const type = tryTypeAt(fd, name)
+    if (type === undefined) return { was: 'nothing', isWhiteout: false }
+    const was = type === S_IFDIR ? 'directory' : 'file'
+    if (!this.#context.portable && type !== S_IFCHR) return { was, isWhiteout: false }
+    const stat = statAt(fd, name)
+    return { was, stat, isWhiteout: stat.isWhiteoutDevice }
   }
 
   #step(name: Name, found: Found, steps: Step[]): void {
     const { directory } = this.#task
     const path = join(directory.path, name)
     const { counts } = this.#part
-    const stat = this.#baseStat(name)
-    const was: Was = stat === undefined ? 'nothing' : stat.isDirectory ? 'directory' : 'file'
+    const { was, stat, isWhiteout } = this.#baseState(name)
     const common = {
       name: textOf(name),
       was,
@@ -210,9 +282,9 @@ class DirectoryPlanner {
         return
       case 'absent':
         if (directory.open !== undefined && found.covered) {
-          if (stat?.isWhiteoutDevice === true && !this.#consumes()) return
+          if (isWhiteout && !this.#consumes()) return
           counts.whiteouts++
-          this.#part.needs.add('devices')
+          this.#need('whiteouts', path)
           steps.push({ do: 'whiteout', ...common })
         } else if (was !== 'nothing' || this.#consumes()) {
           if (was !== 'nothing') counts.removed++
@@ -313,16 +385,19 @@ class DirectoryPlanner {
     const parent = this.#parentFd(source)
     const name = top.name
     const marked = marksToDrop(top.attributes, marks)
+    if (marked.includes(marks.nlink) && this.#context.aliases === undefined && source.layer === 0) {
+      this.#part.problems.push({ path, code: 'INDEX_NEEDED', why: 'a hard link that index=on keeps track of' })
+    }
     const flags = protectedFlags(parent, name, marked, marks)
     const stat = top.stat ?? (top.metacopy !== undefined ? statAt(parent, name) : undefined)
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
-    if (stat !== undefined) this.#needsOf(top, stat)
+    if (stat !== undefined && !this.#context.rename) this.#needsOf(path, top, stat)
     if (this.#context.portable && stat !== undefined) step.expect = expectationOf(stat)
     if (!this.#context.rename && stat !== undefined && stat.nlink > 1) {
       step.group = `${source.layer}:${stat.dev}:${stat.ino}`
       this.#part.groups.push([step.group, textOf(path)])
-      this.#part.needs.add('hard-links')
+      this.#need('hardLinks', path)
     }
     if (stat !== undefined) step.sizeBytes = stat.sizeBytes
     this.#count(common.was, stat?.sizeBytes ?? 0)
@@ -335,7 +410,7 @@ class DirectoryPlanner {
       if (drop.length > 0) step.drop = drop.map(textOf)
       if (redirect !== undefined) step.set = [[marks.redirect, Buffer.from(redirect, 'latin1').toString('base64')]]
       step.metacopy = true
-      this.#part.needs.add('trusted-xattrs')
+      this.#need('trustedXattrs', path)
     } else if (data.layer === this.#baseIndex && this.#consumes()) {
       const meta = plannedMeta(resultMeta(parent, name, stat as Stat, marks, this.#context.plain))
       const linked = (stat as Stat).nlink > 1
@@ -382,15 +457,22 @@ class DirectoryPlanner {
     else counts.replaced++
   }
 
-  #needsOf(top: RawEntry, stat: Stat): void {
-    const { needs } = this.#part
-    if (stat.rdev !== 0) needs.add('devices')
+  #need(need: Need, path: EntryPath): void {
+    if (!this.#part.needs.has(need)) this.#part.needs.set(need, path)
+  }
+
+  #needsOf(path: EntryPath, top: RawEntry, stat: Stat): void {
+    if (top.type === DT_CHR || top.type === DT_BLK) this.#need('devices', path)
+    else if (top.type === DT_FIFO) this.#need('fifos', path)
+    else if (top.type === DT_SOCK) this.#need('sockets', path)
+    else if (top.type === DT_LNK) this.#need('symlinks', path)
+    if ((stat.permissions & 0o6000) !== 0) this.#need('keepsSetuid', path)
+    if (stat.uid !== process.geteuid?.() || stat.gid !== process.getegid?.()) this.#need('keepsOwner', path)
     for (const attribute of top.attributes) {
-      if (attribute.startsWith('user.')) needs.add('user-xattrs')
-      else if (attribute.startsWith('trusted.') && !attribute.startsWith('trusted.overlay.'))
-        needs.add('trusted-xattrs')
-      else if (attribute.startsWith('system.posix_acl_')) needs.add('acls')
-      else if (attribute === 'security.capability') needs.add('capabilities')
+      if (attribute.startsWith('user.')) this.#need('userXattrs', path)
+      else if (attribute.startsWith('trusted.') && !attribute.startsWith('trusted.overlay.')) {
+        this.#need('trustedXattrs', path)
+      } else if (attribute.startsWith('system.posix_acl_')) this.#need('acls', path)
     }
   }
 

@@ -2,10 +2,11 @@ import { tmpdir } from 'node:os'
 import type { ByteString } from '@lsync/posix'
 import { hostPath, O_RDWR, O_TMPFILE, openat, openRoot, withFd } from '@lsync/posix'
 import type { PlanWriter, SealedPlan } from './journal.ts'
-import type { StageRecord } from './model/plan.ts'
+import type { EntryPath } from './model/path.ts'
+import type { DirectoryRecord, StageRecord } from './model/plan.ts'
 import { emptyPart, type Graft, type Need, type PlanCounts, type PlanTask, type Problem } from './plan.ts'
 import type { Pool } from './pool.ts'
-import { LayerInvalidError } from './problems.ts'
+import { IndexNeededError, LayerInvalidError } from './problems.ts'
 import { OpenSources, rootDirectory, type Stack } from './resolve.ts'
 import { planStages } from './stage.ts'
 import type { Job, PlanResult } from './work.ts'
@@ -14,7 +15,7 @@ import type { Job, PlanResult } from './work.ts'
 export interface Planned {
   readonly plan: SealedPlan
   readonly counts: PlanCounts
-  readonly needs: ReadonlySet<Need>
+  readonly needs: ReadonlyMap<Need, EntryPath>
 }
 
 /** How far an operation is. `total` is there once it is known. */
@@ -26,22 +27,28 @@ export interface Progress {
 
 const BUDGET_MS = 25
 
+/** What planning is given. */
+export interface Planning {
+  readonly stack: Stack
+  readonly rename: boolean
+  readonly pool: Pool
+  readonly writer: PlanWriter
+  /** Throws to refuse the plan, before it is sealed. */
+  readonly accept?: (root: DirectoryRecord | undefined, needs: ReadonlyMap<Need, EntryPath>) => void
+  readonly report?: (progress: Progress) => void
+}
+
 /**
  * Plans the whole tree: every directory in which an upper layer has something, shared out over the pool, written as it
  * comes. Reads only (besides the plan).
  * @throws {LayerInvalidError} if part of the view is an error in the kernel too
  */
-export async function planStack(
-  stack: Stack,
-  rename: boolean,
-  pool: Pool,
-  writer: PlanWriter,
-  report?: (progress: Progress) => void,
-): Promise<Planned> {
-  const total = emptyPart()
-  const { counts, needs } = total
+export async function planStack(planning: Planning): Promise<Planned> {
+  const { stack, pool, writer, report } = planning
+  const { counts, needs } = emptyPart()
   const grafts: Graft[] = []
   const problems: Problem[] = []
+  let root: DirectoryRecord | undefined
   let pending: PlanTask[] = [{ directory: rootDirectory(stack), inherited: undefined }]
   await pool.drain(
     (idle): Job | undefined => {
@@ -53,19 +60,28 @@ export async function planStack(
     },
     (result) => {
       const part = result as PlanResult
-      for (const line of part.lines) writer.addLine(line)
+      for (const line of part.lines) {
+        writer.addLine(line)
+        if (line.index.path === '' && line.index.type === 'directory') root = JSON.parse(line.text) as DirectoryRecord
+      }
       pending.push(...part.next)
       grafts.push(...part.grafts)
       problems.push(...part.problems)
-      for (const need of part.needs) needs.add(need)
+      for (const [need, path] of part.needs) if (!needs.has(need)) needs.set(need, path)
       for (const key of Object.keys(counts) as (keyof PlanCounts)[]) counts[key] += part.counts[key]
       report?.({ phase: 'scan', done: counts.placed + counts.removed + counts.whiteouts })
     },
   )
-  if (problems.length > 0)
-    throw new LayerInvalidError(problems.sort((left, right) => (left.path < right.path ? -1 : 1)))
-  for (const stage of stagesOf(stack, grafts, rename)) writer.addStage(stage)
+  if (problems.length > 0) throw problemError(problems)
+  for (const stage of stagesOf(stack, grafts, planning.rename)) writer.addStage(stage)
+  planning.accept?.(root, needs)
   return { plan: writer.seal(), counts, needs }
+}
+
+function problemError(problems: Problem[]): Error {
+  const indexed = problems.find(({ code }) => code === 'INDEX_NEEDED')
+  if (indexed !== undefined) return new IndexNeededError(indexed.path)
+  return new LayerInvalidError(problems.sort((left, right) => (left.path < right.path ? -1 : 1)))
 }
 
 function stagesOf(stack: Stack, grafts: readonly Graft[], rename: boolean): StageRecord[] {

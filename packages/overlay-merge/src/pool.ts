@@ -3,12 +3,20 @@ import { LsyncError } from '@lsync/posix'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 import type { ToWorker, TravellingError } from './worker.ts'
 
-// Starting a worker costs about 40 ms, so work that the calling thread finishes sooner never pays for one.
+// Starting a worker costs about 60 ms, so work that the calling thread finishes sooner never pays for one.
 const ALONE_MS = 60
 
 interface Member {
   readonly worker: Worker
   take: ((answer: { result?: JobResult; error?: TravellingError }) => void) | undefined
+}
+
+export interface PoolOptions {
+  /** Worker threads; 0 for none. */
+  readonly workers: number
+  /** How long the calling thread works before it starts them. */
+  readonly aloneMs?: number
+  readonly signal?: AbortSignal | undefined
 }
 
 /**
@@ -17,6 +25,7 @@ interface Member {
  */
 export class Pool {
   readonly #workers: number
+  readonly #alone: number
   readonly #signal: AbortSignal | undefined
   readonly #members: Member[] = []
   #init: WorkInit
@@ -24,9 +33,10 @@ export class Pool {
   #aloneMs = 0
   #generation = 0
 
-  constructor(init: WorkInit, options: { workers: number; signal?: AbortSignal | undefined }) {
+  constructor(init: WorkInit, options: PoolOptions) {
     this.#init = init
     this.#workers = options.workers
+    this.#alone = options.aloneMs ?? ALONE_MS
     this.#signal = options.signal
     this.#own = new Workshop(init, this.#tag())
   }
@@ -44,7 +54,7 @@ export class Pool {
    * may make more work for `next`. Stops at the first error, after the jobs under way.
    */
   async drain(next: (idle: number) => Job | undefined, done: (result: JobResult) => void): Promise<void> {
-    while (this.#workers === 0 || (this.#aloneMs < ALONE_MS && this.#members.length === 0)) {
+    while (this.#workers === 0 || (this.#aloneMs < this.#alone && this.#members.length === 0)) {
       this.#signal?.throwIfAborted()
       const job = next(1)
       if (job === undefined) return

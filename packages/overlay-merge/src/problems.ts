@@ -25,3 +25,13 @@ export class LayerInvalidError extends LsyncError {
     this.problems = problems
   }
 }
+
+/** An upper that was used with index=on, of which only a part is in the upper itself. */
+export class IndexNeededError extends LsyncError {
+  constructor(path: string) {
+    super('INDEX_NEEDED', `${printable(path)} was mounted with index=on`, {
+      path,
+      hint: 'name its workdir with --workdir: hard links of lower files are kept there',
+    })
+  }
+}

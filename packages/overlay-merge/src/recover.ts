@@ -1,4 +1,15 @@
-import { type HostPath, hostPath, LsyncError, openRoot, printable, readDirents, statFd, withFd } from '@lsync/posix'
+import {
+  close,
+  type HostPath,
+  hostPath,
+  LsyncError,
+  openRoot,
+  printable,
+  readDirents,
+  statFd,
+  withFd,
+} from '@lsync/posix'
+import { openIndex } from './index-aliases.ts'
 import { Journal, type SealedPlan } from './journal.ts'
 import { defaultWorkers, finishInPlace } from './merge.ts'
 import type { Progress } from './planning.ts'
@@ -83,6 +94,7 @@ async function finishInterrupted(journal: Journal, plan: SealedPlan, options: Re
     { stack: stackInit(stack) },
     { workers: options.workers ?? defaultWorkers(stack), signal: options.signal },
   )
+  let indexFd: number | undefined
   try {
     const base = stack.layers.at(-1) as (typeof stack.layers)[number]
     if (String(statFd(base.fd).ino) !== header.targetIno) throw new LayersMovedError(base.path)
@@ -90,6 +102,7 @@ async function finishInterrupted(journal: Journal, plan: SealedPlan, options: Re
       throw new LayersMovedError(header.upper)
     }
     journal.prepare(base.fd)
+    indexFd = header.workdir === undefined ? undefined : openIndex(hostPath(header.workdir))
     await finishInPlace({
       stack,
       plan,
@@ -98,10 +111,12 @@ async function finishInterrupted(journal: Journal, plan: SealedPlan, options: Re
       pool,
       reflink: false,
       resumed: true,
+      ...(indexFd === undefined ? {} : { indexFd }),
       ...(options.onProgress === undefined ? {} : { report: options.onProgress }),
     })
   } finally {
     await pool.close()
+    if (indexFd !== undefined) close(indexFd)
     closeStack(stack)
   }
 }

@@ -1,5 +1,12 @@
 import type { ByteString } from '@lsync/posix'
-import { type ApplyContext, applyGroup, applyRecord, type GroupMember, type Phase } from './apply.ts'
+import {
+  type ApplyContext,
+  applyGroup,
+  applyRecord,
+  type GroupMember,
+  type Phase,
+  removeUpperDirectories,
+} from './apply.ts'
 import { type CloneContext, type ClonePart, cloneDirectory, emptyClonePart } from './clone.ts'
 import { removeTree, type Trash } from './effects.ts'
 import { type EncodedLine, lineOf, readRecord } from './journal.ts'
@@ -46,6 +53,7 @@ export type Job =
   | { readonly kind: 'plan'; readonly tasks: readonly PlanTask[]; readonly budgetMs: number }
   | { readonly kind: 'clone'; readonly paths: readonly EntryPath[]; readonly budgetMs: number }
   | { readonly kind: 'apply'; readonly phase: Phase; readonly lines: readonly { offset: number; length: number }[] }
+  | { readonly kind: 'rmdir'; readonly parent: EntryPath; readonly names: readonly ByteString[] }
   | { readonly kind: 'group'; readonly members: readonly GroupRef[][] }
   | { readonly kind: 'discard'; readonly names: readonly ByteString[] }
 
@@ -78,7 +86,7 @@ export class Workshop {
       const { stages, trashFd, ...rest } = init.apply
       this.#apply = {
         ...rest,
-        layerFds: [...layers, ...data].map(({ fd }) => fd),
+        layerFds: layerFdsOf(init.stack, init.apply.indexFd),
         trash: namedTrash(trashFd, tag),
         stages: new Map(stages.map((stage) => [stage.to, stage])),
       }
@@ -96,6 +104,9 @@ export class Workshop {
         for (const line of job.lines) applyRecord(this.#applyContext, readRecord(planFd, line), job.phase)
         return job.lines.length
       }
+      case 'rmdir':
+        removeUpperDirectories(this.#applyContext, job.parent, job.names)
+        return job.names.length
       case 'group':
         for (const members of job.members)
           applyGroup(
@@ -158,6 +169,12 @@ export class Workshop {
     if (step === undefined || (step.do !== 'place' && step.do !== 'graft')) throw new Error('a group without its step')
     return { record, step }
   }
+}
+
+/** The fds by index as plans count layers: the stack's, the data-only ones, and last the index directory. */
+export function layerFdsOf(stack: StackInit, indexFd: number | undefined): number[] {
+  const fds = [...stack.layers, ...stack.data].map(({ fd }) => fd)
+  return indexFd === undefined ? fds : [...fds, indexFd]
 }
 
 function namedTrash(fd: number, tag: string): Trash {

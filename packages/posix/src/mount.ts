@@ -93,7 +93,8 @@ export function useMountWay(way: MountWay | undefined): void {
 class WayMissing extends Error {}
 
 /**
- * Mounts an overlay. Layer paths need no escaping and, from Linux 6.13 on, have no limit; they may be fds.
+ * Mounts an overlay. Layer paths need no escaping, from Linux 6.13 on they may be as long as any path (4095 bytes), and
+ * all together have no limit. Layers may be fds.
  * @throws {PosixError} with the kernel's own words as far as it gives them (the rest is in dmesg); ENAMETOOLONG where
  *   an older kernel would cut the options
  */

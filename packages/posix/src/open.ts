@@ -97,9 +97,10 @@ function openat2(
   whole: string,
   resolve: number = BENEATH,
 ): number {
-  how.buffer.writeBigUInt64LE(BigInt(flags | O_CLOEXEC), 0)
-  how.buffer.writeBigUInt64LE(BigInt(mode), 8)
-  how.buffer.writeBigUInt64LE(BigInt(resolve), 16)
+  // All three fit into the lower half of their 64-bit fields, whose upper half stays 0.
+  how.buffer.writeUInt32LE((flags | O_CLOEXEC) >>> 0, 0)
+  how.buffer.writeUInt32LE(mode, 8)
+  how.buffer.writeUInt32LE(resolve, 16)
   for (let attempt = 0; ; attempt++) {
     const fd = openat2Native(SYS_openat2, dirfd, cString(path), how.address, 24, 0)
     if (fd >= 0) return fd

@@ -178,7 +178,7 @@ function onBench<T>(dirfd: number, use: (bench: Bench) => T): T {
 }
 
 function experiment(bench: Bench, privileges: Privileges, fileSystem: FileSystemInfo, mount: Mount | undefined) {
-  const tried = <T = boolean>(run: (fd: number) => T | Finding<T>, needs?: Need): Finding<T> =>
+  const tried = (run: (fd: number) => boolean | Finding, needs?: Need): Finding =>
     bench.fd === undefined ? { value: 'unknown', reason: bench.obstacle } : attempt(() => run(bench.fd), needs)
   const owner = capability('CAP_CHOWN', privileges)
   const nodes = capability('CAP_MKNOD', privileges)
@@ -218,11 +218,15 @@ function experiment(bench: Bench, privileges: Privileges, fileSystem: FileSystem
     fileHandles: attempt(() => hasHandles(bench.fd ?? bench.dirfd)),
     fanotify: tried(deliversEvents, trusted),
   }
+  const measured = (run: (fd: number) => Finding<number>): Finding<number> =>
+    bench.fd === undefined ? { value: 'unknown', reason: bench.obstacle } : measure(() => run(bench.fd))
   const limits = {
-    nameBytes: tried(longestName),
-    userXattrBytes: tried((fd) => largestXattr(fd, 'user.lsync')),
-    trustedXattrBytes: tried((fd) => largestXattr(fd, 'trusted.lsync'), trusted),
-    timestampGranularityNs: tried(timestampGranularity),
+    nameBytes: measured(longestName),
+    userXattrBytes: measured((fd) => largestXattr(fd, 'user.lsync')),
+    trustedXattrBytes: trusted.has
+      ? measured((fd) => largestXattr(fd, 'trusted.lsync'))
+      : ({ value: 'unknown', reason: `needs ${trusted.name}` } as const),
+    timestampGranularityNs: measured(timestampGranularity),
   }
   return {
     isReadOnly: fileSystem.flags.readOnly,
@@ -247,20 +251,30 @@ function capability(name: 'CAP_CHOWN' | 'CAP_MKNOD', privileges: Privileges): Ne
 }
 
 /** Runs one experiment. A refusal is an answer only if the privilege that it `needs` is there. */
-function attempt<T>(run: () => T | Finding<T>, needs?: Need): Finding<T> {
+function attempt(run: () => boolean | Finding, needs?: Need): Finding {
+  const lacking = needs?.has === false ? `needs ${needs.name}` : undefined
   try {
     const result = run()
-    if (typeof result === 'object' && result !== null) return result as Finding<T>
-    if (result === false && needs?.has === false) return { value: 'unknown', reason: `needs ${needs.name}` }
-    return { value: result as T }
+    if (typeof result === 'object') return result
+    if (!result && lacking !== undefined) return { value: 'unknown', reason: lacking }
+    return { value: result }
   } catch (cause) {
     const code = errnoOf(cause)
     if (code === undefined) throw cause
     const reason = (cause as Error).message
     if (NO_ANSWER.has(code)) return { value: 'unknown', reason }
-    if (needs?.has === false) return { value: 'unknown', reason: `needs ${needs.name} (${reason})` }
-    // Only yes-or-no experiments let errors through to here.
-    return { value: false as T, reason }
+    if (lacking !== undefined) return { value: 'unknown', reason: `${lacking} (${reason})` }
+    return { value: false, reason }
+  }
+}
+
+/** Runs one measurement. A failure of its preparations leaves the number unknown. */
+function measure(run: () => Finding<number>): Finding<number> {
+  try {
+    return run()
+  } catch (cause) {
+    if (errnoOf(cause) === undefined) throw cause
+    return { value: 'unknown', reason: (cause as Error).message }
   }
 }
 
@@ -388,20 +402,25 @@ function tryDeleteSubvolume(fd: number, name: ByteString): void {
 }
 
 function makesMooseSnapshot(fd: number, { type }: FileSystemInfo, mount: Mount | undefined): boolean | Finding {
-  if (!isMoose(mount)) return { value: false, reason: `${type} is not MooseFS` }
+  if (!isMooseFs(mount)) return { value: false, reason: `${type} is not MooseFS` }
   const directory = textOf(pathOfFd(fd))
   if (!directory.isWellFormed()) return { value: 'unknown', reason: 'the path is not UTF-8' }
   const [from, to] = [makeFile(fd, freshName(), 'same'), freshName()]
   const run = spawnSync('mfsmakesnapshot', [`${directory}/${from}`, `${directory}/${to}`], {
     encoding: 'utf8',
-    timeout: 30_000,
+    timeout: 10_000,
   })
   if (run.error !== undefined) return { value: 'unknown', reason: `mfsmakesnapshot: ${run.error.message}` }
-  if (run.status !== 0) return { value: false, reason: (run.stderr || run.stdout).trim() }
+  if (run.status !== 0) {
+    const reason = `mfsmakesnapshot: ${(run.stderr || run.stdout).split('\n')[0]}`
+    // The tool speaks to the master itself, which another network namespace may keep it from.
+    return { value: reason.includes("can't connect") ? 'unknown' : false, reason }
+  }
   return withFd(openat(fd, to, O_RDONLY | O_NOFOLLOW), (copy) => readAt(copy, 0, 9).toString() === 'same')
 }
 
-function isMoose(mount: Mount | undefined): boolean {
+/** Whether a mount is MooseFS, whose mount type may be plain `fuse`. */
+export function isMooseFs(mount: Mount | undefined): boolean {
   if (mount === undefined || !mount.type.startsWith('fuse')) return false
   if (mount.type === 'fuse.mfs' || mount.type === 'fuse.moosefs') return true
   // MooseFS shows this file in the root of every mount, though it does not list it.
@@ -531,30 +550,40 @@ function sameHandle(...[one, other]: [Parameters<typeof handleKey>[0], Parameter
   return handleKey(one) === handleKey(other)
 }
 
-function longestName(fd: number): number {
+function longestName(fd: number): Finding<number> {
+  makeFile(fd, 'n' as ByteString)
   // NAME_MAX is the kernel's own limit, whatever the file system could hold.
-  return largest(255, (length) => makeFile(fd, 'n'.repeat(length) as ByteString))
+  return { value: largest(255, (length) => makeFile(fd, 'n'.repeat(length) as ByteString), NO_ANSWER) }
 }
 
 function largestXattr(fd: number, attribute: string): Finding<number> {
   const name = makeFile(fd)
-  const most = largest(65_536, (length) => setXattr(fd, name, attribute as ByteString, Buffer.alloc(length, 1)))
-  return most > 0 ? { value: most } : { value: 0, reason: 'no value was taken' }
+  const set = (length: number) => setXattr(fd, name, attribute as ByteString, Buffer.alloc(length, 1))
+  try {
+    set(1)
+  } catch (cause) {
+    const code = errnoOf(cause)
+    if (code === undefined) throw cause
+    return { value: NO_ANSWER.has(code) ? 'unknown' : 0, reason: (cause as Error).message }
+  }
+  // ENOSPC is how some file systems say that a value is too large.
+  return { value: largest(65_536, set, new Set()) }
 }
 
-/** The largest number up to `limit` for which `run` succeeds, by halving; 0 when none does. */
-function largest(limit: number, run: (length: number) => unknown): number {
+/** The largest number up to `limit` for which `run` succeeds, by halving; 1 is known to. Errnos of `fatal` are thrown. */
+function largest(limit: number, run: (length: number) => unknown, fatal: ReadonlySet<string>): number {
   const works = (length: number) => {
     try {
       run(length)
       return true
     } catch (cause) {
-      if (errnoOf(cause) === undefined) throw cause
+      const code = errnoOf(cause)
+      if (code === undefined || fatal.has(code)) throw cause
       return false
     }
   }
   if (works(limit)) return limit
-  let [low, high] = [0, limit]
+  let [low, high] = [1, limit]
   while (high - low > 1) {
     const middle = (low + high) >> 1
     if (works(middle)) low = middle
@@ -581,7 +610,8 @@ function upperVerdict(
   try {
     const failures = tryUpper(bench.fd, namespace)
     // The kernel mounts without d_type and then lists names that are deleted; the rest it makes up for.
-    const missing = [...(lacking.includes('dirEntryTypes') ? ['dirEntryTypes'] : []), ...failures]
+    const relevant = failures.length > 0 ? lacking : lacking.filter((name) => name === 'dirEntryTypes')
+    const missing = [...new Set<string>([...relevant, ...failures])]
     return { ok: missing.length === 0, missing }
   } catch (cause) {
     const code = errnoOf(cause)
@@ -617,15 +647,27 @@ function tryUpper(fd: number, namespace: 'trusted' | 'user'): string[] {
         redirect_dir: 'nofollow',
         ...(namespace === 'user' ? { userxattr: true } : {}),
       }
-      withOverlay(stage, { lowers: [lower], upper, work, options }, (merged) => {
-        unlink(merged, gone)
-        unlink(merged, inside)
-        removeDirectory(merged, directory)
-        makeDirectory(merged, directory, 0o755)
-        setModeAt(merged, kept, 0o640)
-        makeFile(merged, 'made' as ByteString, 'content')
-      })
       const failures: string[] = []
+      withOverlay(stage, { lowers: [lower], upper, work, options }, (merged) => {
+        const step = (run: () => void) => {
+          try {
+            run()
+          } catch (cause) {
+            const code = errnoOf(cause)
+            // EIO is overlayfs's answer where the upper cannot hold a mark (ramfs on 6.18).
+            if (code === undefined || (NO_ANSWER.has(code) && code !== 'EIO')) throw cause
+            failures.push((cause as Error).message)
+          }
+        }
+        step(() => unlink(merged, gone))
+        step(() => unlink(merged, inside))
+        step(() => {
+          removeDirectory(merged, directory)
+          makeDirectory(merged, directory, 0o755)
+        })
+        step(() => setModeAt(merged, kept, 0o640))
+        step(() => makeFile(merged, 'made' as ByteString, 'content'))
+      })
       if (tryStatAt(upper, gone)?.isWhiteoutDevice !== true) failures.push('whiteouts')
       const opaque = getXattr(upper, directory, `${namespace}.overlay.opaque` as ByteString)
       if (opaque?.toString() !== 'y') failures.push(`${namespace}.overlay.opaque`)
@@ -661,8 +703,8 @@ function withOverlay<T>(stage: number, stack: OverlayStack, use: (merged: number
 
 function lowerVerdict(bench: Bench, privileges: Privileges): Verdict {
   if (!privileges.sysAdmin) return { ok: false, missing: [], unknown: 'needs CAP_SYS_ADMIN to mount' }
-  const file = bench.fd === undefined ? undefined : makeFile(bench.fd, freshName(), 'content')
   try {
+    const file = bench.fd === undefined ? undefined : makeFile(bench.fd, freshName(), 'content')
     return withScratch((scratch) => {
       makeDirectory(scratch, 'empty' as ByteString, 0o755)
       const seen = withFd(openat(scratch, 'empty' as ByteString, O_PATH | O_DIRECTORY), (empty) =>

@@ -33,3 +33,27 @@ export function aclFromText(text: string, kind: 'access' | 'default'): Uint8Arra
   })
   return bytes
 }
+
+const NAMES = new Map<number, string>(
+  Object.entries(TAGS).flatMap(([name, tags]) => tags.map((tag) => [tag, name] as const)),
+)
+
+/**
+ * The text of an ACL in the kernel's form, with numbers for users and groups, entries separated by commas; `undefined`
+ * for what is no ACL of version 2.
+ */
+export function aclToText(bytes: Uint8Array): string | undefined {
+  const buffer = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+  if (buffer.length < 4 || buffer.length % 8 !== 4 || buffer.readUInt32LE(0) !== 2) return undefined
+  const parts: string[] = []
+  for (let at = 4; at < buffer.length; at += 8) {
+    const tag = buffer.readUInt16LE(at)
+    const allowed = buffer.readUInt16LE(at + 2)
+    const id = buffer.readUInt32LE(at + 4)
+    const name = NAMES.get(tag)
+    if (name === undefined) return undefined
+    const bits = `${allowed & 4 ? 'r' : '-'}${allowed & 2 ? 'w' : '-'}${allowed & 1 ? 'x' : '-'}`
+    parts.push(`${name}:${tag === 0x02 || tag === 0x08 ? id : ''}:${bits}`)
+  }
+  return parts.join(',')
+}

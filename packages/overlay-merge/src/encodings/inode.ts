@@ -263,7 +263,8 @@ export function createWhiteout(dirfd: number, name: ByteString, form: WhiteoutFo
   else {
     withFd(openNew(dirfd, name), (fd) => {
       setXattr(fd, '', marks.whiteout, YES)
-      setModeFd(fd, 0, name)
+      // Without privilege user.* can only be read where the file can.
+      setModeFd(fd, 0o444, name)
     })
   }
 }

@@ -41,13 +41,19 @@ async function fill(sink: LayerSink, items: readonly LayerItem[]): Promise<void>
 
 const mine: Abilities = { whiteouts: true, opaque: true, sockets: true }
 
+/** readlink(2) moves the access time of a symlink, and nothing can ask it not to. */
+function withoutLinkTime(observed: unknown): unknown {
+  const { kind, meta } = observed as { kind: string; meta?: object }
+  return kind === 'symlink' ? { ...(observed as object), meta: { ...meta, atimeNs: 0n } } : observed
+}
+
 function treeRoundTrip(form: TreeForm, read: (fd: number) => Iterable<LayerItem>, abilities: Abilities) {
   return fc.assert(
     fc.asyncProperty(anyLayer(abilities), (models) =>
       inPlace(async ({ content, layer }) => {
         const items = itemsOf(models, content)
         await fill(new TreeSink(layer, { form }), items)
-        expect(observed(read(layer))).toEqual(observed(items))
+        expect(observed(read(layer)).map(withoutLinkTime)).toEqual(observed(items).map(withoutLinkTime))
       }),
     ),
     { numRuns: 60 },
@@ -69,7 +75,8 @@ test('a layer written with xattr whiteouts reads back the same but for their for
         const expected = observed(items).map((entry) =>
           (entry as { kind: string }).kind === 'whiteout' ? { ...(entry as object), form: 'xattr' } : entry,
         )
-        expect(observed(readKernelLayer(layer, { ...ORDER, namespace: 'user' }))).toEqual(expected)
+        const back = observed(readKernelLayer(layer, { ...ORDER, namespace: 'user' }))
+        expect(back.map(withoutLinkTime)).toEqual(expected.map(withoutLinkTime))
       }),
     ),
     { numRuns: 60 },

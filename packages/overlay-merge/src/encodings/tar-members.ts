@@ -241,7 +241,10 @@ class HeaderFilter {
         hint,
       )
     }
-    if (type === 'file' && header.type !== 'S' && name.endsWith('/')) type = 'directory'
+    if (type === 'file' && header.type !== 'S' && name.endsWith('/')) {
+      if (header.sizeBytes !== 0) throw new LayerEntryRefusedError(name, 'it is a directory by its name, and has data')
+      type = 'directory'
+    }
     if (name.includes('\0') || linkName.includes('\0')) throw new LayerEntryRefusedError(name, 'a NUL is in its name')
     const hasBody = type === 'file'
     const size = records.get('size')

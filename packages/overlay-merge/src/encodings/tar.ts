@@ -4,9 +4,11 @@ import tar from 'tar-stream'
 import type { Entry, Meta } from '../model/entry.ts'
 import { MARKS, type Namespace } from '../model/marks.ts'
 import { type EntryPath, join, ROOT, split } from '../model/path.ts'
+import { aclToText } from './acl-text.ts'
 import { OPAQUE_MARKER, refuseReservedName, WHITEOUT_PREFIX } from './aufs.ts'
 import { decompress } from './compression.ts'
 import { LayerChangedError, NeedsDerefError, NotExpressibleError } from './errors.ts'
+import { ACL_ACCESS, ACL_DEFAULT } from './inode.ts'
 import type { LayerItem, Loss } from './item.ts'
 import { marksOf } from './kernel.ts'
 import { LayerIndex, type LayerIndexOptions } from './layer-index.ts'
@@ -333,6 +335,12 @@ function headersOf(
   const isPlainTime = meta.mtimeNs >= 0n && meta.mtimeNs % 1_000_000_000n === 0n && seconds <= MAX_SECONDS
   if (!isPlainTime) records.push(['mtime', formatTime(meta.mtimeNs)])
   for (const xattr of more.withoutXattrs === true ? [] : meta.xattrs) {
+    if (xattr.name === ACL_ACCESS || xattr.name === ACL_DEFAULT) {
+      // GNU tar --acls and bsdtar take ACLs from text alone, container runtimes from the attribute alone.
+      const text = aclToText(xattr.value)
+      const key = xattr.name === ACL_ACCESS ? 'SCHILY.acl.access' : 'SCHILY.acl.default'
+      if (text !== undefined) records.push([key, text])
+    }
     // A record's key ends at its first equals sign.
     if (!xattr.name.includes('=')) records.push([`SCHILY.xattr.${xattr.name}`, xattr.value])
     else records.push([`LIBARCHIVE.xattr.${escapeUrl(xattr.name)}`, Buffer.from(xattr.value).toString('base64')])

@@ -87,6 +87,9 @@ export interface GraftStep extends StepBase {
 export interface AliasStep extends StepBase {
   do: 'alias'
   from: string
+  drop?: string[]
+  /** The lower file that has the data, where the index inode is a metacopy. */
+  data?: [layer: number, path: string]
 }
 
 export type Step = RemoveStep | WhiteoutStep | PlaceStep | MakeDirectoryStep | GraftStep | AliasStep

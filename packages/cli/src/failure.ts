@@ -1,0 +1,83 @@
+import { LsyncError, textOf } from '@lsync/posix'
+import { CommanderError } from 'commander'
+
+/** What lsync ends with. */
+export const EXIT = { done: 0, failed: 1, usage: 2, problems: 3, busy: 4, interrupted: 130 } as const
+export type ExitCode = (typeof EXIT)[keyof typeof EXIT]
+
+/** The command line asks for something that makes no sense. */
+export class UsageError extends LsyncError {
+  constructor(message: string, hint: string) {
+    super('USAGE', message, { hint })
+  }
+}
+
+/** SIGINT or SIGTERM came. The reason of the signal that every operation gets. */
+export class InterruptedError extends LsyncError {
+  constructor(signal: string) {
+    super('INTERRUPTED', `stopped by ${signal}`, {
+      hint: '`lsync recover DIR` finishes or rolls back what had begun on DIR',
+    })
+  }
+}
+
+/** Whoever reads standard output has gone (`lsync diff … | head`). Nobody is told. */
+export class ReaderGoneError extends LsyncError {
+  constructor() {
+    super('READER_GONE', 'nobody reads standard output any more')
+  }
+}
+
+/** Somebody was asked and did not say yes. */
+export class NotConfirmedError extends LsyncError {
+  constructor() {
+    super('NOT_CONFIRMED', 'not confirmed; nothing was changed')
+  }
+}
+
+/** One error as it leaves lsync: a line for people, an object for programs, an exit code for scripts. */
+export interface Failure {
+  readonly exitCode: ExitCode
+  /** `undefined`: nothing is to be said. */
+  readonly line: string | undefined
+  readonly fields: Readonly<Record<string, unknown>>
+}
+
+const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY'])
+const USAGE = new Set(['USAGE', 'REQUEST_INVALID'])
+
+/** Renders whatever was thrown. A bug keeps its stack, so that it can be reported. */
+export function failureOf(error: unknown, command: string): Failure {
+  if (error instanceof CommanderError) return failureOfCommander(error, command)
+  if (!(error instanceof LsyncError)) {
+    const { message, stack } = error instanceof Error ? error : new Error(String(error))
+    return {
+      exitCode: EXIT.failed,
+      line: `lsync: this is a bug in lsync, please report it (BUG)\n${stack}`,
+      fields: { code: 'BUG', message, stack },
+    }
+  }
+  const { code, message, hint, path, syscall } = error
+  return {
+    exitCode: exitCodeOf(code),
+    line: code === 'READER_GONE' ? undefined : `lsync: ${message}${hint === undefined ? '' : `; ${hint}`} (${code})`,
+    fields: {
+      code,
+      message,
+      ...(path === undefined ? {} : { path: textOf(path) }),
+      ...(syscall === undefined ? {} : { syscall }),
+      ...(hint === undefined ? {} : { hint }),
+    },
+  }
+}
+
+function failureOfCommander(error: CommanderError, command: string): Failure {
+  const message = error.message.replace(/^error: /, '').replaceAll('\n', ' ')
+  return failureOf(new UsageError(message, `see \`${command} --help\``), command)
+}
+
+function exitCodeOf(code: string): ExitCode {
+  if (BUSY.has(code)) return EXIT.busy
+  if (USAGE.has(code)) return EXIT.usage
+  return code === 'INTERRUPTED' || code === 'READER_GONE' ? EXIT.interrupted : EXIT.failed
+}

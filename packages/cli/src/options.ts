@@ -1,0 +1,77 @@
+import { readlinkSync } from 'node:fs'
+import type { Namespace } from '@lsync/overlay-merge'
+import { type HostPath, hostPath } from '@lsync/posix'
+import { type Command, InvalidArgumentError, Option } from 'commander'
+
+/** What the options that name layers give. */
+export interface LayerOptions {
+  readonly upper: HostPath
+  readonly lower: HostPath[]
+  readonly data?: HostPath[]
+  readonly namespace: Namespace
+}
+
+/** A path of the command line, made absolute: journals outlive the working directory. Nothing else is normalized. */
+export function pathArgument(text: string): HostPath {
+  if (text === '') throw new InvalidArgumentError('A path cannot be empty.')
+  const path = hostPath(text)
+  if (path.startsWith('/')) return path
+  const relative = path.replace(/^(\.\/+)+/, '').replace(/^\.$/, '')
+  const cwd = readlinkSync('/proc/self/cwd', 'latin1')
+  return `${cwd === '/' ? '' : cwd}/${relative}`.replace(/(?<=.)\/+$/, '') as HostPath
+}
+
+/** As `pathArgument`, for an option that may come more than once. */
+export function pathsArgument(text: string, before: HostPath[] | undefined): HostPath[] {
+  return [...(before ?? []), pathArgument(text)]
+}
+
+export function countArgument(text: string): number {
+  if (!/^\d{1,6}$/.test(text)) throw new InvalidArgumentError('Expected a whole number.')
+  return Number(text)
+}
+
+/** `--upper`, `--lower`, `--data`, `--namespace`. */
+export function addLayerOptions(command: Command): Command {
+  return addNamespaceOption(
+    command
+      .requiredOption('--upper <dir>', 'the upper layer', pathArgument)
+      .addOption(
+        new Option('--lower <dir>', 'a lower layer; again for each one further down')
+          .argParser(pathsArgument)
+          .makeOptionMandatory(),
+      )
+      .option('--data <dir>', 'a data-only lower (lowerdir=…::DIR); may be repeated', pathsArgument),
+  )
+}
+
+export function addNamespaceOption(command: Command): Command {
+  return command.addOption(
+    new Option('--namespace <name>', 'whose marks count, as on the mount (user: userxattr)')
+      .choices(['trusted', 'user'])
+      .default('trusted'),
+  )
+}
+
+export function addWorkersOption(command: Command): Command {
+  return command.option(
+    '--workers <count>',
+    'worker threads (default: 2 on local disks, 16 over a network)',
+    countArgument,
+  )
+}
+
+export function addYesOption(command: Command): Command {
+  return command.option('--yes', 'do not ask')
+}
+
+export function addDryRunOption(command: Command): Command {
+  return command.option('--dry-run', 'change nothing, show what would be done')
+}
+
+/** The same object without the keys that are `undefined`: an option that was not given is absent. */
+export function given<T extends object>(options: T): { [K in keyof T]: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined)) as {
+    [K in keyof T]: Exclude<T[K], undefined>
+  }
+}

@@ -1,0 +1,59 @@
+import { createInterface } from 'node:readline/promises'
+import { EXIT, type ExitCode, InterruptedError, NotConfirmedError, ReaderGoneError, UsageError } from './failure.ts'
+import { Output } from './output.ts'
+
+/** One run of one command: where it writes, when it must stop, how it ends. */
+export class Session {
+  readonly output: Output
+  exitCode: ExitCode = EXIT.done
+  readonly #abort = new AbortController()
+
+  constructor(isJson: boolean) {
+    this.output = new Output(isJson)
+  }
+
+  /** Aborted by SIGINT and SIGTERM, and when nobody reads the output. */
+  get signal(): AbortSignal {
+    return this.#abort.signal
+  }
+
+  /** From here on the first SIGINT or SIGTERM stops the operation in order, and the second one at once. */
+  listen(): void {
+    const stop = (name: string) => {
+      if (this.signal.aborted) process.exit(EXIT.interrupted)
+      this.#abort.abort(new InterruptedError(name))
+    }
+    process.on('SIGINT', stop)
+    process.on('SIGTERM', stop)
+    process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+      if (error.code !== 'EPIPE') throw error
+      this.#abort.abort(new ReaderGoneError())
+    })
+    // A merge does not stop because nobody sees its progress any more.
+    process.stderr.on('error', () => undefined)
+  }
+
+  /** Ends with 3: done, but not everything is as it should be. */
+  foundProblems(): void {
+    this.exitCode = EXIT.problems
+  }
+
+  /**
+   * Before something is destroyed: asks on a terminal, and elsewhere wants `--yes`.
+   * @throws {UsageError} without a terminal and without `--yes`
+   * @throws {NotConfirmedError} if the answer is not yes
+   */
+  async confirm(what: string, options: { yes?: boolean; dryRun?: boolean }): Promise<void> {
+    if (options.yes === true || options.dryRun === true) return
+    if (!process.stdin.isTTY || !process.stderr.isTTY) {
+      throw new UsageError(`${what}, and there is no terminal to ask on`, 'add --yes, or look first with --dry-run')
+    }
+    const terminal = createInterface({ input: process.stdin, output: process.stderr })
+    try {
+      const answer = await terminal.question(`${what}. Go on? [y/N] `, { signal: this.signal })
+      if (!/^y(es)?$/i.test(answer.trim())) throw new NotConfirmedError()
+    } finally {
+      terminal.close()
+    }
+  }
+}
