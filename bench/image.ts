@@ -22,8 +22,11 @@ export function makeImage(
 ): Image {
   const path = join(scratch.path, `${request.name}.img`)
   writeFileSync(path, '')
+  // xfs takes 512 bytes for an inode, and gives all of them no more than a quarter of a device.
+  const inodeBytes = request.fs === 'xfs' ? request.inodes * 512 * 5 : 0
   // xfs refuses less than 300 MB, and btrfs keeps much of a small device to itself.
-  truncateSync(path, Math.ceil(Math.max(request.sizeBytes, 1 << 30) / (1 << 20)) * (1 << 20))
+  const sizeBytes = Math.max(request.sizeBytes + inodeBytes, 1 << 30)
+  truncateSync(path, Math.ceil(sizeBytes / (1 << 20)) * (1 << 20))
   const commands: Record<ImageFs, string[]> = {
     // Nothing is written in the background later: `noinit_itable` at the mount leaves the inode tables alone.
     ext4: [

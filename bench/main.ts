@@ -7,7 +7,7 @@ import { type MergeOptions, mergeRows } from './merge.ts'
 import { peerVersions } from './peers.ts'
 import { drawRow } from './plot.ts'
 import { compilePrograms } from './program.ts'
-import { formatHead, formatRow, formatSummary, type Report } from './report.ts'
+import { formatHead, formatJson, formatRow, formatSummary, type Report } from './report.ts'
 import { Scratch } from './scratch.ts'
 import type { Fs } from './state.ts'
 
@@ -275,7 +275,7 @@ async function measure(values: Values, mergeOptions: MergeOptions, rows: readonl
 }
 
 function writeResults(values: Values, report: Report): void {
-  if (values.json !== undefined) writeFileSync(values.json, `${JSON.stringify(report, undefined, 2)}\n`)
+  if (values.json !== undefined) writeFileSync(values.json, formatJson(report))
   if (values.svg === undefined) return
   mkdirSync(values.svg, { recursive: true })
   for (const row of report.rows) {

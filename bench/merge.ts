@@ -19,7 +19,7 @@ import {
   type States,
 } from './state.ts'
 import { fitExponent, summarize } from './statistics.ts'
-import { estimateTreeBytes, makeEntries, type Workload } from './workload.ts'
+import { estimateTreeBytes, makeEntries, type Workload, writeDirectories } from './workload.ts'
 
 /** Everything that the rows of `bench merge` can be told. Sizes are counts of files. */
 export type MergeOptions = {
@@ -445,7 +445,10 @@ async function* measureCurve(context: MergeContext): AsyncGenerator<Row> {
           ]),
         ),
       ],
-      notes: last.content === 'empty' ? ['the files below are empty; what the changes write is not'] : [],
+      notes: [
+        'where the floor grows faster than its work, that is the file system',
+        ...(last.content === 'empty' ? ['the files below are empty; what the changes write is not'] : []),
+      ],
     }
   }
 }
@@ -493,6 +496,7 @@ async function* measureMemory(context: MergeContext): AsyncGenerator<Row> {
         workload: { ...workload, files: 0 },
         name: 'above',
         once: true,
+        write: (lower) => writeDirectories(lower, entries, scratch),
         change: async (view) => {
           await makeEntries(view, entries, scratch)
           return { create: entries }

@@ -228,3 +228,20 @@ export function formatSummary(rows: readonly Row[]): string {
   if (lines.length === 0) return ''
   return `# goals\n${formatTable([['row', 'figure', 'measured', 'goal', ''], ...lines])}\n`
 }
+
+/** The whole report as JSON, with medians and spreads beside the samples and a verdict on each goal (`met`). */
+export function formatJson(report: Report): string {
+  const rows = report.rows.map((row) => ({
+    ...row,
+    series: row.series.map((series) => ({
+      ...series,
+      summary: {
+        wallMs: spreadOf(series, 'wallMs'),
+        syncMs: spreadOf(series, 'syncMs'),
+        maxRssMiB: spreadOf(series, 'maxRssMiB'),
+      },
+    })),
+    comparisons: row.comparisons.map((comparison) => ({ ...comparison, met: meetsGoal(comparison) })),
+  }))
+  return `${JSON.stringify({ ...report, rows }, undefined, 2)}\n`
+}

@@ -270,6 +270,8 @@ export async function prepareKeptLower(
     place: Place
     /** Makes the changes, `makeChanges` unless given. */
     change?: (view: string) => Promise<ChangeCounts>
+    /** Writes the lower, the files of the workload unless given. */
+    write?: (lower: string) => Promise<void>
     /** There will be one run only, which may use up the upper itself: no copy of a very large one. */
     once?: boolean
   },
@@ -280,7 +282,7 @@ export async function prepareKeptLower(
   const kept = pathsAt(place, name, view)
   makeRoot(kept.lower, fs)
   for (const path of [kept.upper, kept.work]) makeRoot(path, 'plain')
-  await writeTree(scratch, fs, kept.lower, workload)
+  await (request.write ?? ((lower: string) => writeTree(scratch, fs, lower, workload)))(kept.lower)
   const change = request.change ?? ((at: string) => makeChanges(at, workload, scratch))
   const changes = await build(scratch, workload, kept, change)
   let serial = 0

@@ -213,15 +213,24 @@ export async function makeChanges(view: string, workload: Workload, scratch: Scr
   return counts
 }
 
+const countDirectories = (entries: number): number => Math.ceil(entries / filesPerDirectory)
+
+/** Writes a lower of the directories alone that hold so many files. */
+export async function writeDirectories(root: string, entries: number, scratch: Scratch): Promise<void> {
+  for (let index = 0; index < countDirectories(entries); index++) {
+    if (index % 1000 === 0) await scratch.checkInterrupted()
+    mkdirSync(join(root, nameDirectory(index)), { recursive: true })
+  }
+}
+
 /**
- * Fills an upper with `entries` new empty files and the directories above them, through the mount: the largest plan
- * that a lower of directories alone can lead to.
+ * Fills the directories that `writeDirectories` wrote with `entries` new empty files, through the mount: each is a step
+ * of its own to a merge, since none of the directories is new.
  */
 export async function makeEntries(view: string, entries: number, scratch: Scratch): Promise<void> {
-  for (let index = 0; index * filesPerDirectory < entries; index++) {
+  for (let index = 0; index < countDirectories(entries); index++) {
     if (index % 20 === 0) await scratch.checkInterrupted()
     const directory = join(view, nameDirectory(index))
-    mkdirSync(directory, { recursive: true })
     for (let file = 0; file < Math.min(filesPerDirectory, entries - index * filesPerDirectory); file++)
       closeSync(openSync(join(directory, nameFile(file)), 'wx', 0o644))
   }

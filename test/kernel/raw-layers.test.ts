@@ -44,7 +44,9 @@ describe.skipIf(!hasEngine)('raw layers are merged as the kernel reads them', ()
     const directory = disk.current.fresh()
     try {
       let layers = buildLayers(directory, specs, options.namespace)
-      let subject = { directory, layers, options, clones: ['copy', 'hardlink'] as const }
+      // Two directories that lead to one place show the same inodes twice, which is no hard link that anyone made.
+      const diff = { links: options.namespace === 'user' }
+      let subject = { directory, layers, options, diff, rawBottom: true, clones: ['copy', 'hardlink'] as const }
       if ([...viewOf(subject).values()].some((node) => node.error !== undefined)) {
         // A metacopy without its data, which nothing but a broken layer has.
         const repaired = `${directory}/repaired`
@@ -117,4 +119,18 @@ describe.skipIf(!hasEngine)('raw layers are merged as the kernel reads them', ()
     (_name, options) => check(everyCase(options), options),
     timeLimit(),
   )
+
+  test('in place, a lower that was a layer becomes a plain tree: its own marks go too', async () => {
+    const directory = disk.current.fresh()
+    const layers = buildLayers(
+      directory,
+      [
+        dir({ f: file('new') }),
+        dir({ d: dir({ w: whiteout(), o: opaque({ x: xattrWhiteout(), f: file('kept') }) }), f: file('old') }),
+      ],
+      'trusted',
+    )
+    await expectNone(mergeEveryWay({ directory, layers, options: trusted }, ['in-place']), describeLayers(layers))
+    removeTree(directory)
+  })
 })

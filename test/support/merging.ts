@@ -14,6 +14,8 @@ export interface Subject {
   readonly diff?: DiffOptions
   readonly clones?: readonly NonNullable<MergeCase['clone']>[]
   readonly workers?: number
+  /** The bottom is a layer with marks of its own: in place it is compared through a mount, and may stay one. */
+  readonly rawBottom?: boolean
 }
 
 /** The mount of these layers: the first as the upper where there is a workdir, else all as lowers. */
@@ -27,12 +29,15 @@ export function viewOf({ layers, work, options }: Subject, readOnly = true): Tre
 }
 
 /**
- * A layer that no other lies beneath, as a mount would show it: escaped attributes of a nested overlay lose one level.
- * A mark that is still there gets a name that no view has, so that a leak is a difference.
+ * A plain tree as a mount would show it: escaped attributes of a nested overlay lose one level. A mark that is still
+ * there gets a name that no view has, so that a leak is a difference. `deadMarks` lets those pass that mean nothing
+ * where they stand: a shared inode cannot lose them.
  */
-export function shownAlone(tree: Tree, namespace: 'trusted' | 'user'): Tree {
+export function shownAlone(tree: Tree, namespace: 'trusted' | 'user', deadMarks = false): Tree {
   const prefix = `${namespace}.overlay.`
   const escaped = `${prefix}overlay.`
+  const isDead = (mark: string, name: string) =>
+    name.startsWith(prefix) && !name.startsWith(escaped) && mark !== 'metacopy'
   const rename = (name: string) =>
     name.startsWith(escaped)
       ? `${prefix}${name.slice(escaped.length)}`
@@ -42,7 +47,14 @@ export function shownAlone(tree: Tree, namespace: 'trusted' | 'user'): Tree {
   return new Map(
     [...tree].map(([path, node]): [string, Node] => [
       path,
-      { ...node, xattrs: new Map([...node.xattrs].map(([name, value]) => [rename(name), value])) },
+      {
+        ...node,
+        xattrs: new Map(
+          [...node.xattrs]
+            .filter(([name]) => !(deadMarks && node.type !== 'directory' && isDead(name.slice(prefix.length), name)))
+            .map(([name, value]) => [rename(name), value]),
+        ),
+      },
     ]),
   )
 }
@@ -101,7 +113,9 @@ async function output(subject: Subject, view: Tree, clone: NonNullable<MergeCase
   const layeredTree = readTree(layered)
   return [
     ...diffTrees(view, plainTree, diff).map((line) => `plain: ${line}`),
-    ...diffTrees(view, shownAlone(layeredTree, options.namespace), diff).map((line) => `layered: ${line}`),
+    ...diffTrees(view, shownAlone(layeredTree, options.namespace, clone === 'hardlink' || clone === 'auto'), diff).map(
+      (line) => `layered: ${line}`,
+    ),
     // `auto` may choose hard links to the source.
     ...(clone === 'copy' || clone === 'reflink' ? strayLinks(plainTree) : []).map((line) => `plain: ${line}`),
     ...untouched(before, layers),
@@ -109,7 +123,7 @@ async function output(subject: Subject, view: Tree, clone: NonNullable<MergeCase
 }
 
 async function delta(subject: Subject, view: Tree, depth: number): Promise<string[]> {
-  const { layers, directory, options, diff } = subject
+  const { layers, directory, diff } = subject
   const before = layers.map(readTree)
   const result = `${directory}/delta${depth}`
   await engine.merge(requestOf(subject, { mode: 'delta', lowers: layers.slice(1, depth + 1), output: result }))
@@ -118,8 +132,6 @@ async function delta(subject: Subject, view: Tree, depth: number): Promise<strin
     ...diffTrees(view, viewOf({ ...subject, layers: [result, ...rest], ...noWork }), diff),
     ...untouched(before, layers),
   ]
-    .map((line) => line)
-    .concat(options.namespace === 'user' ? namedMarks(readTree(result), 'user', ['redirect', 'metacopy']) : [])
 }
 
 const noWork = { work: undefined } as unknown as Record<never, never>
@@ -132,21 +144,15 @@ async function inPlace(subject: Subject, view: Tree): Promise<string[]> {
   await engine.merge(requestOf(subject, { mode: 'in-place', lowers: layers.slice(1) }))
   const shared = untouched(before, clones).map((line) => `the clone that shares inodes: ${line}`)
   const lowers = layers.slice(1)
-  if (lowers.length > 1) return [...diffTrees(view, viewOf({ ...subject, layers: lowers, ...noWork }), diff), ...shared]
+  if (lowers.length > 1 || subject.rawBottom === true) {
+    return [...diffTrees(view, viewOf({ ...subject, layers: lowers, ...noWork }), diff), ...shared]
+  }
   return [...diffTrees(view, shownAlone(readTree(lowers[0] as string), options.namespace), diff), ...shared]
 }
 
 function untouched(before: readonly Tree[], layers: readonly string[]): string[] {
   return before.flatMap((tree, index) =>
     diffTrees(tree, readTree(layers[index] as string)).map((line) => `the source layer ${index} changed: ${line}`),
-  )
-}
-
-function namedMarks(tree: Tree, namespace: string, marks: readonly string[]): string[] {
-  return [...tree].flatMap(([path, node]) =>
-    marks
-      .filter((mark) => node.xattrs.has(`${namespace}.overlay.${mark}`))
-      .map((mark) => `${printable(path)}: carries ${mark}, which no mount of this namespace follows`),
   )
 }
 

@@ -30,6 +30,7 @@ export interface RawLayerOptions {
 
 const names = ['a', 'b', 'c', 'd']
 const DEPTH = 3
+const DATA_BYTES = 5
 
 type State = { spec: Spec | undefined }
 
@@ -73,21 +74,21 @@ function anyState(options: RawLayerOptions, depth: number): fc.Arbitrary<State> 
     {
       weight: 4,
       arbitrary: fc
-        .tuple(fc.constantFrom('', '1', '22', 'three'), anyAttributes)
+        .tuple(fc.constantFrom('one 1', 'two 2', 'three'), anyAttributes)
         .map(([content, attributes]): State => ({ spec: file(content, attributes) })),
     },
     { weight: 1, arbitrary: here(symlink('a')) },
     { weight: 1, arbitrary: fc.constantFrom<State>({ spec: fifo() }, { spec: character(1, 3) }) },
     { weight: 1, arbitrary: here(linkTo('')) },
-    // Marks that mean nothing where they stand.
-    { weight: 1, arbitrary: here(file('x', { marks: { whiteout: 'y', redirect: '/b' } })) },
+    // All data is of one size, the one that the metacopies state. Marks that mean nothing where they stand:
+    { weight: 1, arbitrary: here(file('marks', { marks: { whiteout: 'y', redirect: '/b' } })) },
   ]
   if (options.metacopies) {
     const redirect = fc.option(anyRedirect, { nil: undefined })
     leaves.push({
       weight: 1,
       arbitrary: redirect.map(
-        (to): State => ({ spec: to === undefined ? metacopy(5) : metacopy(5, { redirect: to }) }),
+        (to): State => ({ spec: to === undefined ? metacopy(DATA_BYTES) : metacopy(DATA_BYTES, { redirect: to }) }),
       ),
     })
   }
@@ -124,7 +125,7 @@ const anyRedirect = fc.oneof(
 function withValidLinks(root: DirectorySpec): DirectorySpec {
   const first = firstFile(root, '')
   const fix = (spec: Spec): Spec => {
-    if (spec.kind === 'link') return first === undefined ? file('link') : linkTo(first)
+    if (spec.kind === 'link') return first === undefined ? file('link.') : linkTo(first)
     if (spec.kind !== 'directory') return spec
     return {
       ...spec,

@@ -50,10 +50,18 @@ export async function programFor(args: readonly string[], session: Session): Pro
   const asked = args[0] === 'help' ? args[1] : args[0]
   for (const [name, entry] of Object.entries(commands)) {
     const command = program.command(name).description(entry.summary)
-    if (name === asked || asked === 'completion') (await entry.load()).define(command, session)
+    if (name === asked || asked === 'completion') {
+      ;(await entry.load()).define(command, session)
+      addJsonOption(command)
+    }
   }
   if (args.length === 0) program.action(() => program.help())
   return program
+}
+
+function addJsonOption(command: Command): void {
+  if (command.commands.length === 0) command.option('--json', 'print one JSON object per line, errors included')
+  else for (const child of command.commands) addJsonOption(child)
 }
 
 function isHelp(error: unknown): boolean {

@@ -79,8 +79,9 @@ export function cloneDirectory(context: CloneContext, path: EntryPath, part: Clo
           part.next.push(join(path, name))
           continue
         }
-        if (type === DT_CHR && !context.below && statAt(from, name).isWhiteoutDevice) continue
-        if (context.method === 'hardlink' && !isRewritten(context, from, name, type) && tryShare(from, to, name)) {
+        const fate = fateOf(context, from, name, type)
+        if (fate === 'absent') continue
+        if (context.method === 'hardlink' && fate === 'same' && tryShare(from, to, name)) {
           part.counts.objects++
           continue
         }
@@ -98,10 +99,18 @@ export function cloneDirectory(context: CloneContext, path: EntryPath, part: Clo
   }
 }
 
-// A link shares the inode with all its attributes, so what must lose some of them is copied instead.
-function isRewritten(context: CloneContext, from: number, name: ByteString, type: number): boolean {
-  if (!context.plain || (type !== DT_REG && type !== DT_CHR)) return false
-  return listXattrs(from, name).some((attribute) => attribute.startsWith(context.marks.prefix))
+/**
+ * What a bottom layer's entry becomes: nothing (a whiteout hides nothing there), a copy without its marks, or the very
+ * inode, since a link shares all its attributes.
+ */
+function fateOf(context: CloneContext, from: number, name: ByteString, type: number): 'absent' | 'copy' | 'same' {
+  if (context.below || (type !== DT_REG && type !== DT_CHR)) return 'same'
+  const { marks, plain } = context
+  if (type === DT_CHR && statAt(from, name).isWhiteoutDevice) return 'absent'
+  const attributes = listXattrs(from, name)
+  if (!attributes.some((attribute) => attribute.startsWith(marks.prefix))) return 'same'
+  if (attributes.includes(marks.whiteout) && statAt(from, name).sizeBytes === 0) return 'absent'
+  return plain || attributes.some((attribute) => isMark(attribute, marks)) ? 'copy' : 'same'
 }
 
 // `false` where the inode has all the links it can have, or is immutable: then a copy does.

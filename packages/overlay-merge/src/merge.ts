@@ -5,6 +5,7 @@ import {
   type HostPath,
   LsyncError,
   link,
+  listXattrs,
   makeDirectory,
   O_DIRECTORY,
   O_NOFOLLOW,
@@ -26,6 +27,7 @@ import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
 import { findAliases, openIndex } from './index-aliases.ts'
 import { Journal, journalPathOf, PlanWriter, planLines, TREE } from './journal.ts'
+import { isMark } from './model/marks.ts'
 import { type EntryPath, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
 import type { PlanContext, PlanCounts } from './plan.ts'
@@ -285,7 +287,9 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
       })
       journal.prepare(journal.fd)
       const base = stack.layers.at(-1) as OpenStack['layers'][number]
-      const perEntry = request.plain === true
+      // A base that was once an upper has marks and whiteouts all over, which a bottom must not have.
+      const wasUpper = listXattrs(base.fd, '').some((attribute) => isMark(attribute, base.marks))
+      const perEntry = request.plain === true || (wasUpper && !stack.below)
       const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
       treeFd = await cloneBase(request, stack, journal, pool, clone)
       await executePlan({
@@ -316,7 +320,7 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
 }
 
 /** Gives the finished tree its name, which nothing may have taken meanwhile. */
-function publish(journal: Journal, target: HostPath): void {
+export function publish(journal: Journal, target: HostPath): void {
   const { parent } = journalPathOf(target)
   const name = target.replace(/\/+$/, '').slice(target.replace(/\/+$/, '').lastIndexOf('/') + 1) as EntryPath
   withFd(openRoot(parent), (parentFd) => {

@@ -6,6 +6,7 @@ import {
   type Stat,
   setModeFd,
   setTimes,
+  statFd,
   tryStatAt,
   withFd,
 } from '@lsync/posix'
@@ -15,7 +16,7 @@ import { type EntryPath, join, ROOT } from '../model/path.ts'
 import { LayerEntryRefusedError, NeedsDerefError, NotExpressibleError } from './errors.ts'
 import { openDirectory, openNew } from './inode.ts'
 import { type ItemOrder, isValidName, type LayerItem, NAME_MAX, type ReadOptions } from './item.ts'
-import { plainEntry, type RawInode, readInode, readRootInode, withContent } from './kernel.ts'
+import { completed, plainEntry, type RawInode, readInode, readRootInode } from './kernel.ts'
 import type { TreeForm } from './tree-sink.ts'
 import { MountGuard, sortedNames, type TreeReader, walkTree } from './walk.ts'
 
@@ -63,7 +64,8 @@ export function readAufsTree(rootFd: number, options: AufsReadOptions = {}): Gen
   const whiteouts = new Map<EntryPath, ReadonlySet<ByteString>>()
   const reader: TreeReader = {
     root(fd) {
-      return { entry: plainEntry(ROOT, fuse ? realInode(readRootInode(fd)) : readRootInode(fd)) }
+      const entry = plainEntry(ROOT, fuse ? realInode(readRootInode(fd)) : readRootInode(fd))
+      return completed({ entry }, fd, '.' as ByteString, statFd(fd))
     },
     list(fd, path) {
       const listing = listMarkers(fd, path, fuse, options.onLoss)
@@ -82,9 +84,9 @@ export function readAufsTree(rootFd: number, options: AufsReadOptions = {}): Gen
       if (stat.isWhiteoutDevice) return { entry: { kind: 'whiteout', path: full, form: 'device' } }
       const inode = readInode(fd, name, stat)
       const entry = plainEntry(full, fuse ? realInode(inode) : inode)
-      if (entry.kind !== 'directory') return withContent({ entry }, fd, name)
+      if (entry.kind !== 'directory') return completed({ entry }, fd, name, stat)
       const opaque = isWhitedOut || hasOpaqueMarker(fd, name, fuse)
-      return { entry: { ...entry, opaque } }
+      return completed({ entry: { ...entry, opaque } }, fd, name, stat)
     },
   }
   return walkTree(rootFd, reader)

@@ -91,7 +91,7 @@ async function* toAsync(parts: readonly Buffer[]): AsyncGenerator<Buffer> {
 }
 
 describe('what goes wrong leaves nothing behind', () => {
-  const leftovers = (path: string) => readdirSync(path).filter((name) => !['up', 'l.tar'].includes(name))
+  const leftovers = (path: string) => readdirSync(path).filter((name) => !['up', 'l.tar', 'cut.tar'].includes(name))
 
   test('a form that cannot hold the layer', async () => {
     const { path, host } = place()
@@ -145,6 +145,49 @@ describe('what goes wrong leaves nothing behind', () => {
     })
     await expect(running).rejects.toMatchObject({ name: 'AbortError' })
     expect(leftovers(path)).toEqual([])
+  })
+
+  test('a signal while a stream that is imported stands still', async () => {
+    const { path, host } = place()
+    const controller = new AbortController()
+    const stalled = new PassThrough()
+    stalled.write(encodeHeader({ name: 'a', type: '0', sizeBytes: 10_000 }))
+    const request = {
+      from: stalled,
+      form: 'oci',
+      to: host('out'),
+      namespace: 'user',
+      signal: controller.signal,
+    } as const
+    const running = importLayer(request)
+    setTimeout(() => controller.abort(), 20)
+    await expect(running).rejects.toMatchObject({ name: 'AbortError' })
+    expect(leftovers(path)).toEqual([])
+  })
+
+  test('descriptors', async () => {
+    const { path, host } = place()
+    const open = () => readdirSync('/proc/self/fd').length
+    await exportLayer({ from: host('up'), namespace: 'user', form: 'oci', to: host('l.tar') })
+    const whole = readFileSync(`${path}/l.tar`)
+    writeFileSync(`${path}/cut.tar`, whole.subarray(0, whole.length - 5000))
+    const before = open()
+    for (let i = 0; i < 5; i++) {
+      const failing = [
+        importLayer({ from: host('cut.tar'), form: 'oci', to: host('out'), namespace: 'user' }),
+        importLayer({
+          from: host('l.tar'),
+          form: 'oci',
+          to: host('out2'),
+          namespace: 'user',
+          limits: { maxEntries: 1 },
+        }),
+        exportLayer({ from: host('up'), namespace: 'user', form: 'plain', to: host('out3') }),
+      ]
+      for (const result of await Promise.allSettled(failing)) expect(result.status).toBe('rejected')
+    }
+    // A file stream closes its file a little later.
+    await expect.poll(open).toBeLessThanOrEqual(before)
   })
 
   test('a stream whose reader goes away', async () => {

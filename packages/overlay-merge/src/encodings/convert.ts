@@ -33,6 +33,7 @@ import type { Meta } from '../model/entry.ts'
 import { isMark, MARKS, type Namespace } from '../model/marks.ts'
 import type { EntryPath } from '../model/path.ts'
 import { aufsTreeForm, readAufsTree } from './aufs.ts'
+import { ReaderGoneError } from './chunk-queue.ts'
 import { type Compression, compress } from './compression.ts'
 import { TargetExistsError, TrustedXattrsHiddenError } from './errors.ts'
 import { openDirectory, openNew, readMeta } from './inode.ts'
@@ -41,9 +42,9 @@ import { kernelTreeForm, readKernelLayer } from './kernel.ts'
 import { plainTreeForm, readPlainTree } from './plain.ts'
 import { applyPolicy, type EntryPolicy } from './policy.ts'
 import { PortableSink, readPortableLayer } from './portable.ts'
-import { ReaderGoneError, readTarLayer, TarSink } from './tar.ts'
+import { readTarLayer, TarSink } from './tar.ts'
 import type { TarLimits } from './tar-members.ts'
-import { type LayerSink, type TreeForm, TreeSink } from './tree-sink.ts'
+import { type LayerSink, reportInodeFlags, type TreeForm, TreeSink } from './tree-sink.ts'
 
 /**
  * How a layer is stored.
@@ -268,7 +269,7 @@ class Conversion {
   #treeSink(rootFd: number): LayerSink {
     const { toForm, lossy = false } = this.#request
     const shared = { onLoss: this.#onLoss, onBytes: this.#onBytes }
-    if (toForm === 'portable') return new PortableSink(rootFd, shared)
+    if (toForm === 'portable') return new PortableSink(rootFd, { onBytes: this.#onBytes })
     return new TreeSink(rootFd, { ...shared, form: this.#treeForm(), lossy })
   }
 
@@ -315,13 +316,14 @@ class Conversion {
     const form = toForm === 'oci' ? 'oci' : (namespaceOf(toForm, namespace) ?? 'plain')
     const sink = new TarSink({ form, sparse, onLoss: this.#onLoss, onBytes: this.#onBytes })
     const inner = new Tally()
-    const outer = new Tally()
-    const writing = write(outer.count(compress(inner.count(sink.chunks()), compression, level)))
+    const outer = compression === 'none' ? inner : new Tally()
+    const tarred = inner.count(sink.chunks())
+    const writing = write(outer === inner ? tarred : outer.count(compress(tarred, compression, level)))
     // Its failure is asked for below; until then it is nobody's.
     writing.catch(() => undefined)
     try {
       await this.#pump(scratchFd, sink)
-      sink.finish()
+      await sink.finish()
     } catch (error) {
       sink.fail(error)
       const failure = await writing.then(
@@ -348,6 +350,7 @@ class Conversion {
       signal?.throwIfAborted()
       const item = applyPolicy(raw, this.#request, this.#onLoss)
       if (item === undefined) continue
+      reportInodeFlags(item, this.#onLoss)
       const adding = sink.add(translateItem(item, fromNamespace, toNamespace))
       if (adding !== undefined) await adding
       this.#entries++
@@ -386,9 +389,10 @@ class Conversion {
     makeDirectory(scratchFd, SPOOL, 0o700)
     const spoolFd = openDirectory(scratchFd, SPOOL)
     const beneathFds = beneath.map((path) => openRoot(path))
+    const opened = typeof from === 'string' ? createReadStream(Buffer.from(from, 'latin1')) : undefined
+    const source = opened ?? (from as AsyncIterable<Uint8Array>)
     let members = 0
     try {
-      const source = typeof from === 'string' ? createReadStream(Buffer.from(from, 'latin1')) : from
       const { index } = await readTarLayer(source, {
         form: fromForm === 'oci' ? 'oci' : (namespaceOf(fromForm, namespace) ?? 'plain'),
         spoolFd,
@@ -405,6 +409,7 @@ class Conversion {
       })
       yield* index.items(ORDER)
     } finally {
+      opened?.destroy()
       close(spoolFd)
       for (const fd of beneathFds) close(fd)
     }
@@ -414,6 +419,7 @@ class Conversion {
 /** Counts and hashes what passes. */
 class Tally {
   readonly #hash = createHash('sha256')
+  #digest: string | undefined
   bytes = 0
 
   async *count(chunks: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
@@ -425,7 +431,8 @@ class Tally {
   }
 
   digest(): string {
-    return `sha256:${this.#hash.digest('hex')}`
+    this.#digest ??= `sha256:${this.#hash.digest('hex')}`
+    return this.#digest
   }
 }
 

@@ -18,6 +18,8 @@ export interface LayerItem {
   readonly takeContent?: (dirfd: number, name: ByteString) => boolean
   /** The raw value of `NS.protattr` (chattr flags that the view emulates). */
   readonly protattr?: Uint8Array
+  /** chattr flags of the inode itself, which no form carries: FS_IMMUTABLE_FL, FS_APPEND_FL. */
+  readonly inodeFlags?: number
 }
 
 /** Something that a form or a target could not hold, or that was left out on purpose. */

@@ -3,6 +3,7 @@ import {
   DT_CHR,
   DT_REG,
   DT_UNKNOWN,
+  getInodeFlags,
   getXattr,
   readDirents,
   readSymlink,
@@ -16,12 +17,13 @@ import {
   type Stat,
   statFd,
   tryStatAt,
+  withFd,
 } from '@lsync/posix'
 import type { Entry, Meta, WhiteoutForm, Xattr } from '../model/entry.ts'
 import { isMark, MARKS, type MarkNames, type Namespace, opaqueMeaning, parseRedirect } from '../model/marks.ts'
 import { type EntryPath, join, ROOT } from '../model/path.ts'
 import { MarkInvalidError, NeedsDerefError } from './errors.ts'
-import { createWhiteout, metaOf, openRegular, readXattrs } from './inode.ts'
+import { createWhiteout, metaOf, openDirectory, openRegular, readXattrs } from './inode.ts'
 import type { LayerItem, ReadOptions } from './item.ts'
 import type { TreeForm } from './tree-sink.ts'
 import { linkGroupOf, MountGuard, type TreeReader, walkTree } from './walk.ts'
@@ -145,7 +147,7 @@ export function readKernelLayer(
   const marks = MARKS[options.namespace]
   const guard = new MountGuard(rootFd)
   const reader: TreeReader = {
-    root: (fd) => decodeKernelInode(ROOT, readRootInode(fd), marks),
+    root: (fd) => completed(decodeKernelInode(ROOT, readRootInode(fd), marks), fd, '.' as ByteString, statFd(fd)),
     list: (fd) => listNames(fd, marks, options.order === 'whiteouts-first'),
     read(fd, path, name) {
       const stat = tryStatAt(fd, name)
@@ -153,16 +155,23 @@ export function readKernelLayer(
       const full = join(path, name)
       guard.check(full, stat)
       if (stat.isWhiteoutDevice) return { entry: { kind: 'whiteout', path: full, form: 'device' } }
-      return withContent(decodeKernelInode(full, readInode(fd, name, stat), marks), fd, name)
+      return completed(decodeKernelInode(full, readInode(fd, name, stat), marks), fd, name, stat)
     },
   }
   return walkTree(rootFd, reader)
 }
 
-/** The item with its way to the data, where it has data of its own. */
-export function withContent(item: LayerItem, dirfd: number, name: ByteString): LayerItem {
-  if (item.entry.kind !== 'file' || item.entry.metacopy !== undefined) return item
-  return { ...item, openContent: () => openRegular(dirfd, name) }
+/** The item with its way to the data, where it has data of its own, and with its flags, where it has any. */
+export function completed(item: LayerItem, dirfd: number, name: ByteString, stat: Stat): LayerItem {
+  const { entry } = item
+  const flagged = stat.isProtected ? { ...item, inodeFlags: flagsOf(dirfd, name, entry) } : item
+  if (entry.kind !== 'file' || entry.metacopy !== undefined) return flagged
+  return { ...flagged, openContent: () => openRegular(dirfd, name) }
+}
+
+function flagsOf(dirfd: number, name: ByteString, entry: Entry): number {
+  if (entry.kind === 'file') return withFd(openRegular(dirfd, name).fd, getInodeFlags)
+  return entry.kind === 'directory' ? withFd(openDirectory(dirfd, name), getInodeFlags) : 0
 }
 
 function listNames(fd: number, marks: MarkNames, whiteoutsFirst: boolean): ByteString[] {

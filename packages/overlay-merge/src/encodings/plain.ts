@@ -1,8 +1,8 @@
-import { tryStatAt } from '@lsync/posix'
+import { type ByteString, statFd, tryStatAt } from '@lsync/posix'
 import { join, ROOT } from '../model/path.ts'
 import { LayerEntryRefusedError, NeedsDerefError, NotExpressibleError } from './errors.ts'
 import type { LayerItem, Loss, ReadOptions } from './item.ts'
-import { plainEntry, readInode, readRootInode, withContent } from './kernel.ts'
+import { completed, plainEntry, readInode, readRootInode } from './kernel.ts'
 import type { TreeForm } from './tree-sink.ts'
 import { MountGuard, sortedNames, type TreeReader, walkTree } from './walk.ts'
 
@@ -14,7 +14,7 @@ import { MountGuard, sortedNames, type TreeReader, walkTree } from './walk.ts'
 export function readPlainTree(rootFd: number, _options: ReadOptions = {}): Generator<LayerItem, void, undefined> {
   const guard = new MountGuard(rootFd)
   const reader: TreeReader = {
-    root: (fd) => ({ entry: plainEntry(ROOT, readRootInode(fd)) }),
+    root: (fd) => completed({ entry: plainEntry(ROOT, readRootInode(fd)) }, fd, '.' as ByteString, statFd(fd)),
     list: (fd) => sortedNames(fd),
     read(fd, path, name) {
       const stat = tryStatAt(fd, name)
@@ -25,7 +25,7 @@ export function readPlainTree(rootFd: number, _options: ReadOptions = {}): Gener
         const hint = 'read the tree as a kernel layer if it is one, or remove the node'
         throw new LayerEntryRefusedError(full, 'a plain tree holds no character device 0:0', hint)
       }
-      return withContent({ entry: plainEntry(full, readInode(fd, name, stat)) }, fd, name)
+      return completed({ entry: plainEntry(full, readInode(fd, name, stat)) }, fd, name, stat)
     },
   }
   return walkTree(rootFd, reader)

@@ -18,9 +18,9 @@ import { parseRedirect } from '../model/marks.ts'
 import { type EntryPath, isWithin, ROOT, split } from '../model/path.ts'
 import { ArchiveBrokenError, LayerChangedError, LayerEntryRefusedError, LimitExceededError } from './errors.ts'
 import { fillFrom, openDirectory, openNew, openRegular } from './inode.ts'
-import { type LayerItem, type Loss, type OpenContent, pathProblem, sortXattrs } from './item.ts'
+import { type LayerItem, type OpenContent, pathProblem, sortXattrs } from './item.ts'
 import { DEFAULT_LIMITS } from './tar-members.ts'
-import { type LayerSink, reportInodeFlags } from './tree-sink.ts'
+import type { LayerSink } from './tree-sink.ts'
 
 /*
  * The portable form: a layer on a store that has only plain files and directories (no devices, owners, attributes,
@@ -87,7 +87,6 @@ interface Line {
 }
 
 export interface PortableSinkOptions {
-  readonly onLoss?: (loss: Loss) => void
   readonly onBytes?: (bytes: number) => void
 }
 
@@ -167,7 +166,6 @@ export class PortableSink implements LayerSink {
     const { fd: from, stat } = content
     try {
       if (stat.sizeBytes !== entry.sizeBytes) throw new LayerChangedError(entry.path)
-      if (this.#options.onLoss !== undefined) reportInodeFlags(from, entry.path, this.#options.onLoss)
       const { bucket, name } = dataName(number)
       if (this.#bucket?.name !== bucket) {
         if (this.#bucket !== undefined) close(this.#bucket.fd)

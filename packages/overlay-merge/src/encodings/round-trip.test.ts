@@ -1,4 +1,7 @@
+import { Readable } from 'node:stream'
+import { pipeline } from 'node:stream/promises'
 import fc from 'fast-check'
+import tar from 'tar-stream'
 import { expect, test } from 'vitest'
 import { type Abilities, anyLayer, itemsOf, observed } from '../../../../test/layers/any-layer.ts'
 import { makeScratch } from '../../../../test/layers/scratch.ts'
@@ -144,7 +147,7 @@ async function* written(items: readonly LayerItem[], options: TarSinkOptions): A
   const sink = new TarSink(options)
   const filling = (async () => {
     for (const item of items) await sink.add(item)
-    sink.finish()
+    await sink.finish()
   })().catch((error) => sink.fail(error))
   yield* sink.chunks()
   await filling
@@ -176,3 +179,38 @@ test('the same layer gives the same archive, byte for byte', () =>
     ),
     { numRuns: 20 },
   ))
+
+test('tar-stream, which shares no code with the writer, finds the same names and bodies', () =>
+  fc.assert(
+    fc.asyncProperty(anyLayer({ ...archived, redirects: false, metacopies: false, whNames: false }), (models) =>
+      inPlace(async ({ content }) => {
+        const items = itemsOf(models, content)
+        const extract = tar.extract()
+        const failing = pipeline(Readable.from(written(items, { form: 'oci' })), extract)
+        const found: string[] = []
+        for await (const entry of extract) {
+          const body = Buffer.concat(await Array.fromAsync(entry as AsyncIterable<Uint8Array>))
+          // It reads names as UTF-8, so bytes that are not are compared by their sizes alone.
+          found.push(`${entry.header.type} ${body.length} ${isAscii(entry.header.name) ? entry.header.name : ''}`)
+        }
+        await failing
+        expect(found).toHaveLength(items.length + opaqueMarkers(items))
+        const files = observed(items).filter((entry) => (entry as { kind: string }).kind === 'file') as {
+          path: string
+          content: string
+          links?: string
+        }[]
+        for (const { path, content, links } of files) {
+          const isLink = links !== undefined && links !== path
+          if (isAscii(path)) expect(found).toContain(`${isLink ? 'link 0' : `file ${content.length}`} ${path}`)
+        }
+      }),
+    ),
+    { numRuns: 40 },
+  ))
+
+const isAscii = (text: string) => /^[\x20-\x7e]*$/.test(text)
+
+function opaqueMarkers(items: readonly LayerItem[]): number {
+  return items.filter(({ entry }) => entry.kind === 'directory' && entry.opaque).length
+}

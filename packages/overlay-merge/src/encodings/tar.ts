@@ -1,20 +1,19 @@
-import { once } from 'node:events'
 import { type ByteString, close, nextData, readAt } from '@lsync/posix'
-import tar from 'tar-stream'
 import type { Entry, Meta } from '../model/entry.ts'
 import { MARKS, type Namespace } from '../model/marks.ts'
 import { type EntryPath, join, ROOT, split } from '../model/path.ts'
 import { aclToText } from './acl-text.ts'
 import { OPAQUE_MARKER, refuseReservedName, WHITEOUT_PREFIX } from './aufs.ts'
+import { ChunkQueue } from './chunk-queue.ts'
 import { decompress } from './compression.ts'
 import { LayerChangedError, NeedsDerefError, NotExpressibleError } from './errors.ts'
 import { ACL_ACCESS, ACL_DEFAULT } from './inode.ts'
 import type { LayerItem, Loss } from './item.ts'
 import { marksOf } from './kernel.ts'
 import { LayerIndex, type LayerIndexOptions } from './layer-index.ts'
-import { encodeHeader, encodePax, formatTime, paddingOf, type UstarFields } from './tar-header.ts'
+import { BLOCK_BYTES, encodeHeader, encodePax, formatTime, paddingOf, type UstarFields } from './tar-header.ts'
 import { DEFAULT_LIMITS, readTarMembers, type Segment, type TarLimits } from './tar-members.ts'
-import { type LayerSink, reportInodeFlags, reportProtattr } from './tree-sink.ts'
+import { type LayerSink, reportProtattr } from './tree-sink.ts'
 
 export interface TarReadOptions extends LayerIndexOptions {
   readonly limits?: Partial<TarLimits>
@@ -34,21 +33,51 @@ export async function readTarLayer(
 ): Promise<{ index: LayerIndex; compressedBytes: number }> {
   let compressedBytes = 0
   const counted = (async function* () {
-    for await (const chunk of source) {
-      options.signal?.throwIfAborted()
+    for await (const chunk of untilAborted(source, options.signal)) {
       compressedBytes += chunk.length
       yield chunk
     }
   })()
   const limits = { ...DEFAULT_LIMITS, ...options.limits }
   const index = new LayerIndex(options)
-  const { chunks } = await decompress(counted)
-  for await (const { member, body } of readTarMembers(chunks, limits, () => compressedBytes)) {
-    options.signal?.throwIfAborted()
-    await index.add(member, body)
-    options.onMember?.(member.name, compressedBytes)
+  try {
+    const { chunks } = await decompress(counted)
+    for await (const { member, body } of readTarMembers(chunks, limits, () => compressedBytes)) {
+      options.signal?.throwIfAborted()
+      await index.add(member, body)
+      options.onMember?.(member.name, compressedBytes)
+    }
+  } finally {
+    // Lets the source go after a failure. Not awaited: a source that hangs would make the failure hang too.
+    counted.return(undefined).catch(() => undefined)
   }
   return { index, compressedBytes }
+}
+
+/** The chunks, until the signal comes, also while none does. */
+async function* untilAborted(source: AsyncIterable<Uint8Array>, signal?: AbortSignal): AsyncGenerator<Uint8Array> {
+  if (signal === undefined) {
+    yield* source
+    return
+  }
+  const iterator = source[Symbol.asyncIterator]()
+  let stop: () => void = () => undefined
+  const aborted = new Promise<never>((_, reject) => {
+    stop = () => reject(signal.reason)
+  })
+  aborted.catch(() => undefined)
+  signal.addEventListener('abort', stop)
+  try {
+    for (;;) {
+      signal.throwIfAborted()
+      const next = await Promise.race([iterator.next(), aborted])
+      if (next.done === true) return
+      yield next.value
+    }
+  } finally {
+    signal.removeEventListener('abort', stop)
+    iterator.return?.().catch(() => undefined)
+  }
 }
 
 export interface TarSinkOptions {
@@ -63,45 +92,30 @@ export interface TarSinkOptions {
 /** What tar cannot tell apart from the file's own name, so that archives are the same on every run. */
 const MARKER_META: Meta = { mode: 0, uid: 0, gid: 0, atimeNs: 0n, mtimeNs: 0n, xattrs: [] }
 const CHUNK_BYTES = 256 * 1024
-const AHEAD_BYTES = 1024 * 1024
-// What tar-stream can put into its octal fields; beyond, and for fractions and bytes, there is pax.
-const MAX_ID = 0o777_777
+// What the octal fields of a header hold; beyond, and for fractions and bytes, there is pax.
+const MAX_ID = 0o7_777_777
 const MAX_SECONDS = 0x7fff_ffff
 
 /**
  * Writes a layer as a tar archive in pax format. Reproducible: the same items give the same bytes; access times,
  * user names and inode numbers are not written. Items come with whiteouts first, as the OCI specification wants.
- * Bodies go through tar-stream; headers do not, since it takes all text for UTF-8 and a mode of 0 for 0644.
+ * Not by tar-stream: it takes all text for UTF-8, a mode of 0 for 0644, and cuts owners beyond 262143.
  * @throws {NotExpressibleError | NeedsDerefError | LayerChangedError}
  */
 export class TarSink implements LayerSink {
   readonly #options: TarSinkOptions
-  readonly #pack = tar.pack()
+  readonly #queue = new ChunkQueue()
   readonly #links = new Map<string, EntryPath>()
   readonly #label: string
-  #pushed = 0
-  #read = 0
-  #onRead: () => void = () => undefined
 
   constructor(options: TarSinkOptions) {
     this.#options = options
     this.#label = options.form === 'oci' ? 'an OCI layer' : 'a tar archive'
-    // A consumer that goes away makes the next write fail; without a listener the process would end instead.
-    this.#pack.on('error', () => undefined)
   }
 
   /** The archive. Must be read while items are added, or `add` waits. */
-  async *chunks(): AsyncGenerator<Uint8Array> {
-    try {
-      for await (const chunk of this.#pack as unknown as AsyncIterable<Uint8Array>) {
-        yield chunk
-        this.#read += chunk.length
-        this.#onRead()
-      }
-    } finally {
-      this.#pack.destroy()
-      this.#onRead()
-    }
+  chunks(): AsyncIterable<Uint8Array> {
+    return this.#queue.chunks()
   }
 
   async add(item: LayerItem): Promise<void> {
@@ -138,17 +152,18 @@ export class TarSink implements LayerSink {
     }
   }
 
-  finish(): void {
-    this.#pack.finalize()
+  async finish(): Promise<void> {
+    await this.#queue.push(Buffer.alloc(2 * BLOCK_BYTES))
+    this.#queue.end()
   }
 
   close(): void {
-    this.#pack.destroy()
+    this.#queue.end()
   }
 
   /** Ends the archive with an error, which its reader gets. */
   fail(error: unknown): void {
-    this.#pack.destroy(error instanceof Error ? error : new Error(String(error)))
+    this.#queue.fail(error)
   }
 
   #check(entry: Entry): void {
@@ -211,7 +226,6 @@ export class TarSink implements LayerSink {
     const { fd, stat } = item.openContent()
     try {
       if (stat.sizeBytes !== sizeBytes) throw new LayerChangedError(path)
-      if (this.#options.onLoss !== undefined) reportInodeFlags(fd, path, this.#options.onLoss)
       const mayBeSparse = this.#options.sparse === true && stat.blocks * 512 < sizeBytes
       const segments = mayBeSparse ? segmentsOf(fd, sizeBytes) : undefined
       await this.#putFile(path, meta, sizeBytes, segments, fd)
@@ -245,57 +259,21 @@ export class TarSink implements LayerSink {
 
   async #put(path: EntryPath, type: string, meta: Meta, more: MemberMore = {}): Promise<void> {
     const { fields, records } = headersOf(path, type, meta, more)
-    const pack = this.#pack
+    const queue = this.#queue
     if (records.length > 0) {
       const bytes = encodePax(records)
-      const header = encodeHeader({ name: 'PaxHeaders/member', type: 'x', sizeBytes: bytes.length })
-      await this.#push(Buffer.concat([header, bytes, Buffer.alloc(paddingOf(bytes.length))]))
+      await queue.push(encodeHeader({ name: 'PaxHeaders/member', type: 'x', sizeBytes: bytes.length }))
+      await queue.push(bytes)
+      await queue.push(Buffer.alloc(paddingOf(bytes.length)))
     }
-    const { sizeBytes = 0 } = more
-    if (type !== '0' || sizeBytes === 0 || more.body === undefined) {
-      await this.#push(encodeHeader(fields))
-      return
-    }
-    // The type in the mode keeps tar-stream from taking 0 for "not given".
-    const sink = pack.entry({
-      name: fields.name,
-      type: 'file',
-      mode: 0o100000 | meta.mode,
-      uid: fields.uid ?? 0,
-      gid: fields.gid ?? 0,
-      size: sizeBytes,
-      mtime: new Date((fields.mtimeSeconds ?? 0) * 1000),
-    })
-    const ended = once(sink, 'close')
-    // Its failure is asked for below; until then it is nobody's.
-    ended.catch(() => undefined)
-    this.#pushed += sizeBytes
-    for (const piece of more.body()) {
+    await queue.push(encodeHeader(fields))
+    const { sizeBytes = 0, body } = more
+    if (body === undefined) return
+    for (const piece of body()) {
       this.#options.onBytes?.(piece.length)
-      if (!sink.write(piece)) await Promise.race([once(sink, 'drain'), ended])
-      if (pack.destroyed) throw new ReaderGoneError()
+      await queue.push(piece)
     }
-    sink.end(null)
-    await ended
-  }
-
-  async #push(bytes: Buffer): Promise<void> {
-    if (this.#pack.destroyed) throw new ReaderGoneError()
-    this.#pack.push(bytes)
-    this.#pushed += bytes.length
-    // What is pushed is kept until it is read, so a slow reader would cost memory.
-    while (this.#pushed - this.#read > AHEAD_BYTES && !this.#pack.destroyed) {
-      await new Promise<void>((resolve) => {
-        this.#onRead = resolve
-      })
-    }
-  }
-}
-
-/** Whoever read the archive stopped reading; what happened there is the error that counts. */
-export class ReaderGoneError extends Error {
-  constructor() {
-    super('the reader of the archive went away')
+    await queue.push(Buffer.alloc(paddingOf(sizeBytes)))
   }
 }
 

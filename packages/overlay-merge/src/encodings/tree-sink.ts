@@ -4,7 +4,6 @@ import {
   errnoOf,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
-  getInodeFlags,
   link,
   listXattrs,
   makeDirectory,
@@ -128,7 +127,6 @@ export class TreeSink implements LayerSink {
       close(far.fd)
       far.fd = -1
     }
-    this.#reportFlags(fd, item.entry.path)
     this.#options.form.beginDirectory?.(fd, item)
   }
 
@@ -241,7 +239,6 @@ export class TreeSink implements LayerSink {
     const { fd: from, stat } = content
     try {
       if (stat.sizeBytes !== entry.sizeBytes) throw new LayerChangedError(entry.path)
-      this.#reportFlags(from, entry.path)
       // Cheaper small than shared: see fillFrom.
       if (this.#reflink && stat.sizeBytes > 16 * 1024) {
         if (tryClone(from, to, entry.path)) return
@@ -251,10 +248,6 @@ export class TreeSink implements LayerSink {
     } finally {
       close(from)
     }
-  }
-
-  #reportFlags(fd: number, path: EntryPath): void {
-    if (this.#options.onLoss !== undefined) reportInodeFlags(fd, path, this.#options.onLoss)
   }
 
   #writeMeta(dirfd: number, name: ByteString | '', kind: InodeKind, item: LayerItem, hasWhiteouts = false): void {
@@ -317,11 +310,11 @@ function whatOf(error: PosixError, meta: Meta): string {
   return syscall === 'utimensat' ? 'times' : `mode ${meta.mode.toString(8)}`
 }
 
-/** Names the chattr flags of an open file or directory that no form carries. */
-export function reportInodeFlags(fd: number, path: EntryPath, onLoss: (loss: Loss) => void): void {
-  const flags = getInodeFlags(fd)
-  if ((flags & FS_IMMUTABLE_FL) !== 0) onLoss({ path, what: 'flag immutable (chattr +i)' })
-  if ((flags & FS_APPEND_FL) !== 0) onLoss({ path, what: 'flag append-only (chattr +a)' })
+/** Names the chattr flags of an inode, which no form carries. */
+export function reportInodeFlags({ entry, inodeFlags = 0 }: LayerItem, onLoss: (loss: Loss) => void): void {
+  const { path } = entry
+  if ((inodeFlags & FS_IMMUTABLE_FL) !== 0) onLoss({ path, what: 'flag immutable (chattr +i)' })
+  if ((inodeFlags & FS_APPEND_FL) !== 0) onLoss({ path, what: 'flag append-only (chattr +a)' })
 }
 
 /** Names the flags that a view emulates and the form cannot. */
