@@ -26,7 +26,7 @@ function styleSheet(): string {
     )
     return [
       `.ground{fill:${ground}}.ink{fill:${ink}}.faint{fill:${faint}}.grid{stroke:${grid}}.whisker{stroke:${ink}}`,
-      `.goal{stroke:${goal}}.goal-text{fill:${goal}}.guide{stroke:${faint};stroke-dasharray:2 4;fill:none}`,
+      `.goal{stroke:${goal}}.guide{stroke:${faint};stroke-dasharray:2 4;fill:none}`,
       ...colours,
     ].join('')
   }
@@ -122,7 +122,9 @@ function drawBars(row: Row): string | undefined {
   const most = Math.max(...bars.flatMap(({ spread, goal }) => [spread.max, goal ?? 0]))
   const least = Math.min(...bars.map(({ spread }) => spread.min))
   const isLog = most / least > 40
-  const subtitle = wrap(`${row.setting}${isLog ? '; logarithmic scale' : ''}`, 115)
+  const hasGoal = bars.some(({ goal }) => goal !== undefined)
+  const remarks = [...(hasGoal ? ['red marks are goals'] : []), ...(isLog ? ['logarithmic scale'] : [])]
+  const subtitle = wrap([row.setting, ...remarks].join('; '), 115)
   const top = 62 + subtitle.length * 16
   const pitch = 36
   const bottom = top + bars.length * pitch + 6
@@ -145,10 +147,7 @@ function drawBars(row: Row): string | undefined {
       text(Math.max(end, scale.at(spread.max)) + 8, middle + 4, 'ink', label),
     )
     if (goal !== undefined)
-      body.push(
-        `<g stroke-width="2">${line(scale.at(goal), middle - 15, scale.at(goal), middle + 15, 'goal')}</g>`,
-        text(scale.at(goal) + 6, middle - 12 + (index === 0 ? 2 : 0), 'goal-text', index === 0 ? 'goal' : ''),
-      )
+      body.push(`<g stroke-width="2">${line(scale.at(goal), middle - 15, scale.at(goal), middle + 15, 'goal')}</g>`)
   }
   return drawFrame(row, bottom + 36, subtitle, body)
 }

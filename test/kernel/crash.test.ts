@@ -3,6 +3,7 @@ import { engine, hasEngine } from '../support/engine.ts'
 import { countCalls, failAt, killAt } from '../support/faults.ts'
 import { useFileSystem } from '../support/image.ts'
 import { closeAll, judge, openFiles, recoverAndJudge, scenarios, setUp, tearDown } from '../support/interrupted.ts'
+import { describeError } from '../support/merging.ts'
 import { timeLimit } from '../support/runs.ts'
 
 const factor = Number(process.env['LSYNC_TEST_RUNS'] ?? 1)
@@ -57,10 +58,14 @@ describe.skipIf(!hasEngine).each(scenarios)('interrupted: $name', (scenario) => 
         const attempt = begin()
         await killAt(n, () => engine.merge(attempt.request))
         closeAll(attempt)
-        // Twice, each at another place of the recovery.
-        await killAt((n * 7) % 23, () => engine.recover(attempt.request))
-        closeAll(attempt)
-        await killAt((n * 5) % 41, () => engine.recover(attempt.request))
+        try {
+          // Twice, each at another place of the recovery.
+          await killAt((n * 7) % 23, () => engine.recover(attempt.request))
+          closeAll(attempt)
+          await killAt((n * 5) % 41, () => engine.recover(attempt.request))
+        } catch (cause) {
+          problems.push(`step ${n} of ${count}: recovering failed by itself: ${describeError(cause)}`)
+        }
         problems.push(...(await recoverAndJudge(attempt)).map((line) => `step ${n} of ${count}: ${line}`))
         tearDown(attempt)
         if (problems.length > 20) break

@@ -38,7 +38,7 @@ async function mergeAndKill(request: MergeCase, killAfterMs: number): Promise<{ 
 
 describe.skipIf(!hasEngine).each(scenarios)('killed from outside: $name', (scenario) => {
   const disk = useFileSystem('ext4')
-  const layers = manyTimes(40)
+  const layers = manyTimes(20)
   const begin = () => setUp(disk.current.fresh(), scenario, layers)
 
   test(
@@ -48,7 +48,7 @@ describe.skipIf(!hasEngine).each(scenarios)('killed from outside: $name', (scena
       const { ms } = await mergeAndKill(first.request, 60_000)
       expect(judge(first)).toEqual({ isNew: true, problems: [] })
       tearDown(first)
-      const { seed, numRuns } = runs(5)
+      const { seed, numRuns } = runs(4)
       await fc.assert(
         fc.asyncProperty(fc.double({ min: 0, max: 1, noNaN: true }), async (share) => {
           const attempt = begin()

@@ -13,6 +13,8 @@ export interface MergeCase {
   readonly clone?: 'auto' | 'hardlink' | 'copy' | 'reflink' | 'btrfs' | 'moosefs'
   /** `output`: escaped attributes of a nested overlay get their plain names, as in the view. */
   readonly plain?: boolean
+  /** Whether a result without any entry is meant. */
+  readonly allowEmpty?: boolean
   readonly workers?: number
 }
 

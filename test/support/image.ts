@@ -1,4 +1,5 @@
-import { mkdirSync, readdirSync, readFileSync, rmdirSync, rmSync, writeFileSync } from 'node:fs'
+import { spawnSync } from 'node:child_process'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, rmSync, writeFileSync } from 'node:fs'
 import { afterAll, beforeAll } from 'vitest'
 import { mount, run, unmount } from './system.ts'
 
@@ -56,6 +57,8 @@ function isAlive(pid: string): boolean {
 }
 
 function clear(path: string): void {
+  // What else a test started says there how to stop it.
+  if (existsSync(`${path}/stop.sh`)) spawnSync('sh', [`${path}/stop.sh`])
   const mounted = readFileSync('/proc/self/mountinfo', 'utf8')
     .split('\n')
     .map((line) => line.split(' ')[4] ?? '')
@@ -135,8 +138,13 @@ export function releaseFileSystem(fileSystem: FileSystem): void {
   if (fileSystem.image !== undefined) rmSync(fileSystem.image, { force: true })
   rmdirSync(fileSystem.root)
   // Vitest ends its workers without their exit handlers.
-  if (mountPoints.length > 0) return
-  clear(testDirectory())
+  if (mountPoints.length === 0) releaseTestDirectory()
+}
+
+/** Stops, unmounts and removes everything in `testDirectory`. */
+export function releaseTestDirectory(): void {
+  if (directory !== undefined) clear(directory)
+  mountPoints.length = 0
   directory = undefined
 }
 

@@ -297,7 +297,10 @@ class RecordWork {
 
   #place(step: PlaceStep, name: ByteString): void {
     if (this.#context.header.rename && (step.from === undefined || step.from[0] === 0)) {
-      this.#withSource(step, (fromDir, from) => this.#moveFromUpper(step, fromDir, from, name))
+      this.#withSource(step, (fromDir, from) => {
+        if (step.data !== undefined) this.#fillFrom(step.data, fromDir, from)
+        this.#moveFromUpper(step, fromDir, from, name)
+      })
       return
     }
     if (step.group === undefined) this.#copy(step, name)
@@ -311,6 +314,15 @@ class RecordWork {
     const { parent, name } = split(planPath(step.from[1]))
     const root = this.#context.layerFds[step.from[0]] as number
     withFd(openBeneath(root, parent, O_DIRECTORY | O_NOFOLLOW), (dirfd) => use(dirfd, name))
+  }
+
+  // The data of a metacopy lies in a data-only layer: it goes into the upper's inode, which then moves.
+  #fillFrom(data: [layer: number, path: string], dirfd: number, name: ByteString): void {
+    if (this.#context.resumed && tryStatAt(dirfd, name) === undefined) return
+    const at = split(planPath(data[1]))
+    withFd(openBeneath(this.#context.layerFds[data[0]] as number, at.parent, O_DIRECTORY | O_NOFOLLOW), (dir) =>
+      fillMetacopy(dirfd, name, { dir, name: at.name }, marksOf(this.#context)),
+    )
   }
 
   #moveFromUpper(step: PlaceStep | GraftStep, fromDir: number, from: ByteString, to: ByteString): void {
@@ -403,16 +415,11 @@ class RecordWork {
   }
 
   #alias(step: AliasStep, name: ByteString): void {
-    const { indexFd, layerFds, stageFd, trash, resumed } = this.#context
+    const { indexFd, stageFd, trash, resumed } = this.#context
     if (indexFd === undefined) throw new Error('an index alias without an index')
     const source = planName(step.from)
     if (resumed && tryStatAt(indexFd, source) === undefined) return
-    if (step.data !== undefined) {
-      const at = split(planPath(step.data[1]))
-      withFd(openBeneath(layerFds[step.data[0]] as number, at.parent, O_DIRECTORY | O_NOFOLLOW), (dir) =>
-        fillMetacopy(indexFd, source, { dir, name: at.name }, marksOf(this.#context)),
-      )
-    }
+    if (step.data !== undefined) this.#fillFrom(step.data, indexFd, source)
     dropAttributes(indexFd, source, step.drop ?? [])
     const temporary = trash.next()
     link(indexFd, source, stageFd, temporary)

@@ -55,12 +55,14 @@ export async function executePlan(execution: Execution): Promise<void> {
       journal.reach('structured')
     }
   }
-  // Link groups change directories once more, so only without them a directory is finished as soon as it is filled.
-  if (plan.groups.size === 0) await applyAll(execution, directories, 'entries-and-finish')
+  // Link groups and further records change directories once more; without them each is finished as soon as it is filled.
+  const whole = directories.filter(({ isPart }) => !isPart)
+  if (plan.groups.size === 0 && whole.length === directories.length)
+    await applyAll(execution, directories, 'entries-and-finish')
   else {
     await applyAll(execution, directories, 'entries')
     await applyGroups(execution)
-    await applyAll(execution, directories, 'finish')
+    await applyAll(execution, whole, 'finish')
   }
   execution.report?.({ phase: 'durable', done: 0 })
   syncFileSystem(targetFd, header.target)
@@ -132,12 +134,18 @@ async function applyAll(execution: Execution, lines: readonly LineIndex[], phase
 async function applyGroups(execution: Execution): Promise<void> {
   const { plan, pool } = execution
   if (plan.groups.size === 0) return
-  const lineOfPath = new Map(plan.lines.filter(({ type }) => type === 'directory').map((line) => [line.path, line]))
+  const linesOfPath = new Map<string, LineIndex[]>()
+  for (const line of plan.lines) {
+    if (line.type !== 'directory') continue
+    const same = linesOfPath.get(line.path)
+    if (same === undefined) linesOfPath.set(line.path, [line])
+    else same.push(line)
+  }
   const refs = (paths: readonly string[]): GroupRef[] =>
     paths.map((path) => {
       const slash = path.lastIndexOf('/')
-      const line = lineOfPath.get(slash < 0 ? '' : path.slice(0, slash)) as LineIndex
-      return { line: { offset: line.offset, length: line.length }, name: path.slice(slash + 1) }
+      const lines = linesOfPath.get(slash < 0 ? '' : path.slice(0, slash)) ?? []
+      return { lines: lines.map(({ offset, length }) => ({ offset, length })), name: path.slice(slash + 1) }
     })
   const groups = [...plan.groups.values()]
   let at = 0
@@ -179,8 +187,8 @@ function emptyIndex(indexFd: number): void {
 // The deepest directories first; those of one parent together, which costs one open.
 function removalLevels(lines: readonly LineIndex[]): Job[][] {
   const parents = new Map<EntryPath, ByteString[]>()
-  for (const { upper } of lines) {
-    if (upper === undefined || upper === '') continue
+  for (const { upper, isPart } of lines) {
+    if (upper === undefined || upper === '' || isPart) continue
     const { parent, name } = split(planPath(upper))
     const names = parents.get(parent)
     if (names === undefined) parents.set(parent, [name])
@@ -216,6 +224,8 @@ export async function emptyTrash(execution: Execution): Promise<void> {
 
 /** The directory's record of a result path, if the plan has one. */
 export function recordAt(journal: Journal, plan: SealedPlan, path: string): DirectoryRecord | undefined {
-  const line = plan.lines.find((candidate) => candidate.type === 'directory' && candidate.path === path)
+  const line = plan.lines.find(
+    (candidate) => candidate.type === 'directory' && candidate.path === path && !candidate.isPart,
+  )
   return line === undefined ? undefined : (readRecord(journal.planFd, line) as DirectoryRecord)
 }

@@ -59,6 +59,8 @@ export interface LineIndex {
   readonly hasStructure: boolean
   /** The upper's directory that merges here. */
   readonly upper: string | undefined
+  /** One of several records of its directory, and not the last. */
+  readonly isPart: boolean
 }
 
 /** A plan, sealed and indexed. */
@@ -83,12 +85,17 @@ const INSIDE = '.lsync' as ByteString
 /** Milestones of an apply, each durable before the next thing happens. */
 export type Milestone = 'staged' | 'structured' | 'applied'
 
+/** The directory that a path lies in, and its own name. */
+export function placeOf(path: HostPath): { parent: HostPath; name: ByteString } {
+  const trimmed = path.replace(/\/+$/, '') || '/'
+  const slash = trimmed.lastIndexOf('/')
+  const parent = slash < 0 ? '.' : trimmed.slice(0, slash) || '/'
+  return { parent: parent as HostPath, name: (trimmed.slice(slash + 1) || 'root') as ByteString }
+}
+
 /** The directory that holds the journal of a target: beside it, under a name made from its own. */
 export function journalPathOf(target: HostPath): { parent: HostPath; name: ByteString } {
-  const trimmed = target.replace(/\/+$/, '') || '/'
-  const slash = trimmed.lastIndexOf('/')
-  const parent = (slash < 0 ? '.' : trimmed.slice(0, slash) || '/') as HostPath
-  const base = trimmed.slice(slash + 1) || 'root'
+  const { parent, name: base } = placeOf(target)
   const name = `.lsync.${base}`
   if (name.length <= NAME_MAX) return { parent, name: name as ByteString }
   const digest = createHash('sha256').update(base, 'latin1').digest('hex').slice(0, 16)
@@ -339,12 +346,12 @@ export function lineOf(record: DirectoryRecord | CleanRecord): EncodedLine {
 
 function indexOf(record: DirectoryRecord | CleanRecord): EncodedLine['index'] {
   if (record.type === 'clean') {
-    return { path: record.upper, type: 'clean', hasStructure: false, upper: undefined }
+    return { path: record.upper, type: 'clean', hasStructure: false, upper: undefined, isPart: false }
   }
   const hasStructure = record.steps.some(
     (step) => step.do === 'mkdir' || (step.do === 'graft' && step.meta === undefined),
   )
-  return { path: record.path, type: 'directory', hasStructure, upper: record.upper }
+  return { path: record.path, type: 'directory', hasStructure, upper: record.upper, isPart: record.part === true }
 }
 
 function groupsOf(record: DirectoryRecord | CleanRecord): [string, string][] {

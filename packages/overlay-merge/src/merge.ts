@@ -15,6 +15,7 @@ import {
   openRoot,
   printable,
   RENAME_NOREPLACE,
+  realPath,
   setTimes,
   statFd,
   textOf,
@@ -26,7 +27,7 @@ import { type CloneContext, type CloneMethod, type ClonePart, copyLinked } from 
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
 import { findAliases, openIndex } from './index-aliases.ts'
-import { Journal, journalPathOf, PlanWriter, planLines, TREE } from './journal.ts'
+import { Journal, PlanWriter, placeOf, planLines, TREE } from './journal.ts'
 import { isMark } from './model/marks.ts'
 import { type EntryPath, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
@@ -98,11 +99,13 @@ export class OutputExistsError extends LsyncError {
  * Journalled: killed at any point, `recover` (or the next merge) brings the old view or the new one, nothing between.
  * @throws {LsyncError} with a code of docs/errors.md; nothing was changed unless the error says otherwise
  */
-export async function merge(request: MergeRequest): Promise<MergeReport> {
+export async function merge(asked: MergeRequest): Promise<MergeReport> {
   const start = performance.now()
+  const request = resolved(asked)
   const target = checkRequest(request)
   const recovered = request.dryRun === true ? false : await recoverBefore(target, request)
   const inPlace = request.mode === 'in-place'
+  if (!inPlace && isThere(target)) throw new OutputExistsError(target)
   const below = request.mode === 'delta' || (inPlace && request.lowers.length > 1)
   const stack = openStack(request, below, inPlace ? 1 : request.lowers.length)
   try {
@@ -127,6 +130,27 @@ export async function merge(request: MergeRequest): Promise<MergeReport> {
   }
 }
 
+// Absolute and without symlinks: the journal lies beside the target, wherever that really is, and names its layers.
+function resolved(request: MergeRequest): MergeRequest {
+  const { output, workdir, data } = request
+  return {
+    ...request,
+    upper: realPath(request.upper),
+    lowers: request.lowers.map(realPath),
+    ...(data === undefined ? {} : { data: data.map(realPath) }),
+    ...(workdir === undefined ? {} : { workdir: realPath(workdir) }),
+    ...(output === undefined ? {} : { output: realTarget(output) }),
+  }
+}
+
+/** The absolute path, without symlinks, of something that may not exist yet in a directory that does. */
+export function realTarget(path: HostPath): HostPath {
+  const { parent, name } = placeOf(path)
+  if (name === '.' || name === '..') throw new RequestInvalidError(`${printable(path)} names no new tree`, 'name it')
+  const real = realPath(parent)
+  return (real === '/' ? `/${name}` : `${real}/${name}`) as HostPath
+}
+
 function checkRequest(request: MergeRequest): HostPath {
   if (request.lowers.length === 0) throw new RequestInvalidError('no lower layer is named', 'name one with --lower')
   if (request.mode === 'in-place') {
@@ -149,6 +173,11 @@ function openAliases(request: MergeRequest, stack: OpenStack): Index {
   if (request.workdir === undefined) return {}
   const indexFd = openIndex(request.workdir)
   return indexFd === undefined ? { aliases: [] } : { indexFd, aliases: findAliases(stack, indexFd) }
+}
+
+function isThere(path: HostPath): boolean {
+  const { parent, name } = placeOf(path)
+  return withFd(openRoot(parent), (fd) => tryStatAt(fd, name) !== undefined)
 }
 
 async function recoverBefore(target: HostPath, request: MergeRequest): Promise<boolean> {
@@ -321,8 +350,7 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
 
 /** Gives the finished tree its name, which nothing may have taken meanwhile. */
 export function publish(journal: Journal, target: HostPath): void {
-  const { parent } = journalPathOf(target)
-  const name = target.replace(/\/+$/, '').slice(target.replace(/\/+$/, '').lastIndexOf('/') + 1) as EntryPath
+  const { parent, name } = placeOf(target)
   withFd(openRoot(parent), (parentFd) => {
     fsync(journal.fd, journal.path)
     let code = tryRename(journal.fd, TREE, parentFd, name, RENAME_NOREPLACE)

@@ -133,6 +133,8 @@ export function emptyPart(): PlanPart {
   }
 }
 
+const STEPS_A_RECORD = 4096
+
 /**
  * Plans one directory of the result: what happens to each name that an upper layer has in it, and which directories
  * below it are to be planned next. Reads only, names in byte order, so the same layers give the same plan.
@@ -173,6 +175,7 @@ class DirectoryPlanner {
       this.#known.clear()
       const found = lookup(this.#context.stack, directory, name, (source, wanted) => this.#inspect(source, wanted))
       this.#step(name, found, steps)
+      if (steps.length === STEPS_A_RECORD) this.#part.records.push(this.#partRecord(steps.splice(0)))
     }
     for (const alias of this.#aliases()) this.#aliasStep(alias, steps)
     this.#part.counts.directories++
@@ -474,6 +477,11 @@ class DirectoryPlanner {
         this.#need('trustedXattrs', path)
       } else if (attribute.startsWith('system.posix_acl_')) this.#need('acls', path)
     }
+  }
+
+  // A directory of a million names is many records, so that none has to be held whole when it is carried out.
+  #partRecord(steps: Step[]): DirectoryRecord {
+    return { ...this.#record(steps), part: true }
   }
 
   #record(steps: Step[]): DirectoryRecord {

@@ -1,7 +1,7 @@
 import { tmpdir } from 'node:os'
 import type { ByteString } from '@lsync/posix'
 import { hostPath, O_RDWR, O_TMPFILE, openat, openRoot, withFd } from '@lsync/posix'
-import type { PlanWriter, SealedPlan } from './journal.ts'
+import type { EncodedLine, PlanWriter, SealedPlan } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
 import type { DirectoryRecord, StageRecord } from './model/plan.ts'
 import { emptyPart, type Graft, type Need, type PlanCounts, type PlanTask, type Problem } from './plan.ts'
@@ -62,7 +62,7 @@ export async function planStack(planning: Planning): Promise<Planned> {
       const part = result as PlanResult
       for (const line of part.lines) {
         writer.addLine(line)
-        if (line.index.path === '' && line.index.type === 'directory') root = JSON.parse(line.text) as DirectoryRecord
+        if (line.index.path === '' && line.index.type === 'directory') root = withSteps(root, line)
       }
       pending.push(...part.next)
       grafts.push(...part.grafts)
@@ -76,6 +76,11 @@ export async function planStack(planning: Planning): Promise<Planned> {
   for (const stage of stagesOf(stack, grafts, planning.rename)) writer.addStage(stage)
   planning.accept?.(root, needs)
   return { plan: writer.seal(), counts, needs }
+}
+
+function withSteps(root: DirectoryRecord | undefined, line: EncodedLine): DirectoryRecord {
+  const record = JSON.parse(line.text) as DirectoryRecord
+  return root === undefined ? record : { ...record, steps: [...root.steps, ...record.steps] }
 }
 
 function problemError(problems: Problem[]): Error {

@@ -7,11 +7,12 @@ import {
   printable,
   readDirents,
   statFd,
+  tryStatAt,
   withFd,
 } from '@lsync/posix'
 import { openIndex } from './index-aliases.ts'
-import { Journal, type SealedPlan } from './journal.ts'
-import { defaultWorkers, finishInPlace } from './merge.ts'
+import { Journal, placeOf, type SealedPlan } from './journal.ts'
+import { defaultWorkers, finishInPlace, realTarget } from './merge.ts'
 import type { Progress } from './planning.ts'
 import { Pool } from './pool.ts'
 import { closeStack, openStack, stackInit } from './stack.ts'
@@ -44,13 +45,14 @@ export class LayersMovedError extends LsyncError {
  * Once the plan was sealed a merge in place is finished; everything else is rolled back, since nobody saw it.
  */
 export async function recover(dir: HostPath, options: RecoverOptions = {}): Promise<RecoverReport[]> {
-  const targets = [dir, ...journalledIn(dir)]
+  const target = realTarget(dir)
+  const targets = [target, ...journalledIn(target)]
   const reports: RecoverReport[] = []
-  for (const target of targets) {
-    const journal = Journal.open(target, { create: false })
+  for (const candidate of targets) {
+    const journal = Journal.open(candidate, { create: false })
     if (journal === undefined) continue
     try {
-      reports.push({ ...(await recoverJournal(journal, options)), target })
+      reports.push({ ...(await recoverJournal(journal, options)), target: candidate })
     } finally {
       journal.close()
     }
@@ -60,12 +62,18 @@ export async function recover(dir: HostPath, options: RecoverOptions = {}): Prom
 
 function journalledIn(dir: HostPath): HostPath[] {
   const targets: HostPath[] = []
+  if (!isDirectory(dir)) return targets // a new tree that never came to be
   withFd(openRoot(dir), (fd) => {
     readDirents(fd, (name) => {
       if (name.startsWith('.lsync.')) targets.push(hostPath(`${dir}/${name.slice('.lsync.'.length)}`))
     })
   })
   return targets
+}
+
+function isDirectory(path: HostPath): boolean {
+  const { parent, name } = placeOf(path)
+  return withFd(openRoot(parent), (fd) => tryStatAt(fd, name)?.isDirectory === true)
 }
 
 /** Recovers one open journal, and removes it. */

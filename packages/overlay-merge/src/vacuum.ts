@@ -10,6 +10,7 @@ import {
   fsync,
   type HostPath,
   LsyncError,
+  makeNode,
   O_CREAT,
   O_DIRECTORY,
   O_EXCL,
@@ -24,6 +25,8 @@ import {
   printable,
   readAt,
   removeDirectory,
+  rename,
+  S_IFCHR,
   setTimes,
   statAt,
   statFd,
@@ -95,17 +98,13 @@ export class MergeUnfinishedError extends LsyncError {
 export async function vacuum(request: VacuumRequest): Promise<VacuumReport> {
   const start = performance.now()
   const dryRun = request.dryRun === true
-  assertIdle(request)
   const stack = openStack(request, false)
   try {
-    assertSite(request, stack)
+    assertChangeable(request, stack)
     const journal = dryRun ? undefined : VacuumJournal.create(request.upper)
     try {
       const { dropped, bytes } = await new VacuumScan(stack).run(journal, request)
-      if (journal !== undefined && dropped.length > 0) {
-        journal.seal()
-        await dropAll(stack, journal, request, dropped.length)
-      }
+      if (journal !== undefined && dropped.length > 0) await dropAll(stack, journal, request, dropped.length)
       const recovered = journal?.recovered ?? 0
       return { dropped, bytes, recovered, dryRun, elapsedMs: performance.now() - start }
     } finally {
@@ -116,12 +115,13 @@ export async function vacuum(request: VacuumRequest): Promise<VacuumReport> {
   }
 }
 
-function assertIdle(request: VacuumRequest): void {
-  for (const path of [request.upper, ...request.lowers]) if (hasJournal(path)) throw new MergeUnfinishedError(path)
-}
-
-function assertSite(request: VacuumRequest, stack: OpenStack): void {
+/**
+ * Refuses to change an upper that something else uses or has half merged.
+ * @throws {LsyncError} LAYER_BUSY, MERGE_UNFINISHED and what a merge refuses
+ */
+export function assertChangeable(request: StackRequest & { workdir?: HostPath }, stack: OpenStack): void {
   const { upper, lowers, data = [], workdir } = request
+  for (const path of [upper, ...lowers]) if (hasJournal(path)) throw new MergeUnfinishedError(path)
   const { parent, name } = vacuumJournalPath(upper)
   // A delta is the mode that leaves the lowers alone; what it makes is here the journal beside the upper.
   assertMergeable({
@@ -138,12 +138,16 @@ function assertSite(request: VacuumRequest, stack: OpenStack): void {
   if (use !== undefined) throw new LayerBusyError(upper, `${use.role} of ${printable(use.target)}`)
 }
 
-/** One directory of the upper and the names that go from it. */
-interface DropLine {
+/** One directory of the upper, the names that go from it, and the times it keeps. */
+export interface DropLine {
   readonly path: string
   readonly times: readonly [atimeNs: string, mtimeNs: string]
+  /** Everything that is not a directory. */
   readonly names: readonly string[]
+  /** Empty by then. */
   readonly directories: readonly string[]
+  /** Names that become whiteouts as the kernel writes them. */
+  readonly whiteouts?: readonly string[]
 }
 
 interface ScanResult {
@@ -229,6 +233,10 @@ class VacuumScan {
     const raw = view.raw(name)
     const found = view.find(name)
     if (found.kind === 'directory') {
+      if (isDangling(found)) {
+        frame.kept++
+        return
+      }
       frame.children.push({ name, directory: found.directory, replaceable: this.#isReplaceable(view, name, found) })
       return
     }
@@ -351,6 +359,11 @@ class VacuumScan {
   }
 }
 
+// Over the right lowers its redirect would lead somewhere, and its whiteouts would hide something there.
+function isDangling({ top, directory }: Extract<Present, { kind: 'directory' }>): boolean {
+  return top.redirect !== undefined && !top.opaque && directory.sources.length === 1
+}
+
 /** The inodes of the upper that have several names, by the key that `ShownInode.group` has. */
 function linkGroups(stack: Stack): Map<string, { nlink: number; paths: EntryPath[] }> {
   const upper = layerAt(stack, 0)
@@ -374,8 +387,15 @@ function linkGroups(stack: Stack): Map<string, { nlink: number; paths: EntryPath
   return groups
 }
 
-async function dropAll(stack: OpenStack, journal: VacuumJournal, request: VacuumRequest, total: number): Promise<void> {
+/** Seals a journal and does what its lines say, in their order; the directories keep their times. */
+export async function dropAll(
+  stack: OpenStack,
+  journal: VacuumJournal,
+  request: Pick<VacuumRequest, 'signal' | 'onProgress'>,
+  total: number,
+): Promise<void> {
   const upper = stack.layers[0] as OpenStack['layers'][number]
+  journal.seal()
   try {
     await dropLines(upper.fd, journal, request, total)
   } finally {
@@ -390,7 +410,7 @@ async function dropAll(stack: OpenStack, journal: VacuumJournal, request: Vacuum
 async function dropLines(
   upperFd: number,
   journal: VacuumJournal,
-  request: VacuumRequest,
+  request: Pick<VacuumRequest, 'signal' | 'onProgress'>,
   total: number,
 ): Promise<void> {
   let turn = performance.now()
@@ -419,10 +439,23 @@ function dropNames(fd: number, line: DropLine, journal: VacuumJournal): void {
       journal.beat()
       removeDirectory(fd, planName(name))
     }
+    for (const name of line.whiteouts ?? []) {
+      journal.beat()
+      replaceByWhiteout(fd, planName(name))
+    }
   } finally {
     setTimes(fd, '', BigInt(line.times[0]), BigInt(line.times[1]))
     journal.isDirty = false
   }
+}
+
+// A whiteout over a name that nothing has, should it be left behind: `vacuum` takes it away.
+const TEMPORARY = '#lsync-whiteout' as ByteString
+
+function replaceByWhiteout(fd: number, name: ByteString): void {
+  unlink(fd, TEMPORARY)
+  makeNode(fd, TEMPORARY, S_IFCHR, 0)
+  rename(fd, TEMPORARY, fd, name)
 }
 
 /** What stands at the head of the journal. */
@@ -452,7 +485,7 @@ function vacuumJournalPath(upper: HostPath): { parent: HostPath; name: ByteStrin
  * A file beside the upper that holds which names go from which directory and the times that each directory has to keep.
  * Its own mtime is the last sign of life of the vacuum that wrote it. Locked as long as it is open.
  */
-class VacuumJournal {
+export class VacuumJournal {
   /** Directory times that an earlier vacuum had left wrong. */
   readonly recovered: number
   /** A directory has lost names and not yet got its times back. */

@@ -57,9 +57,9 @@ export type Job =
   | { readonly kind: 'group'; readonly members: readonly GroupRef[][] }
   | { readonly kind: 'discard'; readonly names: readonly ByteString[] }
 
-/** One name of a link group, by the line it is in. */
+/** One name of a link group, by the lines of its directory. */
 export interface GroupRef {
-  readonly line: { readonly offset: number; readonly length: number }
+  readonly lines: readonly { readonly offset: number; readonly length: number }[]
   readonly name: string
 }
 
@@ -164,10 +164,12 @@ export class Workshop {
 
   #member(ref: GroupRef): GroupMember {
     const planFd = (this.#init.apply as NonNullable<WorkInit['apply']>).planFd
-    const record = readRecord(planFd, ref.line) as DirectoryRecord
-    const step = record.steps.find(({ name }) => name === ref.name)
-    if (step === undefined || (step.do !== 'place' && step.do !== 'graft')) throw new Error('a group without its step')
-    return { record, step }
+    for (const line of ref.lines) {
+      const record = readRecord(planFd, line) as DirectoryRecord
+      const step = record.steps.find(({ name }) => name === ref.name)
+      if (step?.do === 'place' || step?.do === 'graft') return { record, step }
+    }
+    throw new Error('a group without its step')
   }
 }
 

@@ -106,6 +106,8 @@ export interface DirectoryRecord {
   opaque?: true
   redirect?: string
   flags?: number
+  /** More records of the same directory follow; the one without this mark finishes it. */
+  part?: true
   steps: Step[]
 }
 

@@ -1,0 +1,130 @@
+import { copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
+import { afterAll, beforeAll } from 'vitest'
+import { releaseTestDirectory, testDirectory } from './image.ts'
+import { isPresent, run } from './system.ts'
+import type { DiffOptions } from './tree.ts'
+
+/** Whether the programs of MooseFS are installed. */
+export const hasMooseFs = ['mfsmaster', 'mfschunkserver', 'mfsmount', 'mfsmakesnapshot'].every(isPresent)
+
+/**
+ * What MooseFS 3.0 cannot hold: times are whole seconds, chattr flags are not there, and FUSE gives it no SEEK_HOLE.
+ */
+export const mooseFsLimits: DiffOptions = { timeGranularityNs: 1_000_000_000n, flags: false, holes: false }
+
+/** A mounted MooseFS of the test's own. Its tools find the master only inside `networkNamespace`. */
+export interface MooseFs {
+  readonly root: string
+  readonly networkNamespace: string
+  fresh(): string
+}
+
+const ADDRESS = '10.99.0.1'
+
+/** Starts a master and a chunkserver in a network namespace and mounts them. Stop with `stopMooseFs`. */
+export async function startMooseFs(): Promise<MooseFs> {
+  const base = `${testDirectory()}/moosefs`
+  const root = `${testDirectory()}/moosefs-mount`
+  const name = `lsync-test-${process.pid}`
+  for (const path of [base, `${base}/meta`, `${base}/chunk-meta`, `${base}/chunks`, root]) mkdirSync(path)
+  // Written first, so that whoever finds the directory of a killed run can stop what it started.
+  writeFileSync(
+    `${testDirectory()}/stop.sh`,
+    `umount -l ${root}
+mfschunkserver -c ${base}/chunkserver.cfg stop
+mfsmaster -c ${base}/master.cfg stop
+ip netns delete ${name}
+`,
+  )
+  run('ip', 'netns', 'add', name)
+  const inside = (...command: string[]) => run('ip', 'netns', 'exec', name, ...command)
+  // The chunkserver refuses a master on localhost: a veth pair inside the namespace gives an address to both.
+  inside('ip', 'link', 'set', 'lo', 'up')
+  inside('ip', 'link', 'add', 'v0', 'type', 'veth', 'peer', 'name', 'v1')
+  inside('ip', 'address', 'add', `${ADDRESS}/24`, 'dev', 'v0')
+  inside('ip', 'link', 'set', 'v0', 'up')
+  inside('ip', 'link', 'set', 'v1', 'up')
+  copyFileSync('/var/lib/mfs/metadata.mfs.empty', `${base}/meta/metadata.mfs`)
+  writeFileSync(`${base}/exports.cfg`, `${ADDRESS} / rw,alldirs,admin,maproot=0:0\n${ADDRESS} . rw\n`)
+  writeFileSync(`${base}/disks.cfg`, `${base}/chunks 3GiB\n`)
+  const common = ['WORKING_USER = root', 'WORKING_GROUP = root']
+  writeFileSync(
+    `${base}/master.cfg`,
+    [
+      ...common,
+      `DATA_PATH = ${base}/meta`,
+      `EXPORTS_FILENAME = ${base}/exports.cfg`,
+      ...['MATOML', 'MATOCS', 'MATOCL'].map((port) => `${port}_LISTEN_HOST = ${ADDRESS}`),
+      '',
+    ].join('\n'),
+  )
+  writeFileSync(
+    `${base}/chunkserver.cfg`,
+    [
+      ...common,
+      `DATA_PATH = ${base}/chunk-meta`,
+      `HDD_CONF_FILENAME = ${base}/disks.cfg`,
+      'HDD_LEAVE_SPACE_DEFAULT = 100MiB',
+      ...['MASTER_HOST', 'BIND_HOST', 'CSSERV_LISTEN_HOST'].map((key) => `${key} = ${ADDRESS}`),
+      '',
+    ].join('\n'),
+  )
+  inside('mfsmaster', '-c', `${base}/master.cfg`, 'start')
+  inside('mfschunkserver', '-c', `${base}/chunkserver.cfg`, 'start')
+  run('nsenter', `--net=/var/run/netns/${name}`, 'mfsmount', root, '-H', ADDRESS, '-o', 'suid,dev')
+  await untilWritable(`${root}/.ready`)
+  // Deleted files would keep their space for a day otherwise.
+  inside('mfssettrashtime', '0', root)
+  let count = 0
+  return {
+    root,
+    networkNamespace: `/var/run/netns/${name}`,
+    fresh() {
+      const path = `${root}/t${++count}`
+      mkdirSync(path)
+      return path
+    },
+  }
+}
+
+/** The mount is there before the chunkserver has said hello to the master; until then writes fail. */
+async function untilWritable(path: string): Promise<void> {
+  for (let attempt = 0; ; attempt++) {
+    try {
+      writeFileSync(path, 'ready')
+      return
+    } catch (cause) {
+      if (attempt > 100) throw cause
+      await delay(100)
+    }
+  }
+}
+
+export function stopMooseFs(): void {
+  releaseTestDirectory()
+}
+
+/** Runs `use` on a MooseFS that is started for it and stopped afterwards, whatever happens. */
+export async function withMooseFs<T>(use: (fs: MooseFs) => Promise<T>): Promise<T> {
+  try {
+    return await use(await startMooseFs())
+  } finally {
+    stopMooseFs()
+  }
+}
+
+/** One MooseFS for all tests of the surrounding `describe`. */
+export function useMooseFs(): { readonly current: MooseFs } {
+  let fileSystem: MooseFs | undefined
+  beforeAll(async () => {
+    fileSystem = await startMooseFs()
+  }, 60_000)
+  afterAll(() => stopMooseFs(), 60_000)
+  return {
+    get current() {
+      if (fileSystem === undefined) throw new Error('the file system exists only while tests run')
+      return fileSystem
+    },
+  }
+}
