@@ -3,7 +3,14 @@ import fc from 'fast-check'
 import { removeTree } from '../support/build.ts'
 import type { FileSystem } from '../support/image.ts'
 import { viewOf } from '../support/merging.ts'
-import { anyHistory, anyOperations, applyOperations, type GrownStack, growStack, type History } from '../support/operations.ts'
+import {
+  anyHistory,
+  anyOperations,
+  applyOperations,
+  type GrownStack,
+  growStack,
+  type History,
+} from '../support/operations.ts'
 import { isMountable, type OverlayOptions, withOverlay } from '../support/overlay.ts'
 import type { Tree } from '../support/tree.ts'
 

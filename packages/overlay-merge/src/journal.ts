@@ -93,6 +93,11 @@ export function placeOf(path: HostPath): { parent: HostPath; name: ByteString } 
   return { parent: parent as HostPath, name: (trimmed.slice(slash + 1) || 'root') as ByteString }
 }
 
+/** Whether a name is one that `journalPathOf` makes. */
+export function isJournalName(name: ByteString): boolean {
+  return name.startsWith('.lsync.')
+}
+
 /** The directory that holds the journal of a target: beside it, under a name made from its own. */
 export function journalPathOf(target: HostPath): { parent: HostPath; name: ByteString } {
   const { parent, name: base } = placeOf(target)
@@ -137,7 +142,12 @@ export class Journal {
    * @throws {TargetBusyError} if another process has it
    */
   static open(target: HostPath, options: { create: boolean }): Journal | undefined {
-    const { parent, name } = journalPathOf(target)
+    return Journal.openAt(journalPathOf(target), options)
+  }
+
+  /** As `open`, for a journal whose own place is known. */
+  static openAt(place: { parent: HostPath; name: ByteString }, options: { create: boolean }): Journal | undefined {
+    const { parent, name } = place
     const parentFd = openRoot(parent)
     try {
       if (tryStatAt(parentFd, name) === undefined) {
@@ -155,7 +165,7 @@ export class Journal {
         if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) {
           throw new JournalDamagedError(`${parent}/${name}`, 'it does not belong to this user alone')
         }
-        if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(target)
+        if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(`${parent}/${name}`)
         return new Journal(parent, parentFd, name, fd)
       } catch (error) {
         close(fd)

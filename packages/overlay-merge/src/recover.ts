@@ -1,4 +1,6 @@
 import {
+  AT_FDCWD,
+  type ByteString,
   close,
   type HostPath,
   hostPath,
@@ -6,12 +8,13 @@ import {
   openRoot,
   printable,
   readDirents,
+  realPath,
   statFd,
   tryStatAt,
   withFd,
 } from '@lsync/posix'
 import { openIndex } from './index-aliases.ts'
-import { Journal, placeOf, type SealedPlan } from './journal.ts'
+import { isJournalName, Journal, journalPathOf, type SealedPlan, TREE } from './journal.ts'
 import { defaultWorkers, finishInPlace, realTarget } from './merge.ts'
 import type { Progress } from './planning.ts'
 import { Pool } from './pool.ts'
@@ -27,6 +30,7 @@ export interface RecoverOptions {
 export interface RecoverReport {
   /** finished: the new view is there. rolled-back: the old view is as it was. nothing: there was nothing to do. */
   readonly outcome: 'finished' | 'rolled-back' | 'nothing'
+  /** As text; absent when the plan was not far enough to say. */
   readonly target?: string
 }
 
@@ -45,14 +49,12 @@ export class LayersMovedError extends LsyncError {
  * Once the plan was sealed a merge in place is finished; everything else is rolled back, since nobody saw it.
  */
 export async function recover(dir: HostPath, options: RecoverOptions = {}): Promise<RecoverReport[]> {
-  const target = realTarget(dir)
-  const targets = [target, ...journalledIn(target)]
   const reports: RecoverReport[] = []
-  for (const candidate of targets) {
-    const journal = Journal.open(candidate, { create: false })
+  for (const place of journalsOf(dir)) {
+    const journal = Journal.openAt(place, { create: false })
     if (journal === undefined) continue
     try {
-      reports.push({ ...(await recoverJournal(journal, options)), target: candidate })
+      reports.push(await recoverJournal(journal, options))
     } finally {
       journal.close()
     }
@@ -60,31 +62,38 @@ export async function recover(dir: HostPath, options: RecoverOptions = {}): Prom
   return reports
 }
 
-function journalledIn(dir: HostPath): HostPath[] {
-  const targets: HostPath[] = []
-  if (!isDirectory(dir)) return targets // a new tree that never came to be
-  withFd(openRoot(dir), (fd) => {
+function journalsOf(dir: HostPath): { parent: HostPath; name: ByteString }[] {
+  if (!isDirectory(dir)) return [journalPathOf(realTarget(dir))] // a new tree that never came to be
+  const real = realPath(dir)
+  const places = [journalPathOf(real)]
+  withFd(openRoot(real), (fd) => {
     readDirents(fd, (name) => {
-      if (name.startsWith('.lsync.')) targets.push(hostPath(`${dir}/${name.slice('.lsync.'.length)}`))
+      if (isJournalName(name)) places.push({ parent: real, name })
     })
   })
-  return targets
+  return places
 }
 
 function isDirectory(path: HostPath): boolean {
-  const { parent, name } = placeOf(path)
-  return withFd(openRoot(parent), (fd) => tryStatAt(fd, name)?.isDirectory === true)
+  return tryStatAt(AT_FDCWD, `${path}/.` as ByteString)?.isDirectory === true
 }
 
 /** Recovers one open journal, and removes it. */
 export async function recoverJournal(journal: Journal, options: RecoverOptions): Promise<RecoverReport> {
   const plan = await journal.read()
-  if (plan === undefined || plan.header.publish !== undefined) {
+  if (plan === undefined) {
     journal.remove()
     return { outcome: 'rolled-back' }
   }
+  const { target } = plan.header
+  if (plan.header.publish !== undefined) {
+    // Published by a rename of the tree: then only the journal was left behind.
+    const wasPublished = tryStatAt(journal.fd, TREE) === undefined && isDirectory(hostPath(target))
+    journal.remove()
+    return { outcome: wasPublished ? 'finished' : 'rolled-back', target }
+  }
   await finishInterrupted(journal, plan, options)
-  return { outcome: 'finished' }
+  return { outcome: 'finished', target }
 }
 
 async function finishInterrupted(journal: Journal, plan: SealedPlan, options: RecoverOptions): Promise<void> {
