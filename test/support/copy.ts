@@ -38,6 +38,7 @@ import {
   withFd,
   writeAt,
 } from '@lsync/posix'
+import { ACLS } from './tree.ts'
 
 /**
  * Copies a tree as `cp -a` would, everything kept: the tests' own copy, plain and slow. It stands in for `mv` between
@@ -152,7 +153,7 @@ function finish(fromDir: number, name: ByteString | '', toDir: number, newName: 
     if (newName === '') setModeFd(toDir, stat.permissions)
     else setModeAt(toDir, newName, stat.permissions)
   }
-  for (const attribute of listXattrs(fromDir, name)) {
+  for (const attribute of new Set([...listXattrs(fromDir, name), ...ACLS])) {
     const value = getXattr(fromDir, name, attribute)
     if (value !== undefined) setXattr(toDir, newName, attribute, value)
   }

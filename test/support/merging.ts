@@ -126,7 +126,14 @@ async function delta(subject: Subject, view: Tree, depth: number): Promise<strin
   const { layers, directory, diff } = subject
   const before = layers.map(readTree)
   const result = `${directory}/delta${depth}`
-  await engine.merge(requestOf(subject, { mode: 'delta', lowers: layers.slice(1, depth + 1), output: result }))
+  await engine.merge(
+    requestOf(subject, {
+      mode: 'delta',
+      lowers: layers.slice(1, depth + 1),
+      output: result,
+      clone: subject.clones?.[0] ?? 'auto',
+    }),
+  )
   const rest = layers.slice(depth + 1)
   return [
     ...diffTrees(view, viewOf({ ...subject, layers: [result, ...rest], ...noWork }), diff),

@@ -1,4 +1,4 @@
-import { copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
+import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { afterAll, beforeAll } from 'vitest'
 import { releaseTestDirectory, testDirectory } from './image.ts'
@@ -73,6 +73,9 @@ ip netns delete ${name}
   inside('mfsmaster', '-c', `${base}/master.cfg`, 'start')
   inside('mfschunkserver', '-c', `${base}/chunkserver.cfg`, 'start')
   run('nsenter', `--net=/var/run/netns/${name}`, 'mfsmount', root, '-H', ADDRESS, '-o', 'suid,dev')
+  // After a lazy unmount the client can live on when its master went first.
+  const client = run('pgrep', '-f', `^mfsmount .*${root}( |\\)|$)`).trim().split('\n').join(' ')
+  appendFileSync(`${testDirectory()}/stop.sh`, `kill ${client} 2>/dev/null\n`)
   await untilWritable(`${root}/.ready`)
   // Deleted files would keep their space for a day otherwise.
   inside('mfssettrashtime', '0', root)

@@ -199,13 +199,17 @@ function metaOf(stat: Stat) {
 
 function readXattrs(fd: number, name: ByteString | ''): Map<string, string> {
   const values = new Map<string, string>()
-  for (const attribute of listXattrs(fd, name).sort()) {
+  for (const attribute of new Set([...listXattrs(fd, name), ...ACLS].sort())) {
     // XFS lists its own storage of an ACL beside the ACL itself.
     if (attribute.startsWith('trusted.SGI_ACL_')) continue
-    values.set(attribute, getXattr(fd, name, attribute)?.toString('hex') ?? '(vanished)')
+    const value = getXattr(fd, name, attribute)
+    if (value !== undefined) values.set(attribute, value.toString('hex'))
   }
   return values
 }
+
+// MooseFS has them and does not list them.
+export const ACLS = ['system.posix_acl_access', 'system.posix_acl_default'] as ByteString[]
 
 function flagsOf(fd: number): string {
   const flags = getInodeFlags(fd)

@@ -11,5 +11,15 @@ export interface CommandEntry {
 /** Every command by name, in the order of the help. */
 export const commands: Readonly<Record<string, CommandEntry>> = {
   merge: { summary: 'fold an upper layer into what lies below it', load: () => import('./commands/merge.ts') },
+  diff: { summary: 'show what an upper layer changed', load: () => import('./commands/diff.ts') },
+  verify: { summary: 'compare a tree with what a stack of layers shows', load: () => import('./commands/verify.ts') },
   recover: { summary: 'finish or roll back what was interrupted', load: () => import('./commands/recover.ts') },
+  check: { summary: 'look for what is wrong in the layers of a stack', load: () => import('./commands/check.ts') },
+  vacuum: { summary: 'drop from an upper layer what changed nothing', load: () => import('./commands/vacuum.ts') },
+  deref: {
+    summary: 'unfold the redirects and metacopies of an upper layer',
+    load: () => import('./commands/deref.ts'),
+  },
+  probe: { summary: 'find out what a file system can do', load: () => import('./commands/probe.ts') },
+  completion: { summary: 'print the completion script of a shell', load: () => import('./commands/completion.ts') },
 }

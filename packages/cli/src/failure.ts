@@ -1,4 +1,4 @@
-import { LsyncError, textOf } from '@lsync/posix'
+import { errnoOf, LsyncError, textOf } from '@lsync/posix'
 import { CommanderError } from 'commander'
 
 /** What lsync ends with. */
@@ -48,8 +48,11 @@ const USAGE = new Set(['USAGE', 'REQUEST_INVALID'])
 
 /** Renders whatever was thrown. A bug keeps its stack, so that it can be reported. */
 export function failureOf(error: unknown, command: string): Failure {
-  if (error instanceof CommanderError) return failureOfCommander(error, command)
+  if (error instanceof CommanderError) return failureOf(usageErrorOf(error, command), command)
   if (!(error instanceof LsyncError)) {
+    const code = errnoOf(error)
+    if (code === 'EPIPE') return failureOf(new ReaderGoneError(), command)
+    if (code !== undefined) return failureOf(new LsyncError(code, (error as Error).message), command)
     const { message, stack } = error instanceof Error ? error : new Error(String(error))
     return {
       exitCode: EXIT.failed,
@@ -71,9 +74,16 @@ export function failureOf(error: unknown, command: string): Failure {
   }
 }
 
-function failureOfCommander(error: CommanderError, command: string): Failure {
-  const message = error.message.replace(/^error: /, '').replaceAll('\n', ' ')
-  return failureOf(new UsageError(message, `see \`${command} --help\``), command)
+function usageErrorOf(error: CommanderError, command: string): UsageError {
+  // Commander shows help where a command of several is not named.
+  const isIncomplete = error.code === 'commander.help'
+  const message = isIncomplete
+    ? 'a command is missing'
+    : error.message
+        .replace(/^error: /, '')
+        .replaceAll('\n', ' ')
+        .replace(/\.$/, '')
+  return new UsageError(message, `see \`${command} --help\``)
 }
 
 function exitCodeOf(code: string): ExitCode {

@@ -1,4 +1,4 @@
-import { Command } from 'commander'
+import { Command, CommanderError } from 'commander'
 import manifest from '../package.json' with { type: 'json' }
 import { commandLine } from './command-line.ts'
 import { commands } from './commands.ts'
@@ -14,9 +14,7 @@ export async function runCli(): Promise<ExitCode> {
   let command = 'lsync'
   try {
     const program = await programFor(args, session)
-    program.hook('preSubcommand', (_, next) => {
-      command += ` ${next.name()}`
-    })
+    command = nameOf(program, args)
     await program.parseAsync(args, { from: 'user' })
     session.output.flush()
     // What was left unread was left out, too.
@@ -64,7 +62,13 @@ function addJsonOption(command: Command): void {
   else for (const child of command.commands) addJsonOption(child)
 }
 
+/** `lsync layer import`: what the help that an error points to is the help of. */
+function nameOf(program: Command, args: readonly string[]): string {
+  const [word, ...others] = args
+  const child = program.commands.find((command) => command.name() === word)
+  return child === undefined ? program.name() : `${program.name()} ${nameOf(child, others)}`
+}
+
 function isHelp(error: unknown): boolean {
-  const code = (error as { code?: unknown }).code
-  return code === 'commander.helpDisplayed' || code === 'commander.help' || code === 'commander.version'
+  return error instanceof CommanderError && error.exitCode === 0
 }

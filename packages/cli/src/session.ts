@@ -43,10 +43,14 @@ export class Session {
    * @throws {UsageError} without a terminal and without `--yes`
    * @throws {NotConfirmedError} if the answer is not yes
    */
-  async confirm(what: string, options: { yes?: boolean; dryRun?: boolean }): Promise<void> {
+  async confirm(
+    what: string,
+    options: { yes?: boolean; dryRun?: boolean },
+    lookFirst = 'look first with --dry-run',
+  ): Promise<void> {
     if (options.yes === true || options.dryRun === true) return
     if (!process.stdin.isTTY || !process.stderr.isTTY) {
-      throw new UsageError(`${what}, and there is no terminal to ask on`, 'add --yes, or look first with --dry-run')
+      throw new UsageError(`${what}, and there is no terminal to ask on`, `add --yes, or ${lookFirst}`)
     }
     const terminal = createInterface({ input: process.stdin, output: process.stderr })
     try {

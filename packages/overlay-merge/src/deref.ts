@@ -104,8 +104,11 @@ export async function deref(request: DerefRequest): Promise<DerefReport> {
         close(treeFd)
       }
     } finally {
-      journal.remove()
-      journal.close()
+      try {
+        journal.remove()
+      } finally {
+        journal.close()
+      }
     }
   } finally {
     closeStack(stack)

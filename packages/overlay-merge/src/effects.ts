@@ -3,11 +3,13 @@ import {
   close,
   DT_DIR,
   DT_UNKNOWN,
+  deleteSubvolume,
   errnoOf,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
   getInodeFlags,
   getXattr,
+  isSubvolume,
   O_CREAT,
   O_DIRECTORY,
   O_EXCL,
@@ -246,6 +248,11 @@ export function removeTree(dirfd: number, name: ByteString): void {
       continue
     }
     try {
+      // No rename leads out of a subvolume, and it can be deleted whole.
+      if (isSubvolume(fd)) {
+        deleteSubvolume(dirfd, target)
+        continue
+      }
       const directories: ByteString[] = []
       const others: ByteString[] = []
       readDirents(fd, (child, type) => {

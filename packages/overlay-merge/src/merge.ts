@@ -27,7 +27,7 @@ import { type CloneContext, type CloneMethod, type ClonePart, copyLinked } from 
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
 import { findAliases, openIndex } from './index-aliases.ts'
-import { Journal, PlanWriter, placeOf, planLines, TREE } from './journal.ts'
+import { Journal, PlanWriter, placeOf, planLines, type SealedPlan, TREE } from './journal.ts'
 import { isMark } from './model/marks.ts'
 import { type EntryPath, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
@@ -281,13 +281,16 @@ export async function finishInPlace(execution: Execution): Promise<void> {
   await executePlan(execution)
   await consumeUpper(execution)
   await emptyTrash(execution)
-  if (journal.isInside) {
-    journal.removeInside(targetFd)
-    const meta = recordAt(journal, plan, '')?.meta
-    if (meta !== undefined) setTimes(targetFd, '', BigInt(meta.atimeNs), BigInt(meta.mtimeNs))
-    fsync(targetFd, plan.header.target)
-  }
+  if (journal.isInside) leaveTarget(journal, plan, targetFd)
   journal.remove()
+}
+
+// What was moved aside inside the target changed the times of its root when it went.
+function leaveTarget(journal: Journal, plan: SealedPlan, targetFd: number): void {
+  journal.removeInside(targetFd)
+  const meta = recordAt(journal, plan, '')?.meta
+  if (meta !== undefined) setTimes(targetFd, '', BigInt(meta.atimeNs), BigInt(meta.mtimeNs))
+  fsync(targetFd, plan.header.target)
 }
 
 async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostPath, index: Index): Promise<Part> {
@@ -314,13 +317,13 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
         },
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
-      journal.prepare(journal.fd)
       const base = stack.layers.at(-1) as OpenStack['layers'][number]
       // A base that was once an upper has marks and whiteouts all over, which a bottom must not have.
       const wasUpper = listXattrs(base.fd, '').some((attribute) => isMark(attribute, base.marks))
       const perEntry = request.plain === true || (wasUpper && !stack.below)
       const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
       treeFd = await cloneBase(request, stack, journal, pool, clone)
+      journal.prepare(treeFd)
       await executePlan({
         stack,
         plan: planned.plan,
@@ -332,6 +335,7 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
         ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
+      if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
       publish(journal, target)
       journal.remove()
       return { mode: request.mode, target, clone, counts: planned.counts, losses }

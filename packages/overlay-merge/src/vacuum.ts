@@ -520,8 +520,9 @@ export class VacuumJournal {
     const recovered = recoverVacuum(upper)
     const { parent, name } = vacuumJournalPath(upper)
     const parentFd = openRoot(parent)
+    let fd: number | undefined
     try {
-      const fd = openat(parentFd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
+      fd = openat(parentFd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
       if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(upper)
       fsync(parentFd, parent)
       return new VacuumJournal({ parent, parentFd, name, fd }, recovered, {
@@ -533,6 +534,7 @@ export class VacuumJournal {
         startNs: String(statFd(fd).mtimeNs),
       })
     } catch (error) {
+      if (fd !== undefined) close(fd)
       close(parentFd)
       throw errnoOf(error) === 'EEXIST' ? new TargetBusyError(upper) : error
     }

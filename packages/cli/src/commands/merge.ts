@@ -1,4 +1,4 @@
-import { type CloneMethod, type MergeReport, type MergeRequest, merge } from '@lsync/overlay-merge'
+import { type CloneMethod, type MergeReport, type MergeRequest, merge, verify } from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
 import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
@@ -15,6 +15,8 @@ import {
 import { countOf, durationOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { shellWord } from '../shell-word.ts'
+import { stackPart } from '../stack-text.ts'
+import { renderVerification } from '../verification.ts'
 
 interface MergeOptions extends LayerOptions {
   readonly inPlace?: true
@@ -26,6 +28,7 @@ interface MergeOptions extends LayerOptions {
   readonly workers?: number
   readonly allowEmpty?: true
   readonly dryRun?: true
+  readonly verify?: true
   readonly yes?: true
 }
 
@@ -48,13 +51,34 @@ export function define(command: Command, session: Session): void {
         .default('auto'),
     )
     .option('--plain', 'with --output: a tree to run, not to mount as a layer (escaped marks get their plain names)')
+    .option('--verify', 'with --output or --delta: compare the result with what the kernel shows, afterwards')
     .option('--allow-empty', 'allow a result without any entry')
   addWorkersOption(command)
   addYesOption(addDryRunOption(command)).action(async (options: MergeOptions) => {
     const request = requestOf(options)
     if (request.mode === 'in-place') await session.confirm(`this uses up ${printable(options.upper)}`, options)
-    const report = await merge({ ...request, signal: session.signal, onProgress: session.output.progress })
+    const { output, signal } = session
+    const report = await merge({
+      ...request,
+      signal,
+      onProgress: output.progress,
+      ...(output.isJson ? { onPlanLine: (line) => output.line(line.trimEnd()) } : {}),
+    })
     render(options, report, session)
+    if (options.verify === true && !report.dryRun) {
+      // A layer's escaped marks are for the mount to unescape; a plain tree is what it is.
+      const { upper, lower, data, namespace, plain } = options
+      const verified = await verify({
+        layers: [upper, ...lower],
+        ...given({ data }),
+        namespace,
+        against: report.target,
+        asLayer: plain !== true,
+        signal,
+        onProgress: output.progress,
+      })
+      renderVerification(verified, report.target, session)
+    }
   })
 }
 
@@ -65,6 +89,12 @@ function requestOf(options: MergeOptions): MergeRequest {
     throw new UsageError(
       chosen.length === 0 ? 'where to merge to is not said' : 'there can be only one place to merge to',
       'name one of --in-place, --output NEW and --delta OUT',
+    )
+  }
+  if (inPlace === true && others.verify === true) {
+    throw new UsageError(
+      'in place, the upper is used up, so that nothing is left to compare with',
+      'use --output, or compare before and after through a mount',
     )
   }
   const { upper, data, namespace, workdir, plain, workers, allowEmpty, dryRun } = others
@@ -83,12 +113,11 @@ function render(options: MergeOptions, report: MergeReport, session: Session): v
   const { counts, mode, dryRun, elapsedMs, clone } = report
   if (report.recovered) output.note(`finished an interrupted merge of ${printable(report.target)} first`)
   output.data(
-    () => ({ ...report, type: 'merge', target: textOf(report.target) }),
+    () => ({ type: 'merge', ...report, target: textOf(report.target) }),
     () => {
       const by = clone === undefined ? '' : ` by ${clone}`
       const what = [
-        `${countOf(counts.created)} new`,
-        `${countOf(counts.replaced)} replaced`,
+        `${countOf(counts.placed)} placed`,
         `${countOf(counts.removed)} removed`,
         ...(counts.whiteouts > 0 ? [`${countOf(counts.whiteouts)} whiteouts`] : []),
       ].join(', ')
@@ -97,14 +126,18 @@ function render(options: MergeOptions, report: MergeReport, session: Session): v
       return `${did} ${into} ${printable(report.target)}${by} in ${durationOf(elapsedMs)}: ${what}`
     },
   )
+  for (const { what, why } of report.losses)
+    output.warning('LOSS', `the target keeps ${what} only nearly: ${why}`, { what })
   const next = nextCommand(options, report)
   if (next !== undefined) output.note(`next: ${next}`)
 }
 
-function nextCommand({ upper, lower }: MergeOptions, { dryRun, mode, target }: MergeReport): string | undefined {
+function nextCommand(options: MergeOptions, { dryRun, mode, target }: MergeReport): string | undefined {
+  const { upper, lower, namespace, verify } = options
   if (dryRun) return 'the same command without --dry-run'
-  if (mode === 'in-place') return undefined
-  if (mode === 'delta') return `lsync merge --upper ${shellWord(target)} --lower BELOW --in-place`
-  const stack = [upper, ...lower].map((path) => path.replace(/[\\:]/g, '\\$&')).join(':')
-  return `lsync verify --stack ${shellWord(stack)} --against ${shellWord(target)}`
+  if (mode === 'in-place' || verify === true) return undefined
+  const marks = namespace === 'trusted' ? '' : ` --namespace ${namespace}`
+  if (mode === 'delta') return `lsync merge --upper ${shellWord(target)} --lower BELOW --in-place${marks}`
+  const stack = [upper, ...lower].map(stackPart).join(':')
+  return `lsync verify --stack ${shellWord(stack)} --against ${shellWord(target)}${marks}`
 }
