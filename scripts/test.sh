@@ -6,7 +6,7 @@ exec </dev/null
 
 # What the tests call, by the package that brings it. Without root the tests that need a missing one are skipped.
 packages=(
-  acl attr bindfs btrfs-progs debootstrap dosfstools e2fsprogs fish fuse-overlayfs gcc iproute2 libarchive-tools
+  acl attr bindfs btrfs-progs debootstrap dosfstools e2fsprogs fish gcc iproute2 libarchive-tools
   libc6-dev libcap2-bin moosefs-chunkserver moosefs-client moosefs-master python3 rsync runc shellcheck skopeo strace
   tar umoci util-linux xfsprogs zsh zstd
 )

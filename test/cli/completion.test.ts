@@ -28,19 +28,17 @@ describe('the completion for bash', () => {
 
   test('offers the commands', () => {
     expect(complete([''])).toEqual(expect.arrayContaining(Object.keys(commands)))
-    expect(complete(['laye'])).toEqual(['layer'])
-    expect(complete(['layer', ''])).toEqual(['import', 'export'])
+    expect(complete(['merg'])).toEqual(['merge'])
   })
 
   test('offers options, their choices, and directories', () => {
     expect(complete(['merge', '--in'])).toEqual(['--in-place'])
-    expect(complete(['layer', 'export', '--comp'])).toEqual(['--compression'])
     expect(complete(['merge', '--clone', 'r'])).toEqual(['reflink'])
     const cwd = freshDirectory()
     mkdirSync(`${cwd}/a directory`)
     writeFileSync(`${cwd}/a file`, '')
     expect(complete(['merge', '--upper', 'a'], cwd)).toEqual(['a directory'])
-    expect(complete(['layer', 'import', 'a'], cwd).sort()).toEqual(['a directory', 'a file'])
+    expect(complete(['recover', 'a'], cwd)).toEqual(['a directory'])
   })
 })
 
@@ -57,5 +55,4 @@ test.skipIf(!needs('fish', isPresent('fish')))('the completion for fish offers c
   expect(complete('lsync ')).toEqual(expect.arrayContaining(Object.keys(commands)))
   expect(complete('lsync merge --in')).toEqual(['--in-place'])
   expect(complete('lsync merge --clone r')).toEqual(['reflink'])
-  expect(complete('lsync layer ').sort()).toEqual(['export', 'import'])
 })

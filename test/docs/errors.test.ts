@@ -25,7 +25,8 @@ function codesOf(source: string, patterns: readonly RegExp[]): string[] {
 
 /** Errno names that have a hint of their own. */
 function hintedErrnos(): string[] {
-  const [, hints = ''] = /const HINTS[^{]*\{([^}]*)\}/.exec(readFileSync(`${root}/packages/posix/src/errors.ts`, 'utf8')) ?? []
+  const [, hints = ''] =
+    /const HINTS[^{]*\{([^}]*)\}/.exec(readFileSync(`${root}/packages/posix/src/errors.ts`, 'utf8')) ?? []
   return [...hints.matchAll(/^\s*(E[A-Z0-9]+):/gm)].map(([, name]) => name as string)
 }
 

@@ -134,11 +134,14 @@ export function releaseFileSystem(fileSystem: FileSystem): void {
   const at = mountPoints.indexOf(fileSystem.root)
   if (at < 0) return
   mountPoints.splice(at, 1)
-  unmount(fileSystem.root)
-  if (fileSystem.image !== undefined) rmSync(fileSystem.image, { force: true })
-  rmdirSync(fileSystem.root)
-  // Vitest ends its workers without their exit handlers.
-  if (mountPoints.length === 0) releaseTestDirectory()
+  try {
+    unmount(fileSystem.root)
+    if (fileSystem.image !== undefined) rmSync(fileSystem.image, { force: true })
+    rmdirSync(fileSystem.root)
+  } finally {
+    // Vitest ends its workers without their exit handlers.
+    if (mountPoints.length === 0) releaseTestDirectory()
+  }
 }
 
 /** Stops, unmounts and removes everything in `testDirectory`. */

@@ -20,6 +20,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: 'unfold the redirects and metacopies of an upper layer',
     load: () => import('./commands/deref.ts'),
   },
+  layer: {
+    summary: 'turn layers into other forms: tar, OCI, .wh. files',
+    load: () => import('./commands/layer.ts'),
+  },
   probe: { summary: 'find out what a file system can do', load: () => import('./commands/probe.ts') },
   completion: { summary: 'print the completion script of a shell', load: () => import('./commands/completion.ts') },
 }

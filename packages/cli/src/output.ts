@@ -54,7 +54,6 @@ export class Output {
 
   /** The last thing said: why it failed. */
   error(line: string, fields: Readonly<Record<string, unknown>>): void {
-    this.flush()
     if (this.isJson) {
       this.#tell(toJson({ type: 'error', ...fields }))
       return
@@ -85,6 +84,8 @@ export class Output {
   }
 
   #tell(text: string): void {
+    // In the order in which it happened, where both streams go to one place.
+    this.flush()
     this.#erase()
     process.stderr.write(`${text}\n`)
   }

@@ -30,7 +30,7 @@ export function countOf(count: number): string {
 export function sizeOf(sizeBytes: number): string {
   if (sizeBytes < 1000) return `${sizeBytes} B`
   const power = Math.min(5, Math.floor(Math.log10(sizeBytes) / 3))
-  return `${(sizeBytes / 1000 ** power).toFixed(1)} ${' KMGTP'[power]}B`
+  return `${(sizeBytes / 1000 ** power).toFixed(1)} ${' kMGTP'[power]}B`
 }
 
 /** A duration as people read it: `0.35 s`, `2 min 5 s`. */

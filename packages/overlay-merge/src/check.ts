@@ -25,7 +25,7 @@ import type { Progress } from './planning.ts'
 import { type Directory, type Found, layerAt, lookup, OpenSources, type Source } from './resolve.ts'
 import { openLayerDirectory, type RawEntry } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest } from './stack.ts'
-import { assertChangeable, type DropLine, dropAll, VacuumJournal } from './vacuum.ts'
+import { assertChangeable, type DropLine, dropAll, recoverVacuum, VacuumJournal } from './vacuum.ts'
 import { rootFrom, ViewDirectory } from './view.ts'
 
 /** How bad: `error` the kernel fails for the name; `warning` something is lost or shows wrongly; `info` it only lies there. */
@@ -153,7 +153,11 @@ export async function check(request: CheckRequest): Promise<CheckReport> {
   const start = performance.now()
   const stack = openStack(request, false)
   try {
-    if (request.repair === true) assertChangeable(request, stack)
+    if (request.repair === true) {
+      assertChangeable(request, stack)
+      // Before anything is read: an interrupted repair may have left the times of a directory wrong.
+      recoverVacuum(request.upper)
+    }
     const findings: Finding[] = []
     let entries = 0
     for (let layer = 0; layer < stack.layers.length; layer++) {

@@ -210,6 +210,7 @@ export async function emptyTrash(execution: Execution): Promise<void> {
   const { journal, pool } = execution
   const names: ByteString[] = []
   readDirents(journal.trashFd, (name) => names.push(name))
+  let done = 0
   let at = 0
   await pool.drain(
     (): Job | undefined => {
@@ -218,7 +219,10 @@ export async function emptyTrash(execution: Execution): Promise<void> {
       at += batch.length
       return { kind: 'discard', names: batch }
     },
-    (count) => execution.report?.({ phase: 'clean-up', done: count as number, total: names.length }),
+    (count) => {
+      done += count as number
+      execution.report?.({ phase: 'clean-up', done, total: names.length })
+    },
   )
 }
 

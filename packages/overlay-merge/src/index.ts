@@ -3,6 +3,14 @@ export type { CloneMethod } from './clone.ts'
 export { type Comparison, compareTrees, OpenTree, ResolvedTree, type TreeDifference } from './compare.ts'
 export * from './deref.ts'
 export * from './diff.ts'
+export {
+  type ConvertProgress,
+  type ConvertReport,
+  convertLayer,
+  exportLayer,
+  importLayer,
+  type LayerForm,
+} from './encodings/convert.ts'
 export * from './merge.ts'
 export type { Namespace } from './model/marks.ts'
 export * from './recover.ts'

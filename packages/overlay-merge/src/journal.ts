@@ -77,6 +77,7 @@ const STAGE = 'stage' as ByteString
 const TRASH = 'trash' as ByteString
 /** The tree that a new version is built in until it is published. */
 export const TREE = 'tree' as ByteString
+const JOURNAL_PREFIX = '.lsync.'
 const NAME_MAX = 255
 const FLUSH_BYTES = 1 << 20
 /** Where stage and trash are when the target is the root of a mount or a subvolume, beyond which no rename goes. */
@@ -95,16 +96,21 @@ export function placeOf(path: HostPath): { parent: HostPath; name: ByteString } 
 
 /** Whether a name is one that `journalPathOf` makes. */
 export function isJournalName(name: ByteString): boolean {
-  return name.startsWith('.lsync.')
+  return name.startsWith(JOURNAL_PREFIX)
 }
 
 /** The directory that holds the journal of a target: beside it, under a name made from its own. */
 export function journalPathOf(target: HostPath): { parent: HostPath; name: ByteString } {
   const { parent, name: base } = placeOf(target)
-  const name = `.lsync.${base}`
+  const name = `${JOURNAL_PREFIX}${base}`
   if (name.length <= NAME_MAX) return { parent, name: name as ByteString }
   const digest = createHash('sha256').update(base, 'latin1').digest('hex').slice(0, 16)
   return { parent, name: `${name.slice(0, NAME_MAX - 17)}.${digest}` as ByteString }
+}
+
+// What the journal is for, as far as its name tells.
+function targetOf({ parent, name }: { parent: HostPath; name: ByteString }): string {
+  return `${parent === '/' ? '' : parent}/${name.slice(JOURNAL_PREFIX.length)}`
 }
 
 /** Whether a target has a journal: something was interrupted, or is under way. */
@@ -165,7 +171,7 @@ export class Journal {
         if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) {
           throw new JournalDamagedError(`${parent}/${name}`, 'it does not belong to this user alone')
         }
-        if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(`${parent}/${name}`)
+        if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(targetOf(place))
         return new Journal(parent, parentFd, name, fd)
       } catch (error) {
         close(fd)

@@ -1,6 +1,6 @@
+import type { ByteString } from '@lsync/posix'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
-import type { ByteString } from '../../../posix/src/index.ts'
 import type { Xattr } from '../model/entry.ts'
 import { isMark, MARKS } from '../model/marks.ts'
 import { translateXattrs } from './item.ts'
