@@ -150,7 +150,7 @@ describe.skipIf(!isRoot)('a layer directory that attacks its reader', () => {
     mount('none', `${path}/up/mp`, 'tmpfs', 0, '')
     try {
       const running = exportLayer({ from: host('up'), form: 'oci', to: host('l.tar') })
-      await expect(running).rejects.toMatchObject({ code: 'LAYER_SUBMOUNT', path: 'mp' })
+      await expect(running).rejects.toMatchObject({ code: 'SUBMOUNT_IN_LAYER', path: 'mp' })
     } finally {
       unmount(`${path}/up/mp`)
     }

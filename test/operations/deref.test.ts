@@ -215,7 +215,7 @@ describe('deref', () => {
       })
       const result = await deref(request).catch((error: unknown) => error)
       setSyscallHook(undefined)
-      await recover(directory as HostPath)
+      await recover(request.output)
       expect(readdirSync(directory).filter((name) => name.startsWith('.lsync'))).toEqual([])
       if (existsSync(request.output)) expect(diffTrees(before, view(request.output))).toEqual([])
       expect(diffTrees(before, view(request.upper))).toEqual([])

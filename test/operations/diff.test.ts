@@ -63,9 +63,11 @@ function lineOf({ path, change, from, what }: Pick<Difference, 'path' | 'change'
   return `${change} ${printable(path)}${origin}: ${[...what].sort().join(', ')}`
 }
 
-// A directory before its content, names by bytes: with the slash below every other byte, that is plain order.
+// A directory before its content, names by bytes: with the slash below every other byte, that is plain order. What a
+// renamed directory took the place of goes first, with all that was in it.
 function isInOrder(differences: readonly Difference[]): boolean {
-  const keys = differences.map(({ path }) => path.replaceAll('\0', '').replaceAll('/', '\0'))
+  const present = differences.filter(({ change }) => change !== 'removed')
+  const keys = present.map(({ path }) => path.replaceAll('/', '\0'))
   return keys.every((key, index) => index === 0 || (keys[index - 1] as string) <= key)
 }
 

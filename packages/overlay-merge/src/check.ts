@@ -26,7 +26,7 @@ import { type Directory, type Found, layerAt, lookup, OpenSources, type Source }
 import { openLayerDirectory, type RawEntry } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest } from './stack.ts'
 import { assertChangeable, type DropLine, dropAll, recoverVacuum, VacuumJournal } from './vacuum.ts'
-import { rootFrom, ViewDirectory } from './view.ts'
+import { realStack, rootFrom, ViewDirectory } from './view.ts'
 
 /** How bad: `error` the kernel fails for the name; `warning` something is lost or shows wrongly; `info` it only lies there. */
 export type Severity = 'error' | 'warning' | 'info'
@@ -149,8 +149,9 @@ export interface CheckReport {
  * whiteouts made of attributes, doubled origins. Reads only, without it. Content is not read.
  * @throws {LsyncError} with `repair`: LAYER_BUSY, MERGE_UNFINISHED, TARGET_BUSY
  */
-export async function check(request: CheckRequest): Promise<CheckReport> {
+export async function check(asked: CheckRequest): Promise<CheckReport> {
   const start = performance.now()
+  const request = realStack(asked)
   const stack = openStack(request, false)
   try {
     if (request.repair === true) {

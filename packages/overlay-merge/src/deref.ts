@@ -27,8 +27,8 @@ import {
 } from '@lsync/posix'
 import { copyObject, resultMeta } from './effects.ts'
 import { finishDirectory } from './encodings/inode.ts'
-import { Journal, journalPathOf, TREE } from './journal.ts'
-import { OutputExistsError, publish } from './merge.ts'
+import { Journal, placeOf, TREE } from './journal.ts'
+import { OutputExistsError, publish, realTarget } from './merge.ts'
 import type { Meta, Xattr } from './model/entry.ts'
 import { type EntryPath, join, type Name, split } from './model/path.ts'
 import type { Problem } from './plan.ts'
@@ -38,7 +38,7 @@ import { recoverJournal } from './recover.ts'
 import { type Directory, layerAt, type Source, type Stack } from './resolve.ts'
 import { assertMergeable } from './safety.ts'
 import { closeStack, openStack, type StackRequest } from './stack.ts'
-import { type Present, rootFrom, ViewDirectory } from './view.ts'
+import { type Present, realStack, rootFrom, ViewDirectory } from './view.ts'
 
 export interface DerefRequest extends StackRequest {
   /** The upper to make; not there yet. */
@@ -81,8 +81,9 @@ export class IndexUnsupportedError extends LsyncError {
  * Built beside its final name, published by one rename, durable when this returns; `recover` removes what a crash left.
  * @throws {LayerInvalidError} where the kernel could not show the upper either
  */
-export async function deref(request: DerefRequest): Promise<DerefReport> {
+export async function deref(asked: DerefRequest): Promise<DerefReport> {
   const start = performance.now()
+  const request = { ...realStack(asked), output: realTarget(asked.output) }
   const { output, upper, lowers, data = [], workdir } = request
   await clearUnfinished(output)
   const stack = openStack(request, false)
@@ -126,9 +127,7 @@ async function clearUnfinished(output: HostPath): Promise<void> {
 }
 
 function assertFree(output: HostPath): void {
-  const { parent } = journalPathOf(output)
-  const trimmed = output.replace(/\/+$/, '')
-  const name = trimmed.slice(trimmed.lastIndexOf('/') + 1) as ByteString
+  const { parent, name } = placeOf(output)
   withFd(openRoot(parent), (fd) => {
     if (tryStatAt(fd, name) !== undefined) throw new OutputExistsError(output)
   })

@@ -37,7 +37,8 @@ export interface Difference {
 }
 
 /**
- * What an upper changed against the layers below it, in path order: each directory before its content, names by bytes.
+ * What an upper changed against the layers below it, in path order: each directory before its content, names by bytes;
+ * where a renamed directory took the place of another, that one goes first, with all that was in it.
  * Without `content` a file counts as modified when its size or mtime differs (as rsync judges), with it when a byte
  * does. Reads only; cost follows the upper, and what it removed.
  */

@@ -13,6 +13,7 @@ export {
 } from './encodings/convert.ts'
 export * from './merge.ts'
 export type { Namespace } from './model/marks.ts'
+export * from './portable-plan.ts'
 export * from './recover.ts'
 export type { Dropped, VacuumReport, VacuumRequest } from './vacuum.ts'
 export { recoverVacuum, vacuum } from './vacuum.ts'

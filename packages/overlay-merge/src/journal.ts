@@ -1,4 +1,4 @@
-import { createHash } from 'node:crypto'
+import { createHash, randomBytes } from 'node:crypto'
 import {
   type ByteString,
   bytesOf,
@@ -18,6 +18,8 @@ import {
   openRoot,
   printable,
   readAt,
+  readDirents,
+  removeDirectory,
   statFd,
   tryLock,
   tryStatAt,
@@ -80,8 +82,8 @@ export const TREE = 'tree' as ByteString
 const JOURNAL_PREFIX = '.lsync.'
 const NAME_MAX = 255
 const FLUSH_BYTES = 1 << 20
-/** Where stage and trash are when the target is the root of a mount or a subvolume, beyond which no rename goes. */
-const INSIDE = '.lsync' as ByteString
+/** Holds the name of the directory inside the target for stage and trash, where no rename leads out of the target. */
+const INSIDE = 'inside' as ByteString
 
 /** Milestones of an apply, each durable before the next thing happens. */
 export type Milestone = 'staged' | 'structured' | 'applied'
@@ -92,11 +94,6 @@ export function placeOf(path: HostPath): { parent: HostPath; name: ByteString } 
   const slash = trimmed.lastIndexOf('/')
   const parent = slash < 0 ? '.' : trimmed.slice(0, slash) || '/'
   return { parent: parent as HostPath, name: (trimmed.slice(slash + 1) || 'root') as ByteString }
-}
-
-/** Whether a name is one that `journalPathOf` makes. */
-export function isJournalName(name: ByteString): boolean {
-  return name.startsWith(JOURNAL_PREFIX)
 }
 
 /** The directory that holds the journal of a target: beside it, under a name made from its own. */
@@ -187,13 +184,36 @@ export class Journal {
   prepare(targetFd: number): void {
     const target = statFd(targetFd)
     const own = statFd(this.fd)
-    let base = this.fd
-    if (target.dev !== own.dev || target.mountId !== own.mountId) {
-      if (tryStatAt(targetFd, INSIDE) === undefined) makeDirectory(targetFd, INSIDE, 0o700)
-      base = this.#insideFd = openat(targetFd, INSIDE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    }
+    const isApart = target.dev !== own.dev || target.mountId !== own.mountId
+    const base = isApart ? this.#openInside(targetFd) : this.fd
     this.#stageFd = openOrMake(base, STAGE)
     this.#trashFd = openOrMake(base, TRASH)
+  }
+
+  // The target's content is anyone's: a name that nobody can know beforehand is one that nobody can have prepared.
+  #openInside(targetFd: number): number {
+    let name = this.#insideName()
+    if (name === undefined) {
+      name = `.lsync-${randomBytes(16).toString('hex')}` as ByteString
+      withFd(openat(this.fd, INSIDE, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600), (fd) => {
+        writeAt(fd, 0, Buffer.from(name as ByteString, 'latin1'))
+        fsync(fd, this.path)
+      })
+      fsync(this.fd, this.path)
+    }
+    if (tryStatAt(targetFd, name) === undefined) makeDirectory(targetFd, name, 0o700)
+    this.#insideFd = openat(targetFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    return this.#insideFd
+  }
+
+  #insideName(): ByteString | undefined {
+    if (tryStatAt(this.fd, INSIDE) === undefined) return undefined
+    const text = withFd(openat(this.fd, INSIDE, O_RDONLY | O_NOFOLLOW), (fd) =>
+      readAt(fd, 0, NAME_MAX).toString('latin1'),
+    )
+    if (/^\.lsync-[0-9a-f]{32}$/.test(text)) return text as ByteString
+    unlink(this.fd, INSIDE) // cut short before anything was made under the name
+    return undefined
   }
 
   get stageFd(): number {
@@ -232,27 +252,35 @@ export class Journal {
     return readPlan(this.#planFd, this.path)
   }
 
-  /** Removes the journal and what was moved aside. The last act of an operation, and harmless to repeat. */
+  /**
+   * Removes the journal and what was moved aside. The last act of an operation, and harmless to repeat. The plan goes
+   * first, so that what is left of a removal that was cut short is never carried out.
+   */
   remove(): void {
     for (const fd of [this.#stageFd, this.#trashFd, this.#planFd]) if (fd !== undefined) close(fd)
     this.#stageFd = this.#trashFd = this.#planFd = undefined
-    removeTree(this.#parentFd, this.#name)
+    unlink(this.fd, PLAN)
+    fsync(this.fd, this.path)
+    const names: ByteString[] = []
+    readDirents(this.fd, (name) => names.push(name))
+    // From within, since what is lifted on the way must not come to lie beside other journals.
+    for (const name of names) removeTree(this.fd, name)
+    removeDirectory(this.#parentFd, this.#name)
     fsync(this.#parentFd, this.path)
   }
 
   /** Empties the places inside a target; to be followed by setting the target root's times. */
   removeInside(targetFd: number): void {
-    if (tryStatAt(targetFd, INSIDE) === undefined) return
-    if (this.#insideFd !== undefined) close(this.#insideFd)
-    this.#insideFd = undefined
-    for (const fd of [this.#stageFd, this.#trashFd]) if (fd !== undefined) close(fd)
-    this.#stageFd = this.#trashFd = undefined
-    removeTree(targetFd, INSIDE)
+    const name = this.#insideName()
+    if (name === undefined) return
+    for (const fd of [this.#insideFd, this.#stageFd, this.#trashFd]) if (fd !== undefined) close(fd)
+    this.#insideFd = this.#stageFd = this.#trashFd = undefined
+    if (tryStatAt(targetFd, name) !== undefined) removeTree(targetFd, name)
   }
 
   /** Whether stage and trash lie inside the target. */
   get isInside(): boolean {
-    return this.#insideFd !== undefined
+    return this.#insideName() !== undefined
   }
 
   close(): void {
@@ -447,7 +475,7 @@ export function readRecord(planFd: number, line: { offset: number; length: numbe
   return JSON.parse(readAt(planFd, line.offset, line.length).toString('utf8')) as DirectoryRecord | CleanRecord
 }
 
-/** Every line of a plan in the order for people and for `lsync apply`: header, stages, records by path, end. */
+/** Every line of a plan but the end, in the order for people: header, stages, records by path. */
 export function planLines(plan: SealedPlan, planFd: number, emit: (line: string) => void): void {
   emit(JSON.stringify(plan.header))
   for (const stage of plan.stages) emit(JSON.stringify(stage))

@@ -5,16 +5,13 @@ import {
   type HostPath,
   hostPath,
   LsyncError,
-  openRoot,
   printable,
-  readDirents,
   realPath,
   statFd,
   tryStatAt,
-  withFd,
 } from '@lsync/posix'
 import { openIndex } from './index-aliases.ts'
-import { isJournalName, Journal, journalPathOf, type SealedPlan, TREE } from './journal.ts'
+import { Journal, JournalDamagedError, journalPathOf, type SealedPlan, TREE } from './journal.ts'
 import { defaultWorkers, finishInPlace, realTarget } from './merge.ts'
 import type { Progress } from './planning.ts'
 import { Pool } from './pool.ts'
@@ -22,6 +19,8 @@ import { closeStack, openStack, stackInit } from './stack.ts'
 
 export interface RecoverOptions {
   readonly workers?: number
+  /** Tell what would be done, and do nothing. */
+  readonly dryRun?: boolean
   readonly signal?: AbortSignal
   readonly onProgress?: (progress: Progress) => void
 }
@@ -45,33 +44,18 @@ export class LayersMovedError extends LsyncError {
 }
 
 /**
- * Finishes or rolls back what was interrupted on a target. `dir` is the target, or the directory that holds it.
- * Once the plan was sealed a merge in place is finished; everything else is rolled back, since nobody saw it.
+ * Finishes or rolls back what was interrupted on a target (a tree, or the path of a new one). Once the plan was sealed a
+ * merge in place is finished; everything else is rolled back, since nobody saw it. Only the journal beside the target
+ * counts: what lies inside it is written by whoever has the container.
  */
-export async function recover(dir: HostPath, options: RecoverOptions = {}): Promise<RecoverReport[]> {
-  const reports: RecoverReport[] = []
-  for (const place of journalsOf(dir)) {
-    const journal = Journal.openAt(place, { create: false })
-    if (journal === undefined) continue
-    try {
-      reports.push(await recoverJournal(journal, options))
-    } finally {
-      journal.close()
-    }
+export async function recover(dir: HostPath, options: RecoverOptions = {}): Promise<RecoverReport> {
+  const journal = Journal.open(isDirectory(dir) ? realPath(dir) : realTarget(dir), { create: false })
+  if (journal === undefined) return { outcome: 'nothing' }
+  try {
+    return await recoverJournal(journal, options)
+  } finally {
+    journal.close()
   }
-  return reports
-}
-
-function journalsOf(dir: HostPath): { parent: HostPath; name: ByteString }[] {
-  if (!isDirectory(dir)) return [journalPathOf(realTarget(dir))] // a new tree that never came to be
-  const real = realPath(dir)
-  const places = [journalPathOf(real)]
-  withFd(openRoot(real), (fd) => {
-    readDirents(fd, (name) => {
-      if (isJournalName(name)) places.push({ parent: real, name })
-    })
-  })
-  return places
 }
 
 function isDirectory(path: HostPath): boolean {
@@ -81,18 +65,21 @@ function isDirectory(path: HostPath): boolean {
 /** Recovers one open journal, and removes it. */
 export async function recoverJournal(journal: Journal, options: RecoverOptions): Promise<RecoverReport> {
   const plan = await journal.read()
+  const act = options.dryRun !== true
   if (plan === undefined) {
-    journal.remove()
+    if (act) journal.remove()
     return { outcome: 'rolled-back' }
   }
   const { target } = plan.header
+  const { parent, name } = journalPathOf(hostPath(target))
+  if (`${parent}/${name}` !== journal.path) throw new JournalDamagedError(journal.path, 'it is that of another target')
   if (plan.header.publish !== undefined) {
     // Published by a rename of the tree: then only the journal was left behind.
     const wasPublished = tryStatAt(journal.fd, TREE) === undefined && isDirectory(hostPath(target))
-    journal.remove()
+    if (act) journal.remove()
     return { outcome: wasPublished ? 'finished' : 'rolled-back', target }
   }
-  await finishInterrupted(journal, plan, options)
+  if (act) await finishInterrupted(journal, plan, options)
   return { outcome: 'finished', target }
 }
 

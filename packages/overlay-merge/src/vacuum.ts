@@ -24,6 +24,7 @@ import {
   PosixError,
   printable,
   readAt,
+  realPath,
   removeDirectory,
   rename,
   S_IFCHR,
@@ -48,7 +49,7 @@ import { type Directory, layerAt, type Source, type Stack } from './resolve.ts'
 import { assertMergeable, LayerBusyError } from './safety.ts'
 import { openLayerDirectory, sortedDirents, typeOf } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest } from './stack.ts'
-import { type Present, rootFrom, ViewDirectory, walkTo } from './view.ts'
+import { type Present, realStack, rootFrom, ViewDirectory, walkTo } from './view.ts'
 
 export interface VacuumRequest extends StackRequest {
   /** The workdir of the upper, where it was mounted with index=on. */
@@ -95,8 +96,9 @@ export class MergeUnfinishedError extends LsyncError {
  * crash. Access times and inode numbers are not part of the view here.
  * @throws {LsyncError} LAYER_BUSY, MERGE_UNFINISHED, TARGET_BUSY and what a merge refuses
  */
-export async function vacuum(request: VacuumRequest): Promise<VacuumReport> {
+export async function vacuum(asked: VacuumRequest): Promise<VacuumReport> {
   const start = performance.now()
+  const request = realStack(asked)
   const dryRun = request.dryRun === true
   const stack = openStack(request, false)
   try {
@@ -600,7 +602,7 @@ export class VacuumJournal {
  * @throws {TargetBusyError} while a vacuum of this upper is running
  */
 export function recoverVacuum(upper: HostPath): number {
-  const { parent, name } = vacuumJournalPath(upper)
+  const { parent, name } = vacuumJournalPath(realPath(upper))
   return withFd(openRoot(parent), (parentFd) => {
     const stat = tryStatAt(parentFd, name)
     if (stat === undefined) return 0

@@ -3,6 +3,7 @@ import {
   close,
   DT_DIR,
   getInodeFlags,
+  type HostPath,
   O_DIRECTORY,
   O_NOFOLLOW,
   O_NONBLOCK,
@@ -10,6 +11,7 @@ import {
   openat,
   openBeneath,
   readSymlink,
+  realPath,
   type Stat,
   statAt,
   statFd,
@@ -20,6 +22,19 @@ import type { Xattr } from './model/entry.ts'
 import { components, type EntryPath, type Name, ROOT, split } from './model/path.ts'
 import { type Directory, type Found, layerAt, lookup, OpenSources, type Source, type Stack } from './resolve.ts'
 import { inspect, openLayerDirectory, type RawEntry, sortedDirents, tryInspect } from './scan.ts'
+import type { StackRequest } from './stack.ts'
+
+/** A request whose paths are absolute and free of symlinks: journals lie beside what they really name. */
+export function realStack<T extends StackRequest & { readonly workdir?: HostPath }>(request: T): T {
+  const { upper, lowers, data, workdir } = request
+  return {
+    ...request,
+    upper: realPath(upper),
+    lowers: lowers.map(realPath),
+    ...(data === undefined ? {} : { data: data.map(realPath) }),
+    ...(workdir === undefined ? {} : { workdir: realPath(workdir) }),
+  }
+}
 
 /** What a view shows under a name that is there. */
 export type Present = Extract<Found, { kind: 'directory' | 'object' }>

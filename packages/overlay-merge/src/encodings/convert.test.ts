@@ -204,7 +204,7 @@ describe('what goes wrong leaves nothing behind', () => {
     writeFileSync(`${path}/out/kept`, 'kept')
     for (const form of ['portable', 'oci'] as const) {
       const request = { from: host('up'), namespace: 'user', form, to: host('out') } as const
-      await expect(exportLayer(request)).rejects.toMatchObject({ code: 'TARGET_EXISTS' })
+      await expect(exportLayer(request)).rejects.toMatchObject({ code: 'OUTPUT_EXISTS' })
     }
     expect(readFileSync(`${path}/out/kept`, 'utf8')).toBe('kept')
     expect(leftovers(path)).toEqual(['out'])

@@ -129,7 +129,7 @@ export class TargetInsideSourceError extends LsyncError {
  * Turns a layer from one form into another. The result appears under its name whole or not at all: it is made beside
  * it in a hidden directory, which goes away in any case, synced, and renamed.
  * @throws {LsyncError} what the form cannot express (NOT_EXPRESSIBLE, NEEDS_DEREF), what the target cannot hold
- * (TARGET_CANNOT_HOLD), what is refused from outside (ENTRY_REFUSED, ARCHIVE_BROKEN, LIMIT_EXCEEDED), TARGET_EXISTS
+ * (TARGET_CANNOT_HOLD), what is refused from outside (ENTRY_REFUSED, ARCHIVE_BROKEN, LIMIT_EXCEEDED), OUTPUT_EXISTS
  */
 export async function convertLayer(request: ConvertRequest): Promise<ConvertReport> {
   request.signal?.throwIfAborted()

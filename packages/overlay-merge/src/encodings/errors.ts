@@ -40,7 +40,7 @@ export class MarkInvalidError extends LsyncError {
 /** Another file system is mounted inside the layer; overlayfs would show the directory beneath it. */
 export class LayerSubmountError extends LsyncError {
   constructor(path: string) {
-    super('LAYER_SUBMOUNT', `${printable(path)} is a mount point inside the layer`, {
+    super('SUBMOUNT_IN_LAYER', `${printable(path)} is a mount point inside the layer`, {
       path,
       hint: 'unmount it, or bind-mount the layer elsewhere (mount --bind leaves submounts out) and use that',
     })
@@ -81,7 +81,7 @@ export class LimitExceededError extends LsyncError {
 /** The result's place is taken. */
 export class TargetExistsError extends LsyncError {
   constructor(path: string) {
-    super('TARGET_EXISTS', `${printable(path)} exists already`, { path, hint: 'remove it, or name another target' })
+    super('OUTPUT_EXISTS', `${printable(path)} exists already`, { path, hint: 'remove it, or name another target' })
   }
 }
 
@@ -100,7 +100,7 @@ export class TargetCannotHoldError extends LsyncError {
 export class TrustedXattrsHiddenError extends LsyncError {
   constructor(path: string) {
     super(
-      'TRUSTED_XATTRS_HIDDEN',
+      'PRIVILEGE_MISSING',
       'trusted.* attributes cannot be seen without CAP_SYS_ADMIN in the initial user namespace',
       {
         path,
