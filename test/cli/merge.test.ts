@@ -150,7 +150,7 @@ test('recover says that nothing was interrupted, in words and in JSON', () => {
     code: 0,
   })
   expect(jsonLines(lsync(['recover', 'low', '--json'], { cwd }).stdout)).toEqual([
-    { type: 'recover', outcome: 'nothing' },
+    { type: 'recover', outcome: 'nothing', target: 'low', dryRun: false },
   ])
 })
 

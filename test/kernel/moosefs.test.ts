@@ -1,5 +1,4 @@
 import { mkdirSync } from 'node:fs'
-import { fileURLToPath } from 'node:url'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { buildTree, dir, file, linkTo, opaque, redirected, removeTree, symlink, whiteout } from '../support/build.ts'
@@ -12,7 +11,6 @@ import { needs } from '../support/needs.ts'
 import { anyOperations, applyOperations } from '../support/operations.ts'
 import { type OverlayOptions, plainOptions, withOverlay } from '../support/overlay.ts'
 import { runs, timeLimit } from '../support/runs.ts'
-import { run } from '../support/system.ts'
 import { diffTrees, readTree } from '../support/tree.ts'
 
 // MooseFS has no chattr flags; what that costs has a test of its own.
@@ -34,56 +32,51 @@ describe.skipIf(!hasEngine || !needs('MooseFS', hasMooseFs))(
       'random histories, %s: in place across file systems, new versions, deltas',
       (_name, options) =>
         fc.assert(
-          fc.asyncProperty(
-            anyOperations(5, 30),
-            anyOperations(5, 25),
-            anyOperations(5, 25),
-            async (filling, first, second) => {
-              const [near, far] = [disk.current.fresh(), store.current.fresh()]
-              try {
-                const bottom = `${far}/bottom`
-                mkdirSync(bottom)
-                applyOperations(bottom, filling, options.namespace)
-                const middle = `${near}/middle`
-                const upper = `${near}/u`
-                for (const path of [middle, upper]) mkdirSync(path)
-                // A local middle layer, so that the result of a delta lands on the store as well.
-                withOverlay({ lowers: [bottom], upper: middle, work: `${middle}.work` }, options, (merged) =>
-                  applyOperations(merged, first),
-                )
-                removeTree(`${middle}.work`)
-                withOverlay({ lowers: [middle, bottom], upper, work: `${upper}.work` }, options, (merged) =>
-                  applyOperations(merged, second),
-                )
-                const whole = {
-                  directory: far,
-                  layers: [upper, middle, bottom],
-                  work: `${upper}.work`,
-                  options,
-                  diff: mooseFsLimits,
-                  clones: ['copy', 'hardlink'] as const,
-                }
-                const story = `${describeLayers(whole.layers)}\nview\n${describeTree(viewOf(whole))}`
-                await expectNone(mergeEveryWay(whole, ['output', 'delta']), story)
-                // The local upper folded into the local middle, and that into the store.
-                const view = viewOf(whole)
-                const inPlace = { mode: 'in-place', namespace: options.namespace, workers: 2 } as const
-                await engine.merge({ ...inPlace, upper, lowers: [middle, bottom] })
-                await engine.merge({ ...inPlace, upper: middle, lowers: [bottom] })
-                const result = shownAlone(readTree(bottom), options.namespace)
-                await expectNone(Promise.resolve(diffTrees(view, result, mooseFsLimits)), story)
-              } finally {
-                removeTree(near)
-                removeTree(far)
+          fc.asyncProperty(anySession, anySession, anySession, async (filling, first, second) => {
+            const [near, far] = [disk.current.fresh(), store.current.fresh()]
+            try {
+              const bottom = `${far}/bottom`
+              mkdirSync(bottom)
+              applyOperations(bottom, filling, options.namespace)
+              const middle = `${near}/middle`
+              const upper = `${near}/u`
+              for (const path of [middle, upper]) mkdirSync(path)
+              // A local middle layer, so that the result of a delta lands on the store as well.
+              withOverlay({ lowers: [bottom], upper: middle, work: `${middle}.work` }, options, (merged) =>
+                applyOperations(merged, first),
+              )
+              removeTree(`${middle}.work`)
+              withOverlay({ lowers: [middle, bottom], upper, work: `${upper}.work` }, options, (merged) =>
+                applyOperations(merged, second),
+              )
+              const whole = {
+                directory: far,
+                layers: [upper, middle, bottom],
+                work: `${upper}.work`,
+                options,
+                diff: mooseFsLimits,
+                clones: ['copy', 'hardlink'] as const,
               }
-            },
-          ),
-          { ...runs(2), interruptAfterTimeLimit: timeLimit() * 0.9 },
+              const story = `${describeLayers(whole.layers)}\nview\n${describeTree(viewOf(whole))}`
+              await expectNone(mergeEveryWay(whole, ['output', 'delta']), story)
+              // The local upper folded into the local middle, and that into the store.
+              const view = viewOf(whole)
+              const inPlace = { mode: 'in-place', namespace: options.namespace, workers: 2 } as const
+              await engine.merge({ ...inPlace, upper, lowers: [middle, bottom] })
+              await engine.merge({ ...inPlace, upper: middle, lowers: [bottom] })
+              const result = shownAlone(readTree(bottom), options.namespace)
+              await expectNone(Promise.resolve(diffTrees(view, result, mooseFsLimits)), story)
+            } finally {
+              removeTree(near)
+              removeTree(far)
+            }
+          }),
+          runs(3),
         ),
       timeLimit(),
     )
 
-    test('a version by mfsmakesnapshot shares what did not change, and is what the kernel shows', () => {
+    test('a version by mfsmakesnapshot shares what did not change, and is what the kernel shows', async () => {
       const [near, far] = [disk.current.fresh(), store.current.fresh()]
       const layers = [`${near}/u`, `${far}/l`]
       buildTree(
@@ -108,18 +101,16 @@ describe.skipIf(!hasEngine || !needs('MooseFS', hasMooseFs))(
         }),
       )
       const request = {
-        upper: layers[0],
-        lowers: [layers[1]],
+        upper: `${near}/u`,
+        lowers: [`${far}/l`],
         mode: 'output',
         output: `${far}/new`,
         namespace: 'trusted',
         clone: 'moosefs',
         workers: 2,
-      }
-      const child = fileURLToPath(new URL('../support/merge-child.ts', import.meta.url))
+      } as const
       const before = layers.map(readTree)
-      // mfsmakesnapshot speaks to the master itself, which only the namespace reaches.
-      run('nsenter', `--net=${store.current.networkNamespace}`, process.execPath, child, JSON.stringify(request))
+      await engine.merge(request)
       const view = viewOf({ directory: far, layers, options: withRedirects })
       expect(diffTrees(view, readTree(`${far}/new`), mooseFsLimits)).toEqual([])
       expect(layers.map(readTree)).toEqual(before)

@@ -2,7 +2,7 @@ import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { afterAll, beforeAll } from 'vitest'
 import { releaseTestDirectory, testDirectory } from './image.ts'
-import { isPresent, run } from './system.ts'
+import { enterNetworkNamespace, isPresent, run } from './system.ts'
 import type { DiffOptions } from './tree.ts'
 
 /** Whether the programs of MooseFS are installed. */
@@ -13,10 +13,9 @@ export const hasMooseFs = ['mfsmaster', 'mfschunkserver', 'mfsmount', 'mfsmakesn
  */
 export const mooseFsLimits: DiffOptions = { timeGranularityNs: 1_000_000_000n, flags: false, holes: false }
 
-/** A mounted MooseFS of the test's own. Its tools find the master only inside `networkNamespace`. */
+/** A mounted MooseFS of the test's own. This thread is in its network namespace until it is stopped. */
 export interface MooseFs {
   readonly root: string
-  readonly networkNamespace: string
   fresh(): string
 }
 
@@ -79,10 +78,11 @@ ip netns delete ${name}
   await untilWritable(`${root}/.ready`)
   // Deleted files would keep their space for a day otherwise.
   inside('mfssettrashtime', '0', root)
+  // The engine's mfsmakesnapshot speaks to the master itself.
+  leave = enterNetworkNamespace(`/var/run/netns/${name}`)
   let count = 0
   return {
     root,
-    networkNamespace: `/var/run/netns/${name}`,
     fresh() {
       const path = `${root}/t${++count}`
       mkdirSync(path)
@@ -104,7 +104,11 @@ async function untilWritable(path: string): Promise<void> {
   }
 }
 
+let leave: (() => void) | undefined
+
 export function stopMooseFs(): void {
+  leave?.()
+  leave = undefined
   releaseTestDirectory()
 }
 

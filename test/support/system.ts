@@ -14,6 +14,7 @@ const mountNative = libc.func('mount', 'int', ['str', 'str', 'str', 'ulong', 'st
 const umountNative = libc.func('umount2', 'int', ['str', 'int'])
 const mmapNative = libc.func('mmap', 'int64_t', ['int64_t', 'uint64_t', 'int', 'int', 'int', 'int64_t'])
 const munmapNative = libc.func('munmap', 'int', ['int64_t', 'uint64_t'])
+const setnsNative = libc.func('setns', 'int', ['int', 'int'])
 const memsetNative = libc.func('memset', 'int64_t', ['int64_t', 'int', 'uint64_t'])
 
 export const MS_RDONLY = 1
@@ -81,4 +82,23 @@ export function start(log: string, command: string, ...args: string[]): ReturnTy
   const child = spawn(command, args, { stdio: ['ignore', fd, fd] })
   closeSync(fd)
   return child
+}
+
+/**
+ * Puts this thread, and with it the processes and threads it starts from now on, into a network namespace
+ * (`/var/run/netns/…`). Returns the way back.
+ */
+export function enterNetworkNamespace(path: string): () => void {
+  const CLONE_NEWNET = 0x4000_0000
+  const home = openSync('/proc/thread-self/ns/net', 'r')
+  const enter = (fd: number) => {
+    if (setnsNative(fd, CLONE_NEWNET) < 0) throw new Error(`setns ${path} failed: errno ${koffi.errno()}`)
+  }
+  const fd = openSync(path, 'r')
+  enter(fd)
+  closeSync(fd)
+  return () => {
+    enter(home)
+    closeSync(home)
+  }
 }

@@ -59,7 +59,7 @@ export interface MergeRequest extends StackRequest {
   readonly dryRun?: boolean
   /** With `dryRun`: gets every line of the plan, sorted by path. */
   readonly onPlanLine?: (line: string) => void
-  /** Worker threads; 0 works in the calling thread alone. Default 2 on local disks, 16 over a network. */
+  /** Threads at work; 0 and 1 mean the calling one alone. Default 2 on local disks, 16 over a network. */
   readonly workers?: number
   /** Allow a result without any entry. */
   readonly allowEmpty?: boolean
@@ -441,12 +441,7 @@ function planInit(request: MergeRequest, stack: OpenStack, rename: boolean, inde
 }
 
 function makePool(request: MergeRequest, stack: OpenStack, init: WorkInit): Pool {
-  return new Pool(init, {
-    workers: request.workers ?? defaultWorkers(stack),
-    // Renames between directories of one file system take turns in the kernel, so threads gain little there.
-    ...(init.plan?.rename === true && request.workers === undefined ? { aloneMs: 1000 } : {}),
-    signal: request.signal,
-  })
+  return new Pool(init, { workers: request.workers ?? defaultWorkers(stack), signal: request.signal })
 }
 
 /** Two on local disks, where more only wait for each other; many where each call is a trip over a network. */

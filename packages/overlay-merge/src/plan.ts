@@ -14,8 +14,10 @@ import {
   FS_IMMUTABLE_FL,
   getXattr,
   listXattrs,
+  readDirents,
   S_IFCHR,
   S_IFDIR,
+  S_IFREG,
   type Stat,
   statAt,
   statFd,
@@ -134,6 +136,8 @@ export function emptyPart(): PlanPart {
 }
 
 const STEPS_A_RECORD = 4096
+// A directory of ext4 grows by 4096-byte blocks of some fifty names.
+const BYTES_A_NAME = 1024
 
 /**
  * Plans one directory of the result: what happens to each name that an upper layer has in it, and which directories
@@ -157,7 +161,7 @@ class DirectoryPlanner {
   /** The base's directory that takes part here, if one does. */
   readonly #base: Source | undefined
   readonly #types: Map<number, Map<Name, number>> = new Map()
-  readonly #known = new Map<string, RawEntry | undefined>()
+  #baseNames: Map<Name, number> | undefined
 
   constructor(context: PlanContext, task: PlanTask, part: PlanPart, opened: OpenSources) {
     this.#context = context
@@ -171,8 +175,9 @@ class DirectoryPlanner {
   run(): void {
     const { directory } = this.#task
     const steps: Step[] = []
-    for (const name of this.#upperNames()) {
-      this.#known.clear()
+    const names = this.#upperNames()
+    this.#baseNames = this.#listBase(names.length)
+    for (const name of names) {
       const found = lookup(this.#context.stack, directory, name, (source, wanted) => this.#inspect(source, wanted))
       this.#step(name, found, steps)
       if (steps.length === STEPS_A_RECORD) this.#part.records.push(this.#partRecord(steps.splice(0)))
@@ -237,8 +242,6 @@ class DirectoryPlanner {
   }
 
   #inspect(source: Source, name: Name): RawEntry | undefined {
-    const key = `${source.layer}:${source.path}/${name}`
-    if (this.#known.has(key)) return this.#known.get(key)
     const isOwn = this.#task.directory.sources.some(({ layer, path }) => layer === source.layer && path === source.path)
     const types = isOwn ? this.#types.get(source.layer) : undefined
     let entry: RawEntry | undefined
@@ -248,7 +251,6 @@ class DirectoryPlanner {
       const { marks } = layerAt(this.#context.stack, source.layer)
       if (type !== undefined) entry = inspect(this.#opened.fd(source), name, type, marks, this.#wantsStat(type))
     }
-    this.#known.set(key, entry)
     return entry
   }
 
@@ -261,12 +263,25 @@ class DirectoryPlanner {
   #baseState(name: Name): { was: Was; stat?: Stat; isWhiteout: boolean } {
     if (this.#base === undefined) return { was: 'nothing', isWhiteout: false }
     const fd = this.#opened.fd(this.#base)
-    const type = tryTypeAt(fd, name)
+    const type = this.#baseNames === undefined ? tryTypeAt(fd, name) : this.#baseNames.get(name)
     if (type === undefined) return { was: 'nothing', isWhiteout: false }
     const was = type === S_IFDIR ? 'directory' : 'file'
     if (!this.#context.portable && type !== S_IFCHR) return { was, isWhiteout: false }
     const stat = statAt(fd, name)
     return { was, stat, isWhiteout: stat.isWhiteoutDevice }
+  }
+
+  // One listing is cheaper than asking for each name, unless few of many names change.
+  #listBase(names: number): Map<Name, number> | undefined {
+    if (this.#base === undefined || names < 4) return undefined
+    const fd = this.#opened.fd(this.#base)
+    if (statFd(fd).sizeBytes > names * BYTES_A_NAME) return undefined
+    const types = new Map<Name, number>()
+    readDirents(fd, (name, type) => {
+      const known = type === DT_DIR ? S_IFDIR : type === DT_CHR || type === DT_UNKNOWN ? tryTypeAt(fd, name) : S_IFREG
+      if (known !== undefined) types.set(name as string as Name, known)
+    })
+    return types
   }
 
   #step(name: Name, found: Found, steps: Step[]): void {

@@ -1,42 +1,47 @@
 import { Worker } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
-import type { ToWorker, TravellingError } from './worker.ts'
+import type { FromWorker, ToWorker, TravellingError } from './worker.ts'
 
 // Starting a worker costs about 60 ms, so work that the calling thread finishes sooner never pays for one.
-const ALONE_MS = 60
+const ALONE_MS = 25
+// One job at work and one that waits, so that a worker is not idle while the calling thread works itself.
+const IN_FLIGHT = 2
+// Up to so many threads the calling one is one of them. With more, each waits for a network, and none may hold up the
+// handing out.
+const SHARED_WIDTH = 4
 
 interface Member {
   readonly worker: Worker
-  take: ((answer: { result?: JobResult; error?: TravellingError }) => void) | undefined
+  ready: boolean
+  inFlight: number
 }
 
 export interface PoolOptions {
-  /** Worker threads; 0 for none. */
+  /** Threads at work, the calling one included; 0 and 1 mean that one alone. */
   readonly workers: number
-  /** How long the calling thread works before it starts them. */
-  readonly aloneMs?: number
   readonly signal?: AbortSignal | undefined
 }
 
 /**
- * Runs jobs: in the calling thread at first and when `workers` is 0, else in worker threads, each busy with one job at
- * a time. The kernel calls are synchronous, so the number of workers is the number of calls in flight.
+ * Runs jobs in the calling thread and, when there is enough to do, in worker threads. The kernel calls are synchronous,
+ * so the number of threads is the number of calls in flight.
  */
 export class Pool {
-  readonly #workers: number
-  readonly #alone: number
+  readonly #width: number
   readonly #signal: AbortSignal | undefined
   readonly #members: Member[] = []
   #init: WorkInit
   #own: Workshop
   #aloneMs = 0
   #generation = 0
+  #wake: (() => void) | undefined
+  #done: ((result: JobResult) => void) | undefined
+  #failure: unknown
 
   constructor(init: WorkInit, options: PoolOptions) {
     this.#init = init
-    this.#workers = options.workers
-    this.#alone = options.aloneMs ?? ALONE_MS
+    this.#width = Math.max(1, options.workers)
     this.#signal = options.signal
     this.#own = new Workshop(init, this.#tag())
   }
@@ -50,82 +55,108 @@ export class Pool {
   }
 
   /**
-   * Runs jobs until `next` has none left and all are done. `done` gets each result in the order of completion, and
-   * may make more work for `next`. Stops at the first error, after the jobs under way.
+   * Runs jobs until `next` has none left and all are done. `next` is told how many threads look for work; `done` gets
+   * each result in the order of completion, and may make more work for `next`. Stops at the first error, after the jobs
+   * under way.
    */
   async drain(next: (idle: number) => Job | undefined, done: (result: JobResult) => void): Promise<void> {
-    while (this.#workers === 0 || (this.#aloneMs < this.#alone && this.#members.length === 0)) {
-      this.#signal?.throwIfAborted()
-      const job = next(1)
-      if (job === undefined) return
-      const start = performance.now()
-      done(this.#own.run(job))
-      this.#aloneMs += performance.now() - start
-      // A caller's timers, signals and progress get their turn between jobs.
-      if (this.#aloneMs > 20) await new Promise(setImmediate)
+    this.#done = done
+    this.#failure = undefined
+    try {
+      for (;;) {
+        if (this.#signal?.aborted === true) this.#failure ??= this.#signal.reason
+        if (this.#failure === undefined) this.#handOut(next)
+        const job = this.#failure === undefined && this.#worksItself ? next(this.#idle + 1) : undefined
+        if (job !== undefined) await this.#runOwn(job, done)
+        else if (this.#members.some(({ inFlight }) => inFlight > 0)) await this.#message()
+        else if (this.#failure !== undefined) throw this.#failure
+        else if (this.#worksItself || !this.#isStarting) return
+        else await this.#message()
+      }
+    } finally {
+      this.#done = undefined
     }
-    this.#start()
-    await this.#share(next, done)
+  }
+
+  get #worksItself(): boolean {
+    return this.#width <= SHARED_WIDTH || !this.#members.some(({ ready }) => ready)
+  }
+
+  get #isStarting(): boolean {
+    return this.#members.some(({ ready }) => !ready)
+  }
+
+  get #idle(): number {
+    return this.#members.filter(({ ready, inFlight }) => ready && inFlight === 0).length
+  }
+
+  #handOut(next: (idle: number) => Job | undefined): void {
+    for (let load = 0; load < IN_FLIGHT; load++) {
+      for (const member of this.#members) {
+        if (!member.ready || member.inFlight > load) continue
+        const job = next(this.#members.length + 1)
+        if (job === undefined) return
+        member.inFlight++
+        member.worker.postMessage({ job } satisfies ToWorker)
+      }
+    }
+  }
+
+  async #runOwn(job: Job, done: (result: JobResult) => void): Promise<void> {
+    const start = performance.now()
+    try {
+      done(this.#own.run(job))
+    } catch (error) {
+      this.#failure ??= error
+    }
+    if (this.#width > 1 && this.#members.length === 0) {
+      this.#aloneMs += performance.now() - start
+      if (this.#aloneMs > ALONE_MS) this.#start()
+    }
+    // Messages of workers, and a caller's timers and signals, get their turn between jobs.
+    if (this.#members.length > 0 || this.#aloneMs > ALONE_MS || this.#signal !== undefined) {
+      await new Promise(setImmediate)
+    }
+  }
+
+  #message(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#wake = resolve
+    })
   }
 
   #start(): void {
-    while (this.#members.length < this.#workers) {
-      const worker = new Worker(new URL('./worker.ts', import.meta.url))
-      const member: Member = { worker, take: undefined }
-      worker.on('message', (answer) => {
-        const { take } = member
-        member.take = undefined
-        take?.(answer)
-      })
-      worker.on('error', (error) => {
-        const { take } = member
-        member.take = undefined
-        take?.({ error: { name: error.name, message: error.message, stack: error.stack } })
-      })
+    const count = this.#width <= SHARED_WIDTH ? this.#width - 1 : this.#width
+    while (this.#members.length < count) {
+      const worker = new Worker(new URL('./worker.ts', import.meta.url), { resourceLimits: WORKER_LIMITS })
+      const member: Member = { worker, ready: false, inFlight: 0 }
+      worker.on('message', (message: FromWorker) => this.#receive(member, message))
+      worker.on('error', (error) => this.#receive(member, { error }))
       worker.postMessage({ init: this.#init, tag: this.#tag() } satisfies ToWorker)
       this.#members.push(member)
     }
   }
 
-  #share(next: (idle: number) => Job | undefined, done: (result: JobResult) => void): Promise<void> {
-    return new Promise((resolve, reject) => {
-      let failure: unknown
-      const advance = () => {
-        const idle = this.#members.filter(({ take }) => take === undefined)
-        for (const [index, member] of idle.entries()) {
-          if (failure === undefined && this.#signal?.aborted === true) failure = this.#signal.reason
-          if (failure !== undefined) break
-          const job = next(idle.length - index)
-          if (job === undefined) break
-          member.take = (answer) => {
-            if (answer.error !== undefined) failure ??= unpacked(answer.error)
-            else {
-              try {
-                done(answer.result as JobResult)
-              } catch (error) {
-                failure ??= error
-              }
-            }
-            advance()
-          }
-          member.worker.postMessage({ job } satisfies ToWorker)
-        }
-        if (this.#members.every(({ take }) => take === undefined)) {
-          if (failure === undefined) resolve()
-          else reject(failure)
+  #receive(member: Member, message: FromWorker): void {
+    if ('ready' in message) member.ready = true
+    else {
+      member.inFlight--
+      if ('error' in message) this.#failure ??= unpacked(message.error)
+      else {
+        try {
+          this.#done?.(message.result)
+        } catch (error) {
+          this.#failure ??= error
         }
       }
-      advance()
-    })
+    }
+    const wake = this.#wake
+    this.#wake = undefined
+    wake?.()
   }
 
   #tag(): string {
     return `t${process.pid}-${this.#generation}`
-  }
-
-  /** How many jobs can be under way. */
-  get width(): number {
-    return Math.max(1, this.#workers)
   }
 
   async close(): Promise<void> {
@@ -133,6 +164,9 @@ export class Pool {
     this.#members.length = 0
   }
 }
+
+// A worker holds some directories at a time; small young generations keep sixteen of them below 150 MB.
+const WORKER_LIMITS = { maxYoungGenerationSizeMb: 4 }
 
 function unpacked(error: TravellingError): Error {
   const { name, message, stack, code, path, syscall, hint } = error

@@ -849,25 +849,22 @@ class PreconditionCheck {
     for (const stage of this.#plan.stages) this.#stage(stage)
     const cleans = new Map<EntryPath, CleanRecord>()
     let steps: Step[] = []
-    for (const line of this.#plan.lines) {
+    const { lines } = this.#plan
+    for (const [index, line] of lines.entries()) {
       const record = readRecord(this.#planFd, line)
       if (record.type === 'clean') {
         cleans.set(planPath(record.upper), record)
         continue
       }
-      // All records of one directory stand together, the last one without `part`; their order is that of the planner.
+      // All records of one directory stand together.
       steps = [...steps, ...record.steps]
-      if (this.#isFollowedBySame(line)) continue
+      const next = lines[index + 1]
+      if (next?.type === 'directory' && next.path === line.path) continue
       this.#directory(record, steps)
       steps = []
     }
     for (const tree of this.#trees) this.#tree(tree, cleans)
     for (const path of cleans.keys()) this.#fail('upper', path, 'a directory with marks', 'none')
-  }
-
-  #isFollowedBySame(line: SealedPlan['lines'][number]): boolean {
-    const next = this.#plan.lines[this.#plan.lines.indexOf(line) + 1]
-    return next?.type === 'directory' && next.path === line.path
   }
 
   #stage(stage: StageRecord): void {

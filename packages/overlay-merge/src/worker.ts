@@ -1,15 +1,18 @@
 import { parentPort, threadId } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
-import { type Job, type WorkInit, Workshop } from './work.ts'
+import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 
 /** What the pool sends: a new workshop, or a job for it. */
 export type ToWorker = { readonly init: WorkInit; readonly tag: string } | { readonly job: Job }
+
+/** What a worker sends: that it can begin, or how a job ended. */
+export type FromWorker = { readonly ready: true } | { readonly result: JobResult } | { readonly error: TravellingError }
 
 /** An error as it travels: its class is known by its code. */
 export interface TravellingError {
   readonly name: string
   readonly message: string
-  readonly stack: string | undefined
+  readonly stack?: string | undefined
   readonly code?: string
   readonly path?: string | undefined
   readonly syscall?: string | undefined
@@ -20,15 +23,21 @@ let workshop: Workshop | undefined
 
 parentPort?.on('message', (message: ToWorker) => {
   if ('init' in message) {
+    const isFirst = workshop === undefined
     workshop = new Workshop(message.init, `${message.tag}-${threadId}`)
+    if (isFirst) send({ ready: true })
     return
   }
   try {
-    parentPort?.postMessage({ result: (workshop as Workshop).run(message.job) })
+    send({ result: (workshop as Workshop).run(message.job) })
   } catch (error) {
-    parentPort?.postMessage({ error: packed(error) })
+    send({ error: packed(error) })
   }
 })
+
+function send(message: FromWorker): void {
+  parentPort?.postMessage(message)
+}
 
 function packed(error: unknown): TravellingError {
   const { name, message, stack } = error instanceof Error ? error : new Error(String(error))
