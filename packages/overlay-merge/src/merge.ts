@@ -322,7 +322,10 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
       const wasUpper = listXattrs(base.fd, '').some((attribute) => isMark(attribute, base.marks))
       const perEntry = request.plain === true || (wasUpper && !stack.below)
       const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
-      treeFd = await cloneBase(request, stack, journal, pool, clone)
+      if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
+      else makeDirectory(journal.fd, TREE, 0o700)
+      treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+      if (clone !== 'moosefs' && clone !== 'btrfs') await cloneBase(request, stack, treeFd, pool, clone)
       journal.prepare(treeFd)
       await executePlan({
         stack,
@@ -373,18 +376,11 @@ export function publish(journal: Journal, target: HostPath): void {
 async function cloneBase(
   request: MergeRequest,
   stack: OpenStack,
-  journal: Journal,
+  toFd: number,
   pool: Pool,
-  method: CloneMethod,
-): Promise<number> {
+  method: CloneContext['method'],
+): Promise<void> {
   const base = stack.layers.at(-1) as OpenStack['layers'][number]
-  const openTree = () => openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-  if (method === 'moosefs' || method === 'btrfs') {
-    snapshotTree(method, base.fd, journal.fd, TREE)
-    return openTree()
-  }
-  makeDirectory(journal.fd, TREE, 0o700)
-  const toFd = openTree()
   const clone = { fromFd: base.fd, toFd, method, below: stack.below, plain: request.plain === true }
   pool.prepare({ stack: stackInit(stack), clone })
   let pending: EntryPath[] = [ROOT]
@@ -411,7 +407,6 @@ async function cloneBase(
     },
   )
   linkGroups({ ...clone, marks: base.marks }, [...groups.values()])
-  return toFd
 }
 
 function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {
