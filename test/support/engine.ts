@@ -50,9 +50,7 @@ function absent(): Engine {
   return { merge: fail, recover: fail }
 }
 
-/** The directory that a user would name to `lsync recover` after this merge: a new tree may not be there. */
+/** What a user would name to `lsync recover` after this merge. */
 function journalledAt(request: MergeCase): string {
-  if (request.mode === 'in-place') return request.lowers[0] as string
-  const output = request.output as string
-  return output.slice(0, output.lastIndexOf('/'))
+  return request.mode === 'in-place' ? (request.lowers[0] as string) : (request.output as string)
 }

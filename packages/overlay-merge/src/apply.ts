@@ -67,7 +67,7 @@ export interface ApplyContext {
   readonly stageFd: number
   readonly trash: Trash
   /** By the result path they are for. */
-  readonly stages: ReadonlyMap<string, StageRecord>
+  readonly stages: ReadonlyMap<EntryPath, StageRecord>
   readonly reflink: boolean
   /** An earlier run may have done some of the steps. */
   readonly resumed: boolean

@@ -18,6 +18,7 @@ import {
   PosixError,
   readDirents,
   type Stat,
+  setInodeFlags,
   setTimes,
   sizeAt,
   statAt,
@@ -30,7 +31,7 @@ import { copyObject, resultMeta } from './effects.ts'
 import { finishDirectory, inheritsAcls, readMeta, type WriteMetaOptions } from './encodings/inode.ts'
 import type { Meta } from './model/entry.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
-import { type EntryPath, join, type Name } from './model/path.ts'
+import { type EntryPath, join, type Name, split } from './model/path.ts'
 import { typeOf } from './scan.ts'
 
 /** How the new tree gets what does not change. */
@@ -135,7 +136,7 @@ interface Place {
 function copyEntry(context: CloneContext, place: Place, inherits: boolean, part: ClonePart): void {
   const { from, to, name, path } = place
   const stat = statAt(from, name)
-  if (stat.nlink > 1 && !stat.isWhiteoutDevice && context.method !== 'hardlink') {
+  if (stat.nlink > 1 && !stat.isWhiteoutDevice) {
     part.groups.push([`${stat.dev}:${stat.ino}`, textOf(path)])
     return
   }
@@ -146,20 +147,30 @@ function copyEntry(context: CloneContext, place: Place, inherits: boolean, part:
   part.counts.bytes += stat.sizeBytes
 }
 
-/** Copies one inode under the first of its names; the caller links the others. */
-export function copyLinked(context: CloneContext, path: EntryPath): void {
-  const slash = path.lastIndexOf('/')
-  const parent = (slash < 0 ? '' : path.slice(0, slash)) as EntryPath
-  const name = path.slice(slash + 1) as Name
-  withFd(openBeneath(context.fromFd, parent, O_DIRECTORY | O_NOFOLLOW), (from) =>
+/**
+ * Copies one inode under the first of its names; the caller links the others and then sets the inode flags that are
+ * given back, since an immutable inode takes no link.
+ */
+export function copyLinked(context: CloneContext, path: EntryPath): number {
+  const { parent, name } = split(path)
+  return withFd(openBeneath(context.fromFd, parent, O_DIRECTORY | O_NOFOLLOW), (from) =>
     withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) => {
       const stat = statAt(from, name)
       const meta = cloneMeta(context, from, name, stat)
-      const options = { dropInheritedAcls: inheritsAcls(to), inodeFlags: protectionOf(from, name, stat) }
       const before = statFd(to)
-      copyObject({ fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }, to, name, options)
+      const request = { fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }
+      copyObject(request, to, name, { dropInheritedAcls: inheritsAcls(to) })
       restoreTimes(to, before)
+      return protectionOf(from, name, stat)
     }),
+  )
+}
+
+/** Sets inode flags (chattr) of a file of the clone. */
+export function protect(context: CloneContext, path: EntryPath, flags: number): void {
+  const { parent, name } = split(path)
+  withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) =>
+    withFd(openat(to, name, O_NOFOLLOW | O_NONBLOCK), (fd) => setInodeFlags(fd, getInodeFlags(fd) | flags, name)),
   )
 }
 

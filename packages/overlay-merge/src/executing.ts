@@ -32,8 +32,8 @@ const BATCH = 48
 export async function executePlan(execution: Execution): Promise<void> {
   const { plan, journal, pool, targetFd } = execution
   const { header, lines, stages } = plan
-  if (journal.has('applied')) return
   pool.prepare(workInit(execution))
+  if (journal.has('applied')) return
   const inPlace = header.publish === undefined
   if (!journal.has('staged')) {
     const context = stageContext(execution)

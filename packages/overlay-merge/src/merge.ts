@@ -23,7 +23,7 @@ import {
   tryStatAt,
   withFd,
 } from '@lsync/posix'
-import { type CloneContext, type CloneMethod, type ClonePart, copyLinked } from './clone.ts'
+import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect } from './clone.ts'
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
 import { findAliases, openIndex } from './index-aliases.ts'
@@ -413,7 +413,7 @@ function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void
   for (const paths of groups) {
     const [first, ...others] = paths.sort()
     if (first === undefined) continue
-    copyLinked(context, first)
+    const flags = copyLinked(context, first)
     const from = split(first)
     withFd(openBeneath(context.toFd, from.parent, O_DIRECTORY | O_NOFOLLOW), (fromDir) => {
       for (const other of others) {
@@ -425,6 +425,7 @@ function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void
         })
       }
     })
+    if (flags !== 0) protect(context, first, flags)
   }
 }
 

@@ -16,6 +16,7 @@ import { defaultWorkers, finishInPlace, realTarget } from './merge.ts'
 import type { Progress } from './planning.ts'
 import { Pool } from './pool.ts'
 import { closeStack, openStack, stackInit } from './stack.ts'
+import { recoverVacuum } from './vacuum.ts'
 
 export interface RecoverOptions {
   readonly workers?: number
@@ -49,8 +50,13 @@ export class LayersMovedError extends LsyncError {
  * counts: what lies inside it is written by whoever has the container.
  */
 export async function recover(dir: HostPath, options: RecoverOptions = {}): Promise<RecoverReport> {
-  const journal = Journal.open(isDirectory(dir) ? realPath(dir) : realTarget(dir), { create: false })
-  if (journal === undefined) return { outcome: 'nothing' }
+  const isTree = isDirectory(dir)
+  const journal = Journal.open(isTree ? realPath(dir) : realTarget(dir), { create: false })
+  if (journal === undefined) {
+    // An upper has no merge's journal, but may have the one of a vacuum.
+    const restored = isTree && options.dryRun !== true ? recoverVacuum(dir) : 0
+    return { outcome: restored > 0 ? 'finished' : 'nothing' }
+  }
   try {
     return await recoverJournal(journal, options)
   } finally {

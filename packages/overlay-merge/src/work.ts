@@ -13,7 +13,7 @@ import { type EncodedLine, lineOf, readRecord } from './journal.ts'
 import type { Namespace } from './model/marks.ts'
 import { MARKS } from './model/marks.ts'
 import type { EntryPath } from './model/path.ts'
-import type { DirectoryRecord, PlanHeader, StageRecord } from './model/plan.ts'
+import { type DirectoryRecord, type PlanHeader, planPath, type StageRecord } from './model/plan.ts'
 import { emptyPart, type PlanContext, type PlanPart, type PlanTask, planDirectory } from './plan.ts'
 import type { Stack } from './resolve.ts'
 
@@ -88,7 +88,7 @@ export class Workshop {
         ...rest,
         layerFds: layerFdsOf(init.stack, init.apply.indexFd),
         trash: namedTrash(trashFd, tag),
-        stages: new Map(stages.map((stage) => [stage.to, stage])),
+        stages: new Map(stages.map((stage) => [planPath(stage.to), stage])),
       }
     }
   }
