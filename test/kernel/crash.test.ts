@@ -34,7 +34,7 @@ describe.skipIf(!hasEngine).each(scenarios)('interrupted: $name', (scenario) => 
       tearDown(first)
       expect(count).toBeGreaterThan(20)
       const problems: string[] = []
-      for (const n of places(count, 1)) {
+      for (const n of places(count, scenario.mode === 'in-place' ? 1 : 3)) {
         const attempt = begin()
         const wasKilled = await killAt(n, () => engine.merge(attempt.request))
         if (!wasKilled) problems.push(`step ${n}: was not reached`)
@@ -80,7 +80,7 @@ describe.skipIf(!hasEngine).each(scenarios)('interrupted: $name', (scenario) => 
       const count = await countCalls('fail', () => engine.merge(first.request))
       tearDown(first)
       const problems: string[] = []
-      for (const n of places(count * codes.length, 12)) {
+      for (const n of places(count * codes.length, 13)) {
         const code = codes[n % codes.length] as (typeof codes)[number]
         const attempt = begin()
         const outcome = await failAt(Math.floor(n / codes.length), code, () => engine.merge(attempt.request))

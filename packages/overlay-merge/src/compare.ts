@@ -1,3 +1,5 @@
+import { availableParallelism } from 'node:os'
+import { Worker } from 'node:worker_threads'
 import {
   close,
   DT_BLK,
@@ -132,7 +134,7 @@ function compareContent(expected: ShownInode, actual: ShownInode): number | unde
   try {
     const right = actual.openData()
     try {
-      return firstDifference(left, right)
+      return firstDifference(left, right, expected.stat.sizeBytes)
     } finally {
       close(right)
     }
@@ -146,34 +148,34 @@ const END = Number.MAX_SAFE_INTEGER
 
 /**
  * The offset of the first byte in which two open files differ, `undefined` if there is none; a missing byte differs
- * from every byte. Holes that both have are not read.
+ * from every byte. Holes that both have are not read. `sizeBytes` is what the caller knows their size to be.
  */
-export function firstDifference(left: number, right: number): number | undefined {
+export function firstDifference(left: number, right: number, sizeBytes = END): number | undefined {
+  if (sizeBytes <= PIECE_BYTES) {
+    // Most files: asking for holes and sizes would cost more than reading them.
+    const [one, other] = [readAt(left, 0, PIECE_BYTES), readAt(right, 0, PIECE_BYTES)]
+    return one.equals(other) ? undefined : differsAt(one, other)
+  }
+  const [leftBytes, rightBytes] = [statFd(left).sizeBytes, statFd(right).sizeBytes]
+  const shared = Math.min(leftBytes, rightBytes)
   let at = 0
   let data = 0
   for (;;) {
     if (at >= data) {
       const [one, other] = [dataFrom(left, at), dataFrom(right, at)]
-      if (one === undefined && other === undefined) return undefinedIfEqualEnds(left, right)
-      const start = Math.min(one?.start ?? END, other?.start ?? END)
-      data = Math.min(one?.start === start ? one.end : END, other?.start === start ? other.end : END)
-      at = start
+      at = Math.min(one?.start ?? END, other?.start ?? END)
+      data = Math.min(one?.start === at ? one.end : END, other?.start === at ? other.end : END)
     }
-    const length = Math.min(PIECE_BYTES, data - at)
+    if (at >= shared) return leftBytes === rightBytes ? undefined : shared
+    const length = Math.min(PIECE_BYTES, data - at, shared - at)
     const [one, other] = [readAt(left, at, length), readAt(right, at, length)]
-    const common = Math.min(one.length, other.length)
-    if (one.compare(other, 0, common, 0, common) !== 0) {
-      for (let i = 0; i < common; i++) if (one[i] !== other[i]) return at + i
-    }
-    if (one.length !== other.length) return at + common
-    if (common < length) return undefined
+    if (!one.equals(other)) return at + differsAt(one, other)
     at += length
   }
 }
 
-function undefinedIfEqualEnds(left: number, right: number): number | undefined {
-  const [one, other] = [statFd(left).sizeBytes, statFd(right).sizeBytes]
-  return one === other ? undefined : Math.min(one, other)
+function differsAt(one: Buffer, other: Buffer): number {
+  for (let i = 0; ; i++) if (one[i] !== other[i]) return i
 }
 
 // Where a file system cannot tell holes from data, all of it is data.
@@ -205,18 +207,18 @@ export interface ComparableDirectory<Ref> {
 /** A tree below an open directory: a mounted view, or a result. Nothing in it is followed, mounts are not entered. */
 export class OpenTree implements ComparableTree<EntryPath> {
   readonly root = ROOT
-  readonly #fd: number
+  readonly fd: number
 
   constructor(fd: number) {
-    this.#fd = fd
+    this.fd = fd
   }
 
   shownRoot(): ShownInode {
-    return new TreeInode(this.#fd, '', statFd(this.#fd))
+    return new TreeInode(this.fd, '', statFd(this.fd))
   }
 
   open(path: EntryPath): ComparableDirectory<EntryPath> {
-    const fd = openBeneath(this.#fd, path, O_DIRECTORY | O_NOFOLLOW)
+    const fd = openBeneath(this.fd, path, O_DIRECTORY | O_NOFOLLOW)
     return {
       names: () => sortedDirents(fd).map(({ name }) => name),
       find: (name) => {
@@ -287,134 +289,289 @@ export interface Comparison {
 export interface CompareTreesOptions extends CompareOptions {
   /** How many differences are kept. Default 1,000. */
   readonly limit?: number
+  /** Threads beside the calling one, where both trees are open ones. Default: as many as there are other CPUs, up to 3. */
+  readonly workers?: number
   readonly signal?: AbortSignal | undefined
   readonly onProgress?: ((done: number) => void) | undefined
 }
 
+/** Two directories to be compared, one of each tree. */
+export interface DirectoryPair<A, B> {
+  readonly path: EntryPath
+  readonly expected: A
+  readonly actual: B
+}
+
+/** What comparing some directories gave. */
+export interface ComparisonPart<A, B> {
+  readonly differences: TreeDifference[]
+  /** Names of inodes with several names, and the inode on each side. */
+  readonly links: (readonly [path: EntryPath, expected: string, actual: string])[]
+  readonly next: DirectoryPair<A, B>[]
+  total: number
+  entries: number
+  bytes: number
+}
+
+export function emptyComparisonPart<A, B>(): ComparisonPart<A, B> {
+  return { differences: [], links: [], next: [], total: 0, entries: 0, bytes: 0 }
+}
+
 const TURN_MS = 20
+/** A helper thread takes about 60 ms to start, so trees that are compared sooner never pay for one. */
+const ALONE_MS = 150
+const SHARE = 32
 
 /**
  * Compares two trees name by name, directory by directory: what `compareInodes` compares, and whether the same names
- * share an inode. Holds the names of one directory, a line for each directory not yet visited, and one for each inode
- * with several names.
+ * share an inode. Two open trees are shared out over threads. Holds the names of one directory a thread, a line for
+ * each directory not yet visited, and one for each inode with several names.
  */
 export async function compareTrees<A, B>(
   expected: ComparableTree<A>,
   actual: ComparableTree<B>,
   options: CompareTreesOptions = {},
 ): Promise<Comparison> {
-  const run = new TreeComparison(expected, actual, options)
-  let turn = performance.now()
-  while (run.step()) {
-    if (performance.now() - turn < TURN_MS) continue
-    await new Promise(setImmediate)
-    options.signal?.throwIfAborted()
-    options.onProgress?.(run.entries)
-    turn = performance.now()
-  }
-  return run.result()
-}
-
-interface PairOfDirectories<A, B> {
-  readonly path: EntryPath
-  readonly expected: A
-  readonly actual: B
-}
-
-class TreeComparison<A, B> {
-  entries = 1
-  readonly #expected: ComparableTree<A>
-  readonly #actual: ComparableTree<B>
-  readonly #options: CompareTreesOptions
-  readonly #pending: PairOfDirectories<A, B>[] = []
-  readonly #differences: TreeDifference[] = []
-  readonly #links = new LinkPairs()
-  #total = 0
-  #bytes = 0
-
-  constructor(expected: ComparableTree<A>, actual: ComparableTree<B>, options: CompareTreesOptions) {
-    this.#expected = expected
-    this.#actual = actual
-    this.#options = options
-    this.#pending.push({ path: ROOT, expected: expected.root, actual: actual.root })
-    this.#add(ROOT, compareMetadata(expected.shownRoot(), actual.shownRoot(), options))
-  }
-
-  /** Compares one directory; `false` when none is left. */
-  step(): boolean {
-    const pair = this.#pending.pop()
-    if (pair === undefined) return false
-    const { path } = pair
-    const [expected, actual] = [this.#open(this.#expected, pair.expected), this.#open(this.#actual, pair.actual)]
-    try {
-      if (expected.error !== actual.error) {
-        this.#add(path, [{ what: 'error', expected: expected.error ?? 'none', actual: actual.error ?? 'none' }])
+  const run = new TreeComparison<A, B>(options)
+  run.add(rootPart(expected, actual, options))
+  const trees = expected instanceof OpenTree && actual instanceof OpenTree ? { expected, actual } : undefined
+  const helpers = new Helpers(run as unknown as TreeComparison<EntryPath, EntryPath>, trees, options)
+  try {
+    const start = performance.now()
+    let turn = start
+    for (;;) {
+      const pair = run.pending.pop()
+      if (pair === undefined) {
+        if (!helpers.areBusy) break
+        await helpers.message()
+      } else {
+        const part = emptyComparisonPart<A, B>()
+        compareDirectories(expected, actual, pair, options, part)
+        run.add(part)
       }
-      if (expected.directory === undefined || actual.directory === undefined) return true
-      const children: PairOfDirectories<A, B>[] = []
-      for (const name of union(expected.directory.names(), actual.directory.names())) {
-        const child = this.#compareName(join(path, name), name, expected.directory, actual.directory)
-        if (child !== undefined) children.push(child)
-      }
-      this.#pending.push(...children.reverse())
-      return true
-    } finally {
-      expected.directory?.close()
-      actual.directory?.close()
+      helpers.handOut()
+      const now = performance.now()
+      if (now - turn < TURN_MS) continue
+      await new Promise(setImmediate)
+      options.signal?.throwIfAborted()
+      options.onProgress?.(run.entries)
+      if (now - start > ALONE_MS) helpers.start()
+      turn = now
     }
+    return run.result()
+  } finally {
+    await helpers.close()
+  }
+}
+
+/** What a helper is told: the trees, then directories of both to be compared. */
+export type ToCompareWorker =
+  | { readonly expectedFd: number; readonly actualFd: number; readonly options: CompareOptions & { limit?: number } }
+  | { readonly paths: readonly EntryPath[]; readonly budgetMs: number }
+
+/** What a helper answers. */
+export type FromCompareWorker =
+  | { readonly part: ComparisonPart<EntryPath, EntryPath> }
+  | { readonly error: { readonly code: string | undefined; readonly message: string } }
+
+interface Helper {
+  readonly worker: Worker
+  isBusy: boolean
+}
+
+/** Threads that compare directories of two open trees: an fd belongs to the process, so its number is enough. */
+class Helpers {
+  readonly #run: TreeComparison<EntryPath, EntryPath>
+  readonly #trees: { readonly expected: OpenTree; readonly actual: OpenTree } | undefined
+  readonly #options: CompareTreesOptions
+  readonly #helpers: Helper[] = []
+  #failure: Error | undefined
+  #wake: (() => void) | undefined
+
+  constructor(
+    run: TreeComparison<EntryPath, EntryPath>,
+    trees: { readonly expected: OpenTree; readonly actual: OpenTree } | undefined,
+    options: CompareTreesOptions,
+  ) {
+    this.#run = run
+    this.#trees = trees
+    this.#options = options
+  }
+
+  get areBusy(): boolean {
+    return this.#helpers.some(({ isBusy }) => isBusy)
+  }
+
+  start(): void {
+    if (this.#trees === undefined || this.#helpers.length > 0) return
+    const { expected, actual } = this.#trees
+    const { content, timeGranularityNs, limit } = this.#options
+    const options = {
+      ...(content === undefined ? {} : { content }),
+      ...(timeGranularityNs === undefined ? {} : { timeGranularityNs }),
+      ...(limit === undefined ? {} : { limit }),
+    }
+    const count = this.#options.workers ?? Math.min(availableParallelism(), 4) - 1
+    for (let i = 0; i < count; i++) {
+      const worker = new Worker(new URL('./compare-worker.ts', import.meta.url))
+      const helper: Helper = { worker, isBusy: false }
+      worker.on('message', (message: FromCompareWorker) => this.#receive(helper, message))
+      worker.on('error', (error: Error) =>
+        this.#receive(helper, { error: { code: undefined, message: error.message } }),
+      )
+      worker.postMessage({ expectedFd: expected.fd, actualFd: actual.fd, options } satisfies ToCompareWorker)
+      this.#helpers.push(helper)
+    }
+  }
+
+  handOut(): void {
+    if (this.#failure !== undefined) throw this.#failure
+    const { pending } = this.#run
+    for (const helper of this.#helpers) {
+      // One stays for the calling thread.
+      if (helper.isBusy || pending.length < 2) continue
+      const paths = pending.splice(0, Math.min(SHARE, pending.length >> 1)).map(({ path }) => path)
+      helper.isBusy = true
+      helper.worker.postMessage({ paths, budgetMs: TURN_MS } satisfies ToCompareWorker)
+    }
+  }
+
+  message(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#wake = resolve
+    })
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#helpers.map(({ worker }) => worker.terminate()))
+  }
+
+  #receive(helper: Helper, message: FromCompareWorker): void {
+    helper.isBusy = false
+    if ('part' in message) this.#run.add(message.part)
+    else {
+      const { code, message: text } = message.error
+      this.#failure ??= code === undefined ? new Error(text) : new LsyncError(code, text)
+    }
+    this.#wake?.()
+  }
+}
+
+function rootPart<A, B>(
+  expected: ComparableTree<A>,
+  actual: ComparableTree<B>,
+  options: CompareTreesOptions,
+): ComparisonPart<A, B> {
+  const part = emptyComparisonPart<A, B>()
+  part.entries = 1
+  part.next.push({ path: ROOT, expected: expected.root, actual: actual.root })
+  found(part, ROOT, compareMetadata(expected.shownRoot(), actual.shownRoot(), options), options)
+  return part
+}
+
+/** Compares one directory of each tree; what lies below it is in `part.next`. */
+export function compareDirectories<A, B>(
+  expectedTree: ComparableTree<A>,
+  actualTree: ComparableTree<B>,
+  pair: DirectoryPair<A, B>,
+  options: CompareTreesOptions,
+  part: ComparisonPart<A, B>,
+): void {
+  const { path } = pair
+  const expected = attempt(() => expectedTree.open(pair.expected))
+  const actual = attempt(() => actualTree.open(pair.actual))
+  try {
+    if (expected.error !== actual.error) {
+      const words = { expected: expected.error ?? 'none', actual: actual.error ?? 'none' }
+      found(part, path, [{ what: 'error', ...words }], options)
+    }
+    if (expected.value === undefined || actual.value === undefined) return
+    for (const name of union(expected.value.names(), actual.value.names())) {
+      compareName(join(path, name), [expected.value, actual.value], name, options, part)
+    }
+  } finally {
+    expected.value?.close()
+    actual.value?.close()
+  }
+}
+
+function compareName<A, B>(
+  path: EntryPath,
+  [expectedDir, actualDir]: readonly [ComparableDirectory<A>, ComparableDirectory<B>],
+  name: Name,
+  options: CompareTreesOptions,
+  part: ComparisonPart<A, B>,
+): void {
+  const expected = attempt(() => expectedDir.find(name))
+  const actual = attempt(() => actualDir.find(name))
+  const [want, got] = [expected.value, actual.value]
+  if (want === undefined && got === undefined && expected.error === actual.error) return
+  part.entries++
+  if (want === undefined || got === undefined) {
+    const word = (one: typeof expected | typeof actual) =>
+      one.error ?? (one.value === undefined ? 'absent' : kindOf(one.value.inode.stat))
+    found(part, path, [{ what: 'existence', expected: word(expected), actual: word(actual) }], options)
+    return
+  }
+  const compared = attempt(() => compareInodes(want.inode, got.inode, options))
+  if (compared.value !== undefined) found(part, path, compared.value, options)
+  else found(part, path, [{ what: 'error', expected: 'readable', actual: compared.error as string }], options)
+  if (want.child !== undefined && got.child !== undefined) {
+    part.next.push({ path, expected: want.child, actual: got.child })
+    return
+  }
+  const { stat } = want.inode
+  if (stat.isFile) part.bytes += stat.sizeBytes
+  if (stat.nlink > 1 || got.inode.stat.nlink > 1) part.links.push([path, want.inode.group, got.inode.group])
+}
+
+function found<A, B>(
+  part: ComparisonPart<A, B>,
+  path: EntryPath,
+  discrepancies: readonly Discrepancy[],
+  { limit = DEFAULT_LIMIT }: CompareTreesOptions,
+): void {
+  part.total += discrepancies.length
+  for (const discrepancy of discrepancies) {
+    if (part.differences.length < limit) part.differences.push({ path, ...discrepancy })
+  }
+}
+
+const DEFAULT_LIMIT = 1000
+
+/** What is known so far, and what is left to do. */
+class TreeComparison<A, B> {
+  readonly pending: DirectoryPair<A, B>[] = []
+  readonly #options: CompareTreesOptions
+  readonly #whole = emptyComparisonPart<A, B>()
+  readonly #links = new LinkPairs()
+
+  constructor(options: CompareTreesOptions) {
+    this.#options = options
+  }
+
+  get entries(): number {
+    return this.#whole.entries
+  }
+
+  add(part: ComparisonPart<A, B>): void {
+    const whole = this.#whole
+    const { limit = DEFAULT_LIMIT } = this.#options
+    whole.entries += part.entries
+    whole.bytes += part.bytes
+    whole.total += part.total
+    whole.differences.push(...part.differences.slice(0, limit - whole.differences.length))
+    for (const [path, expected, actual] of part.links) {
+      const problem = this.#links.add(path, expected, actual)
+      if (problem !== undefined) found(whole, path, [problem], this.#options)
+    }
+    for (let i = part.next.length - 1; i >= 0; i--) this.pending.push(part.next[i] as DirectoryPair<A, B>)
   }
 
   result(): Comparison {
-    const differences = this.#differences.sort((left, right) => (left.path < right.path ? -1 : 1))
-    return { equal: this.#total === 0, differences, total: this.#total, entries: this.entries, bytes: this.#bytes }
-  }
-
-  #open<Ref>(tree: ComparableTree<Ref>, ref: Ref): { directory?: ComparableDirectory<Ref>; error?: string } {
-    try {
-      return { directory: tree.open(ref) }
-    } catch (error) {
-      return { error: codeOf(error) }
-    }
-  }
-
-  #compareName(
-    path: EntryPath,
-    name: Name,
-    expectedDir: ComparableDirectory<A>,
-    actualDir: ComparableDirectory<B>,
-  ): PairOfDirectories<A, B> | undefined {
-    const expected = attempt(() => expectedDir.find(name))
-    const actual = attempt(() => actualDir.find(name))
-    const [want, got] = [expected.value, actual.value]
-    if (want === undefined && got === undefined && expected.error === actual.error) return undefined
-    this.entries++
-    if (want === undefined || got === undefined) {
-      const word = (one: typeof expected | typeof actual) =>
-        one.error ?? (one.value === undefined ? 'absent' : kindOf(one.value.inode.stat))
-      this.#add(path, [{ what: 'existence', expected: word(expected), actual: word(actual) }])
-      return undefined
-    }
-    const compared = attempt(() => compareInodes(want.inode, got.inode, this.#options))
-    if (compared.error !== undefined) {
-      this.#add(path, [{ what: 'error', expected: 'readable', actual: compared.error }])
-    } else this.#add(path, compared.value as Discrepancy[])
-    if (want.child !== undefined && got.child !== undefined) {
-      return { path, expected: want.child, actual: got.child }
-    }
-    if (want.inode.stat.isFile) this.#bytes += want.inode.stat.sizeBytes
-    if (want.inode.stat.nlink > 1 || got.inode.stat.nlink > 1) {
-      const problem = this.#links.add(path, want.inode.group, got.inode.group)
-      if (problem !== undefined) this.#add(path, [problem])
-    }
-    return undefined
-  }
-
-  #add(path: EntryPath, found: readonly Discrepancy[]): void {
-    this.#total += found.length
-    const limit = this.#options.limit ?? 1000
-    for (const discrepancy of found) {
-      if (this.#differences.length < limit) this.#differences.push({ path, ...discrepancy })
-    }
+    const { differences, total, entries, bytes } = this.#whole
+    differences.sort((left, right) => (left.path < right.path ? -1 : left.path > right.path ? 1 : 0))
+    return { equal: total === 0, differences, total, entries, bytes }
   }
 }
 
