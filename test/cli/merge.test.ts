@@ -54,8 +54,13 @@ describe('merge --in-place', () => {
     expect(readFileSync(`${cwd}/low/a`, 'utf8')).toBe('old')
   })
 
-  test('takes no --verify, since the upper is used up', () => {
-    expect(lsync([...MERGE, '--in-place', '--yes', '--verify'], { cwd: layers() }).code).toBe(2)
+  test('--verify compares the result with what the stack showed before', () => {
+    const { stdout, code } = lsync([...MERGE, '--in-place', '--yes', '--verify', '--json'], { cwd: layers() })
+    expect(code).toBe(0)
+    expect(jsonLines(stdout)).toEqual([
+      expect.objectContaining({ type: 'merge', mode: 'in-place' }),
+      expect.objectContaining({ type: 'verify', equal: true, total: 0, entries: 4 }),
+    ])
   })
 })
 

@@ -14,6 +14,8 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
   diff: { summary: 'show what an upper layer changed', load: () => import('./commands/diff.ts') },
   verify: { summary: 'compare a tree with what a stack of layers shows', load: () => import('./commands/verify.ts') },
   recover: { summary: 'finish or roll back what was interrupted', load: () => import('./commands/recover.ts') },
+  plan: { summary: 'write the plan of a merge, to be applied elsewhere', load: () => import('./commands/plan.ts') },
+  apply: { summary: 'carry out such a plan where the data lies', load: () => import('./commands/apply.ts') },
   check: { summary: 'look for what is wrong in the layers of a stack', load: () => import('./commands/check.ts') },
   vacuum: { summary: 'drop from an upper layer what changed nothing', load: () => import('./commands/vacuum.ts') },
   deref: {

@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { type ByteString, close, type HostPath, openat, openRoot, withFd, writeAt } from '@lsync/posix'
 import fc from 'fast-check'
@@ -63,13 +63,53 @@ function plain(one: Buffer, other: Buffer): number | undefined {
   return undefined
 }
 
-test('a tree equals itself, and an abort ends the comparison', async () => {
+test('a tree equals itself, also when threads share the work', async () => {
   const directory = temporary()
   writeFileSync(`${directory}/f`, '1')
   const fd = openRoot(directory as HostPath)
   try {
     const tree = new OpenTree(fd)
     expect(await compareTrees(tree, tree)).toEqual({ equal: true, differences: [], total: 0, entries: 2, bytes: 1 })
+  } finally {
+    close(fd)
+  }
+})
+
+test('threads find what the calling one finds, in the same order', async () => {
+  const [left, right] = [temporary(), temporary()]
+  for (let i = 0; i < 120; i++) {
+    for (const root of [left, right]) {
+      mkdirSync(`${root}/d${i}`)
+      for (let j = 0; j < 60; j++) writeFileSync(`${root}/d${i}/f${j}`, `${i} ${j}`)
+    }
+    if (i % 7 === 0) writeFileSync(`${right}/d${i}/f3`, 'other')
+    if (i % 11 === 0) writeFileSync(`${right}/d${i}/more`, '')
+  }
+  const fds = [left, right].map((root) => openRoot(root as HostPath)) as [number, number]
+  try {
+    const [expected, actual] = fds.map((fd) => new OpenTree(fd)) as [OpenTree, OpenTree]
+    const grain = { timeGranularityNs: 10n ** 18n }
+    const alone = await compareTrees(expected, actual, { ...grain, workers: 0 })
+    const shared = await compareTrees(expected, actual, { ...grain, workers: 2 })
+    expect(shared).toEqual(alone)
+    expect(alone.total).toBe(18 + 11)
+  } finally {
+    for (const fd of fds) close(fd)
+  }
+})
+
+test('an abort ends the comparison', async () => {
+  const directory = temporary()
+  for (let i = 0; i < 3000; i++) mkdirSync(`${directory}/d${i}`)
+  const fd = openRoot(directory as HostPath)
+  try {
+    const tree = new OpenTree(fd)
+    const abort = new AbortController()
+    const comparing = compareTrees(tree, tree, {
+      signal: abort.signal,
+      onProgress: () => abort.abort(new Error('enough')),
+    })
+    await expect(comparing).rejects.toThrow('enough')
   } finally {
     close(fd)
   }

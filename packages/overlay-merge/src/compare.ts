@@ -153,7 +153,7 @@ const END = Number.MAX_SAFE_INTEGER
 export function firstDifference(left: number, right: number, sizeBytes = END): number | undefined {
   if (sizeBytes <= PIECE_BYTES) {
     // Most files: asking for holes and sizes would cost more than reading them.
-    const [one, other] = [readAt(left, 0, PIECE_BYTES), readAt(right, 0, PIECE_BYTES)]
+    const [one, other] = [readAt(left, 0, sizeBytes), readAt(right, 0, sizeBytes)]
     return one.equals(other) ? undefined : differsAt(one, other)
   }
   const [leftBytes, rightBytes] = [statFd(left).sizeBytes, statFd(right).sizeBytes]

@@ -406,7 +406,8 @@ class DirectoryPlanner {
     if (marked.includes(marks.nlink) && this.#context.aliases === undefined && source.layer === 0) {
       this.#part.problems.push({ path, code: 'INDEX_NEEDED', why: 'a hard link that index=on keeps track of' })
     }
-    const flags = protectedFlags(parent, name, marked, marks)
+    // The kernel emulates flags by the upper's marks alone.
+    const flags = source.layer === 0 ? protectedFlags(parent, name, marked, marks) : 0
     const stat = top.stat ?? (top.metacopy !== undefined ? statAt(parent, name) : undefined)
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
@@ -518,7 +519,7 @@ class DirectoryPlanner {
       const { opaque, redirect } = emission(directory.open, parentOrigin, name)
       if (opaque) record.opaque = true
       if (redirect !== undefined) record.redirect = textOf(redirect)
-      const flags = protectedFlags(fd, '', [marks.protattr], marks)
+      const flags = top.layer === 0 ? protectedFlags(fd, '', [marks.protattr], marks) : 0
       if (flags !== 0) record.flags = flags
     }
     return record

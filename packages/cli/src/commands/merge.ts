@@ -1,4 +1,15 @@
-import { type CloneMethod, type MergeReport, type MergeRequest, merge, verify } from '@lsync/overlay-merge'
+import {
+  type CloneMethod,
+  compareWithRecord,
+  type MergeReport,
+  type MergeRequest,
+  merge,
+  type RecordedView,
+  recordView,
+  recover,
+  type VerifyReport,
+  verify,
+} from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
 import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
@@ -51,35 +62,57 @@ export function define(command: Command, session: Session): void {
         .default('auto'),
     )
     .option('--plain', 'with --output: a tree to run, not to mount as a layer (escaped marks get their plain names)')
-    .option('--verify', 'with --output or --delta: compare the result with what the kernel shows, afterwards')
+    .option(
+      '--verify',
+      'compare the result with what the kernel shows (in place: showed before; reads all of it twice)',
+    )
     .option('--allow-empty', 'allow a result without any entry')
   addWorkersOption(command)
   addYesOption(addDryRunOption(command)).action(async (options: MergeOptions) => {
     const request = requestOf(options)
     if (request.mode === 'in-place') await session.confirm(`this uses up ${printable(options.upper)}`, options)
     const { output, signal } = session
-    const report = await merge({
-      ...request,
-      signal,
-      onProgress: output.progress,
-      ...(output.isJson ? { onPlanLine: (line) => output.line(line.trimEnd()) } : {}),
-    })
-    render(options, report, session)
-    if (options.verify === true && !report.dryRun) {
-      // A layer's escaped marks are for the mount to unescape; a plain tree is what it is.
-      const { upper, lower, data, namespace, plain } = options
-      const verified = await verify({
-        layers: [upper, ...lower],
-        ...given({ data }),
-        namespace,
-        against: report.target,
-        asLayer: plain !== true,
+    const isVerified = options.verify === true && options.dryRun !== true
+    const before = isVerified && request.mode === 'in-place' ? await recordBefore(request, session) : undefined
+    try {
+      const report = await merge({
+        ...request,
         signal,
         onProgress: output.progress,
+        ...(output.isJson ? { onPlanLine: (line) => output.line(line.trimEnd()) } : {}),
       })
-      renderVerification(verified, report.target, session)
+      render(options, report, session)
+      if (isVerified) renderVerification(await verifyMerged(options, report, before, session), report.target, session)
+    } finally {
+      before?.close()
     }
   })
+}
+
+/** What the stack shows, before it is used up. */
+async function recordBefore(request: MergeRequest, { output, signal }: Session): Promise<RecordedView> {
+  const { upper, lowers, data, namespace, workdir, workers } = request
+  const target = lowers[0] as HostPath
+  const effects = { signal, onProgress: output.progress }
+  // What a crash left is neither the old view nor the new one.
+  const { outcome } = await recover(target, { ...given({ workers }), ...effects })
+  if (outcome !== 'nothing') output.note(`an interrupted merge of ${printable(target)} was ${outcome} first`)
+  // Refused now rather than after everything was read.
+  await merge({ ...request, dryRun: true, ...effects })
+  return recordView({ layers: [upper, ...lowers], ...given({ data, namespace, workdir }), ...effects })
+}
+
+function verifyMerged(
+  options: MergeOptions,
+  { target }: MergeReport,
+  before: RecordedView | undefined,
+  { output, signal }: Session,
+): Promise<VerifyReport> {
+  const { upper, lower, data, namespace, plain } = options
+  const shared = { ...given({ data }), namespace, against: target, signal, onProgress: output.progress }
+  if (before !== undefined) return compareWithRecord(before, { ...shared, againstLowers: lower.slice(1) })
+  // A layer's escaped marks are for the mount to unescape; a plain tree is what it is.
+  return verify({ ...shared, layers: [upper, ...lower], asLayer: plain !== true })
 }
 
 function requestOf(options: MergeOptions): MergeRequest {
@@ -89,12 +122,6 @@ function requestOf(options: MergeOptions): MergeRequest {
     throw new UsageError(
       chosen.length === 0 ? 'where to merge to is not said' : 'there can be only one place to merge to',
       'name one of --in-place, --output NEW and --delta OUT',
-    )
-  }
-  if (inPlace === true && others.verify === true) {
-    throw new UsageError(
-      'in place, the upper is used up, so that nothing is left to compare with',
-      'use --output, or compare before and after through a mount',
     )
   }
   const { upper, data, namespace, workdir, plain, workers, allowEmpty, dryRun } = others
