@@ -150,7 +150,7 @@ test('a target that another lsync works on ends with exit code 4', async () => {
 test('recover says that nothing was interrupted, in words and in JSON', () => {
   const cwd = layers()
   expect(lsync(['recover', 'low'], { cwd })).toEqual({
-    stdout: 'nothing was interrupted in low\n',
+    stdout: 'nothing was interrupted on low\n',
     stderr: '',
     code: 0,
   })
