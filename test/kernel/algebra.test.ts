@@ -112,10 +112,10 @@ describe.skipIf(!hasEngine)('the algebra of merging', () => {
     test(
       'a delta folded into the bottom equals folding layer by layer',
       () =>
-        withLayers(options, async ({ top, middle, below }, { delta, plain }) => {
-          const byDelta = await plain(await delta(top, middle), below)
-          const byBottom = await plain(top, await plain(middle, below))
-          const whole = await plain(top, middle, below)
+        withLayers(options, async ({ top, middle, bottom, below }, { delta, plain }) => {
+          const byDelta = await plain(await delta(top, middle), bottom, below)
+          const byBottom = await plain(top, await plain(middle, bottom, below))
+          const whole = await plain(top, middle, bottom, below)
           return [
             ...compare('by delta and by bottom', byBottom, byDelta),
             ...compare('at once and by bottom', byBottom, whole),
@@ -142,9 +142,13 @@ describe.skipIf(!hasEngine)('the algebra of merging', () => {
     test(
       'merging the same layers twice gives the same tree',
       () =>
-        withLayers(options, async ({ top, middle, below }, { delta, plain }) => [
+        withLayers(options, async ({ top, middle, bottom, below }, { delta, plain }) => [
           ...compare('two deltas', await delta(top, middle), await delta(top, middle)),
-          ...compare('two versions', await plain(top, middle, below), await plain(top, middle, below)),
+          ...compare(
+            'two versions',
+            await plain(top, middle, bottom, below),
+            await plain(top, middle, bottom, below),
+          ),
         ]),
       timeLimit(),
     )

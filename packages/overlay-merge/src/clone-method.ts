@@ -96,7 +96,8 @@ export function snapshotTree(method: 'moosefs' | 'btrfs', fromFd: number, toFd: 
   }
   const from = pathOfFd(fromFd)
   const to = `${pathOfFd(toFd)}/${name}` as HostPath
-  const { status, stderr, error } = spawnSync('mfsmakesnapshot', [textOf(from), textOf(to)], { encoding: 'utf8' })
+  // Without -p it makes one file of every name of a hard-linked one.
+  const { status, stderr, error } = spawnSync('mfsmakesnapshot', ['-p', textOf(from), textOf(to)], { encoding: 'utf8' })
   if (error !== undefined || status !== 0) {
     throw new CloneImpossibleError(method, (error?.message ?? stderr).trim() || `mfsmakesnapshot ended with ${status}`)
   }
