@@ -5,14 +5,21 @@ import { defineConfig } from 'rolldown'
  * (`bench merge`, row start-up), in every worker thread again.
  */
 export default defineConfig({
-  input: { main: 'src/main.ts', worker: '../overlay-merge/src/worker.ts' },
+  input: {
+    main: 'src/main.ts',
+    worker: '../overlay-merge/src/worker.ts',
+    'compare-worker': '../overlay-merge/src/compare-worker.ts',
+  },
   platform: 'node',
   external: [/^node:/, 'koffi'],
   plugins: [
     {
       name: 'worker-url',
       transform: (code) =>
-        code.replaceAll("new URL('./worker.ts', import.meta.url)", "new URL('./worker.js', import.meta.url)"),
+        code.replaceAll(
+          /new URL\('\.\/([\w-]*worker)\.ts', import\.meta\.url\)/g,
+          "new URL('./$1.js', import.meta.url)",
+        ),
     },
   ],
   output: {

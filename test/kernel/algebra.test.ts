@@ -144,11 +144,7 @@ describe.skipIf(!hasEngine)('the algebra of merging', () => {
       () =>
         withLayers(options, async ({ top, middle, bottom, below }, { delta, plain }) => [
           ...compare('two deltas', await delta(top, middle), await delta(top, middle)),
-          ...compare(
-            'two versions',
-            await plain(top, middle, bottom, below),
-            await plain(top, middle, bottom, below),
-          ),
+          ...compare('two versions', await plain(top, middle, bottom, below), await plain(top, middle, bottom, below)),
         ]),
       timeLimit(),
     )

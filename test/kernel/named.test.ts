@@ -303,6 +303,75 @@ describe.skipIf(!hasEngine)('named cases', () => {
     expect(view.get('b')?.links).toEqual(['b', 'c'])
   })
 
+  // What the random histories found in the engine, as small as it gets.
+
+  test('a metacopy that is linked to a second name keeps its data under both', () =>
+    expectChanged([dir(), dir({ c: dir({ f: file('two') }) })], shell('mkdir a; ln c/f a/g'), {
+      a: 'dir',
+      'a/g': 'two',
+      c: 'dir',
+      'c/f': 'two',
+    }))
+
+  test('with an index, the other name of a changed inode may lie in any lower', () =>
+    expectChanged(
+      [dir(), dir({ g: file('old'), h: linkTo('g'), d: dir({ i: linkTo('g') }) })],
+      shell('echo -n new >g; chmod 700 g; setfattr -n user.x -v 1 g'),
+      { g: 'new', h: 'new', d: 'dir', 'd/i': 'new' },
+      { options: withIndex },
+    ))
+
+  test('with an index, a linked file that is moved away leaves its other name linked to it', () =>
+    expectChanged(
+      [dir({ b: dir({ i: file('f') }), c: dir({ h: linkTo('b/i') }) }), dir({ c: dir({ h: file('f') }) })],
+      shell('mv c/h z'),
+      { b: 'dir', 'b/i': 'f', c: 'dir', z: 'f' },
+      { options: withIndex },
+    ))
+
+  test('with an index, metadata changed through one name shows through the other in a middle layer', () =>
+    expectChanged(
+      [
+        dir({ b: opaque({ x: file('two') }), c: dir({ h: linkTo('b/x') }) }),
+        dir(),
+        dir({ c: dir({ h: file('two') }) }),
+      ],
+      shell('setfacl -m u:9:rwx b/x; setcap cap_net_raw+ep b/x'),
+      { b: 'dir', 'b/x': 'two', c: 'dir', 'c/h': 'two' },
+      { options: withIndex },
+    ))
+
+  test('with an index, a linked metacopy moved over the directory that held its other name', () =>
+    expectChanged(
+      [
+        dir({
+          a: dir({ e: opaque({ h: metacopy(2, { redirect: '/c/b/a' }) }) }),
+          c: dir({ b: dir({ a: linkTo('a/e/h') }) }),
+        }),
+        dir({ a: dir({ a: dir({ g: file('g') }) }), c: dir({ b: dir({ a: file('ab') }) }), e: file('e') }),
+      ],
+      (merged) =>
+        applyOperations(merged, [
+          { do: 'write', path: 'c/c/a', content: 'new' },
+          { do: 'exchange', path: 'c/c/a', to: 'a' },
+          { do: 'exchange', path: 'a', to: 'c/b/a' },
+        ]),
+      {
+        a: 'ab',
+        c: 'dir',
+        'c/b': 'dir',
+        'c/b/a': 'new',
+        'c/c': 'dir',
+        'c/c/a': 'dir',
+        'c/c/a/a': 'dir',
+        'c/c/a/a/g': 'g',
+        'c/c/a/e': 'dir',
+        'c/c/a/e/h': 'ab',
+        e: 'e',
+      },
+      { options: { ...withRedirects, index: true } },
+    ))
+
   test('R14: an in-place change of one alias leaves the other as it was, metadata too', () =>
     expectChanged(
       [dir({ a: file('old', { mode: 0o640 }), b: linkTo('a'), m: file('m'), n: linkTo('m') })],

@@ -424,7 +424,11 @@ class DirectoryPlanner {
     if (isOwnData) {
       if (marked.length > 0) step.drop = marked.map(textOf)
     } else if (data.layer === 'below') {
-      const { redirect } = emission(data.path, this.#task.directory.open, name)
+      // One inode has one redirect, which must be right for each of its names: only an absolute one can be.
+      const isShared = (stat as Stat).nlink > 1
+      const { redirect } = isShared
+        ? { redirect: `/${data.path}` }
+        : emission(data.path, this.#task.directory.open, name)
       const drop = marked.filter((attribute) => attribute !== marks.metacopy)
       if (drop.length > 0) step.drop = drop.map(textOf)
       if (redirect !== undefined) step.set = [[marks.redirect, Buffer.from(redirect, 'latin1').toString('base64')]]
