@@ -1,12 +1,13 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { removeTree } from '../support/build.ts'
-import { engine, hasEngine } from '../support/engine.ts'
+import { engine } from '../support/engine.ts'
 import { useFileSystem } from '../support/image.ts'
 import { expectNone } from '../support/matrix.ts'
 import { describeLayers, viewOf } from '../support/merging.ts'
 import { anyHistory, growStack } from '../support/operations.ts'
 import { type OverlayOptions, optionMatrix } from '../support/overlay.ts'
+import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { diffTrees, type Node, readTree, type Tree } from '../support/tree.ts'
 
@@ -26,7 +27,7 @@ function isWhiteout(node: Node): boolean {
   return node.type === 'character' && node.rdev === 0
 }
 
-describe.skipIf(!hasEngine)('the algebra of merging', () => {
+describe.skipIf(!canMountImages())('the algebra of merging', () => {
   const disk = useFileSystem('ext4')
   // An index ties its entries to one stack as a whole, so layers with one have no algebra.
   const cells = optionMatrix().filter(({ excluded, options }) => excluded === undefined && !options.index)
@@ -49,6 +50,7 @@ describe.skipIf(!hasEngine)('the algebra of merging', () => {
               namespace: options.namespace,
               clone: 'copy',
               workers: 0,
+              allowEmpty: true,
             })
             return output
           }
@@ -130,7 +132,14 @@ describe.skipIf(!hasEngine)('the algebra of merging', () => {
         withLayers(options, async ({ top, middle, bottom, below }, { plain }) => {
           const whole = await plain(top, middle, bottom, below)
           const inPlace = (upper: string, ...lowers: string[]) =>
-            engine.merge({ upper, lowers, mode: 'in-place', namespace: options.namespace, workers: 0 })
+            engine.merge({
+              upper,
+              lowers,
+              mode: 'in-place',
+              namespace: options.namespace,
+              workers: 0,
+              allowEmpty: true,
+            })
           await inPlace(top, middle, bottom, below)
           await inPlace(bottom, below)
           await inPlace(middle, below)

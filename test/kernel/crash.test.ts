@@ -1,9 +1,10 @@
 import { describe, expect, test } from 'vitest'
-import { engine, hasEngine } from '../support/engine.ts'
+import { engine } from '../support/engine.ts'
 import { countCalls, failAt, killAt } from '../support/faults.ts'
-import { useFileSystem } from '../support/image.ts'
-import { closeAll, judge, openFiles, recoverAndJudge, scenarios, setUp, tearDown } from '../support/interrupted.ts'
+import { descriptorsBelow, useFileSystem } from '../support/image.ts'
+import { closeAll, judge, recoverAndJudge, scenarios, setUp, tearDown } from '../support/interrupted.ts'
 import { describeError } from '../support/merging.ts'
+import { canMountImages } from '../support/ready.ts'
 import { timeLimit } from '../support/runs.ts'
 
 const factor = Number(process.env['LSYNC_TEST_RUNS'] ?? 1)
@@ -15,7 +16,7 @@ function places(count: number, full: number, offset = 0): number[] {
   return Array.from({ length: count }, (_, n) => n).filter((n) => n % step === offset % step)
 }
 
-describe.skipIf(!hasEngine).each(scenarios)('interrupted: $name', (scenario) => {
+describe.skipIf(!canMountImages()).each(scenarios)('interrupted: $name', (scenario) => {
   const disk = useFileSystem('tmpfs')
   const begin = () => setUp(disk.current.fresh(), scenario)
 
@@ -34,7 +35,7 @@ describe.skipIf(!hasEngine).each(scenarios)('interrupted: $name', (scenario) => 
       tearDown(first)
       expect(count).toBeGreaterThan(20)
       const problems: string[] = []
-      for (const n of places(count, scenario.mode === 'in-place' ? 1 : 3)) {
+      for (const n of places(count, scenario.mode === 'in-place' ? 1 : 4)) {
         const attempt = begin()
         const wasKilled = await killAt(n, () => engine.merge(attempt.request))
         if (!wasKilled) problems.push(`step ${n}: was not reached`)
@@ -80,14 +81,14 @@ describe.skipIf(!hasEngine).each(scenarios)('interrupted: $name', (scenario) => 
       const count = await countCalls('fail', () => engine.merge(first.request))
       tearDown(first)
       const problems: string[] = []
-      for (const n of places(count * codes.length, 13)) {
+      for (const n of places(count * codes.length, 17)) {
         const code = codes[n % codes.length] as (typeof codes)[number]
         const attempt = begin()
         const outcome = await failAt(Math.floor(n / codes.length), code, () => engine.merge(attempt.request))
         const what = `${code} at call ${Math.floor(n / codes.length)} of ${count}, ${outcome.syscall} ${JSON.stringify(outcome.path)}`
         const got = (outcome.error as { code?: string } | undefined)?.code
         if (outcome.error !== undefined && got !== code) problems.push(`${what}: rejected with ${got ?? outcome.error}`)
-        const open = openFiles(attempt).map(({ path }) => path)
+        const open = descriptorsBelow(attempt.directory).map(({ path }) => path)
         if (open.length > 0) problems.push(`${what}: fds stay open: ${open.join(' ')}`)
         const lines = outcome.error === undefined ? finished(attempt) : await recoverAndJudge(attempt)
         problems.push(...lines.map((line) => `${what}: ${line}`))

@@ -2,7 +2,7 @@ import { mkdirSync } from 'node:fs'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { buildTree, dir, file, linkTo, opaque, redirected, removeTree, symlink, whiteout } from '../support/build.ts'
-import { engine, hasEngine } from '../support/engine.ts'
+import { engine } from '../support/engine.ts'
 import { useFileSystem } from '../support/image.ts'
 import { expectNone } from '../support/matrix.ts'
 import { describeLayers, describeTree, mergeEveryWay, shownAlone, viewOf } from '../support/merging.ts'
@@ -10,6 +10,7 @@ import { hasMooseFs, mooseFsLimits, useMooseFs } from '../support/moosefs.ts'
 import { needs } from '../support/needs.ts'
 import { anyOperations, applyOperations } from '../support/operations.ts'
 import { type OverlayOptions, plainOptions, withOverlay } from '../support/overlay.ts'
+import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { diffTrees, readTree } from '../support/tree.ts'
 
@@ -18,7 +19,7 @@ const anySession = anyOperations(5, 25).map((operations) => operations.filter((o
 
 const withRedirects: OverlayOptions = { ...plainOptions, redirectDir: 'on', metacopy: true }
 
-describe.skipIf(!hasEngine || !needs('MooseFS', hasMooseFs))(
+describe.skipIf(!canMountImages() || !needs('MooseFS', hasMooseFs))(
   'lower and result on a real MooseFS, the upper on ext4',
   () => {
     const store = useMooseFs()
@@ -61,7 +62,7 @@ describe.skipIf(!hasEngine || !needs('MooseFS', hasMooseFs))(
               await expectNone(mergeEveryWay(whole, ['output', 'delta']), story)
               // The local upper folded into the local middle, and that into the store.
               const view = viewOf(whole)
-              const inPlace = { mode: 'in-place', namespace: options.namespace, workers: 2 } as const
+              const inPlace = { mode: 'in-place', namespace: options.namespace, workers: 2, allowEmpty: true } as const
               await engine.merge({ ...inPlace, upper, lowers: [middle, bottom] })
               await engine.merge({ ...inPlace, upper: middle, lowers: [bottom] })
               const result = shownAlone(readTree(bottom), options.namespace)

@@ -18,12 +18,13 @@ import {
   whiteout,
   xattrWhiteout,
 } from '../support/build.ts'
-import { engine, hasEngine } from '../support/engine.ts'
+import { engine } from '../support/engine.ts'
 import { useFileSystem } from '../support/image.ts'
 import { expectNone } from '../support/matrix.ts'
 import { describeLayers, mergeEveryWay, type Subject, viewOf } from '../support/merging.ts'
 import { aclOf, applyOperations, capabilityOf, type Operation } from '../support/operations.ts'
 import { mountOverlay, type OverlayOptions, plainOptions, withOverlay } from '../support/overlay.ts'
+import { canMountImages } from '../support/ready.ts'
 import { mount, run, unmount } from '../support/system.ts'
 import { outline, readTree, type Tree } from '../support/tree.ts'
 
@@ -34,7 +35,7 @@ const withRedirects: OverlayOptions = { ...plainOptions, redirectDir: 'on', meta
 const withIndex: OverlayOptions = { ...plainOptions, index: true }
 const user: OverlayOptions = { ...plainOptions, namespace: 'user' }
 
-describe.skipIf(!hasEngine)('named cases', () => {
+describe.skipIf(!canMountImages())('named cases', () => {
   const disk = useFileSystem('ext4')
   const used: string[] = []
   afterEach(() => {
@@ -303,6 +304,20 @@ describe.skipIf(!hasEngine)('named cases', () => {
     expect(view.get('b')?.links).toEqual(['b', 'c'])
   })
 
+  test('R12: an upper that an earlier merge made has real flags, which do not stand in the way', () =>
+    expectMerged(
+      [
+        dir({
+          f: file('new', { flags: 'i' }),
+          g: linkTo('f'),
+          d: dir({ e: file('e') }, { flags: 'a' }),
+          p: file('p', { flags: 'a' }),
+        }),
+        dir({ f: file('old'), d: dir({ h: file('h') }) }),
+      ],
+      { f: 'new', g: 'new', d: 'dir', 'd/e': 'e', 'd/h': 'h', p: 'p' },
+    ))
+
   // What the random histories found in the engine, as small as it gets.
 
   test('a metacopy that is linked to a second name keeps its data under both', () =>
@@ -312,6 +327,15 @@ describe.skipIf(!hasEngine)('named cases', () => {
       c: 'dir',
       'c/f': 'two',
     }))
+
+  test('a flag of a lower inode stays on the names that stay, when another name of it goes', async () => {
+    const view = await expectChanged(
+      [dir({ d: dir({ x: file('x', { flags: 'a' }) }), b: dir({ y: linkTo('d/x') }), z: linkTo('d/x') })],
+      shell('chattr -a d/x; rm -r d; mkdir d; mv b e'),
+      { d: 'dir', e: 'dir', 'e/y': 'x', z: 'x' },
+    )
+    expect(view.get('e/y')?.flags).toBe('a')
+  })
 
   test('with an index, the other name of a changed inode may lie in any lower', () =>
     expectChanged(

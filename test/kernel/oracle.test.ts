@@ -31,6 +31,7 @@ import { copyTree } from '../support/copy.ts'
 import { fileSystemKinds, useFileSystem } from '../support/image.ts'
 import { aclOf, anyHistory, capabilityOf, growStack } from '../support/operations.ts'
 import { isMountable, optionMatrix, withOverlay } from '../support/overlay.ts'
+import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { run } from '../support/system.ts'
 import { diffTrees, readTree, strayLinks } from '../support/tree.ts'
@@ -180,7 +181,7 @@ function shiftTime(root: string, name: string, byNs: bigint): void {
   inRoot(root, (fd) => setTimes(fd, name as ByteString, mtimeNs + byNs, mtimeNs + byNs))
 }
 
-describe.each(fileSystemKinds)('the oracle on %s', (kind) => {
+describe.skipIf(!canMountImages()).each(fileSystemKinds)('the oracle on %s', (kind) => {
   const disk = useFileSystem(kind)
 
   test('a tree equals itself and its copy, and a literal tree holds what was written', () => {
@@ -239,7 +240,7 @@ describe.each(fileSystemKinds)('the oracle on %s', (kind) => {
   )
 })
 
-describe('the matrix', () => {
+describe.skipIf(!canMountImages())('the matrix', () => {
   const disk = useFileSystem('tmpfs')
 
   test.each(optionMatrix())('the kernel takes the options unless they are excluded: $name ($excluded)', (cell) => {

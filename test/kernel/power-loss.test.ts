@@ -1,10 +1,11 @@
 import { rmSync } from 'node:fs'
 import { type HostPath, openRoot, syncFileSystem, withFd } from '@lsync/posix'
 import { describe, expect, test } from 'vitest'
-import { engine, hasEngine } from '../support/engine.ts'
+import { engine } from '../support/engine.ts'
 import { countCalls, killAt } from '../support/faults.ts'
 import { mountImage, withFileSystem } from '../support/image.ts'
 import { closeAll, recoverAndJudge, scenarios, setUp } from '../support/interrupted.ts'
+import { canMountImages } from '../support/ready.ts'
 import { timeLimit } from '../support/runs.ts'
 import { run, unmount } from '../support/system.ts'
 
@@ -12,7 +13,7 @@ const factor = Number(process.env['LSYNC_TEST_RUNS'] ?? 1)
 
 // The image in RAM holds what the file system has written to its disk, and nothing that is still in the page cache. A
 // copy of it, taken at a step of the merge and mounted in its place, is the disk after the power went at that step.
-describe.skipIf(!hasEngine).each(scenarios)('power loss: $name', (scenario) => {
+describe.skipIf(!canMountImages()).each(scenarios)('power loss: $name', (scenario) => {
   test.each(['ext4', 'xfs', 'btrfs'] as const)(
     'on %s, at any step, leaves the old view or the new one',
     async (kind) => {

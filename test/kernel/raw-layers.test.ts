@@ -11,12 +11,13 @@ import {
   whiteout,
   xattrWhiteout,
 } from '../support/build.ts'
-import { engine, hasEngine } from '../support/engine.ts'
+import { engine } from '../support/engine.ts'
 import { useFileSystem } from '../support/image.ts'
 import { expectNone } from '../support/matrix.ts'
 import { describeLayers, describeTree, emptyDirectory, mergeEveryWay, viewOf } from '../support/merging.ts'
 import { type OverlayOptions, plainOptions } from '../support/overlay.ts'
 import { anyRawStack, buildLayers, withoutMetacopies } from '../support/raw-layers.ts'
+import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { diffTrees, readTree } from '../support/tree.ts'
 
@@ -38,7 +39,7 @@ const kinds = [
   { name: 'user marks', options: user, raw: { namespace: 'user', redirects: false, metacopies: false } },
 ] as const
 
-describe.skipIf(!hasEngine)('raw layers are merged as the kernel reads them', () => {
+describe.skipIf(!canMountImages())('raw layers are merged as the kernel reads them', () => {
   const disk = useFileSystem('ext4')
 
   async function check(specs: readonly DirectorySpec[], options: OverlayOptions): Promise<void> {

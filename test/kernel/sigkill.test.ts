@@ -4,9 +4,10 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { hasEngine, type MergeCase } from '../support/engine.ts'
+import type { MergeCase } from '../support/engine.ts'
 import { useFileSystem } from '../support/image.ts'
 import { judge, manyTimes, recoverAndJudge, scenarios, setUp, tearDown } from '../support/interrupted.ts'
+import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 
 const child = fileURLToPath(new URL('../support/merge-child.ts', import.meta.url))
@@ -36,7 +37,7 @@ async function mergeAndKill(request: MergeCase, killAfterMs: number): Promise<{ 
   return { ms, exit: signal ?? 'done' }
 }
 
-describe.skipIf(!hasEngine).each(scenarios)('killed from outside: $name', (scenario) => {
+describe.skipIf(!canMountImages()).each(scenarios)('killed from outside: $name', (scenario) => {
   const disk = useFileSystem('ext4')
   const layers = manyTimes(20)
   const begin = () => setUp(disk.current.fresh(), scenario, layers)

@@ -1,5 +1,15 @@
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmdirSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
 import { afterAll, beforeAll } from 'vitest'
 import { mount, run, unmount } from './system.ts'
 
@@ -134,6 +144,8 @@ export function releaseFileSystem(fileSystem: FileSystem): void {
   const at = mountPoints.indexOf(fileSystem.root)
   if (at < 0) return
   mountPoints.splice(at, 1)
+  // What a failed test left open would keep the mount, and with it the loop device.
+  for (const { fd } of descriptorsBelow(fileSystem.root)) closeSync(fd)
   try {
     unmount(fileSystem.root)
     if (fileSystem.image !== undefined) rmSync(fileSystem.image, { force: true })
@@ -176,4 +188,16 @@ export function useFileSystem(kind: FileSystemKind): { readonly current: FileSys
       return fileSystem
     },
   }
+}
+
+/** What this process holds open there, by its path from `directory` on. */
+export function descriptorsBelow(directory: string): { fd: number; path: string }[] {
+  return readdirSync('/proc/self/fd').flatMap((fd) => {
+    try {
+      const target = readlinkSync(`/proc/self/fd/${fd}`)
+      return target.startsWith(directory) ? [{ fd: Number(fd), path: target.slice(directory.length) }] : []
+    } catch {
+      return [] // the descriptor of this very listing
+    }
+  })
 }

@@ -1,4 +1,4 @@
-import { closeSync, existsSync, readdirSync, readlinkSync } from 'node:fs'
+import { closeSync, existsSync, readdirSync } from 'node:fs'
 import {
   block,
   buildTree,
@@ -18,6 +18,7 @@ import {
   whiteout,
 } from './build.ts'
 import { engine, type MergeCase } from './engine.ts'
+import { descriptorsBelow } from './image.ts'
 import { describeError, shownAlone, viewOf } from './merging.ts'
 import { type OverlayOptions, plainOptions } from './overlay.ts'
 import { diffTrees, readTree, type Tree } from './tree.ts'
@@ -205,19 +206,7 @@ function shownResult(directory: string, request: MergeCase, result: string, belo
 
 /** Closes what this process holds open of the attempt, as the end of a process does. */
 export function closeAll(attempt: Attempt): void {
-  for (const { fd } of openFiles(attempt)) closeSync(fd)
-}
-
-/** What this process holds open of the attempt. */
-export function openFiles({ directory }: Attempt): { fd: number; path: string }[] {
-  return readdirSync('/proc/self/fd').flatMap((fd) => {
-    try {
-      const target = readlinkSync(`/proc/self/fd/${fd}`)
-      return target.startsWith(directory) ? [{ fd: Number(fd), path: target.slice(directory.length) }] : []
-    } catch {
-      return [] // the descriptor of this very listing
-    }
-  })
+  for (const { fd } of descriptorsBelow(attempt.directory)) closeSync(fd)
 }
 
 export function tearDown(attempt: Attempt): void {

@@ -2,11 +2,12 @@ import { writeFileSync } from 'node:fs'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { removeTree } from './build.ts'
-import { hasEngine, type MergeCase } from './engine.ts'
+import type { MergeCase } from './engine.ts'
 import { type FileSystemKind, useFileSystem } from './image.ts'
 import { describeLayers, describeTree, mergeEveryWay, viewOf } from './merging.ts'
 import { anyHistory, growStack, type Operation } from './operations.ts'
 import { isMountable, optionMatrix } from './overlay.ts'
+import { canMountImages } from './ready.ts'
 import { runs, timeLimit } from './runs.ts'
 
 const CLONES: Readonly<Record<FileSystemKind, readonly NonNullable<MergeCase['clone']>[]>> = {
@@ -22,7 +23,7 @@ const CLONES: Readonly<Record<FileSystemKind, readonly NonNullable<MergeCase['cl
  * history through real mounts, merged in every mode and compared with the mounted view.
  */
 export function describeMatrix(kind: FileSystemKind): void {
-  describe.skipIf(!hasEngine)(`on ${kind} the merge shows what the kernel showed`, () => {
+  describe.skipIf(!canMountImages())(`on ${kind} the merge shows what the kernel showed`, () => {
     const disk = useFileSystem(kind)
     const cells = optionMatrix().filter((cell) => cell.excluded === undefined)
     describe.each(cells)('$name', ({ options }) => {

@@ -97,6 +97,7 @@ function requestOf(subject: Subject, rest: Pick<MergeCase, 'mode' | 'lowers'> & 
     namespace: options.namespace,
     ...(options.index && work !== undefined ? { workdir: work } : {}),
     workers: workers ?? 0,
+    allowEmpty: true, // a random history may delete everything
     ...rest,
   }
 }
@@ -148,7 +149,13 @@ async function inPlace(subject: Subject, view: Tree): Promise<string[]> {
   // A version cloned with hard links shares inodes with the lower that is now changed.
   const clones = existsSync(`${directory}/plain-hardlink`) ? [`${directory}/plain-hardlink`] : []
   const before = clones.map(readTree)
-  await engine.merge(requestOf(subject, { mode: 'in-place', lowers: layers.slice(1) }))
+  try {
+    await engine.merge(requestOf(subject, { mode: 'in-place', lowers: layers.slice(1) }))
+  } catch (cause) {
+    // Names of a lower that the merge does not change cannot follow the index; refused before anything is touched.
+    if ((cause as { code?: string }).code !== 'INDEX_BELOW' || !options.index || layers.length < 3) throw cause
+    return [...diffTrees(view, viewOf(subject), diff), ...untouched(before, clones)]
+  }
   const shared = untouched(before, clones).map((line) => `the clone that shares inodes: ${line}`)
   const lowers = layers.slice(1)
   if (lowers.length > 1 || subject.rawBottom === true) {

@@ -2,14 +2,12 @@ import {
   type ByteString,
   close,
   errnoOf,
-  getInodeFlags,
   getXattr,
   link,
   makeDirectory,
   makeNode,
   O_DIRECTORY,
   O_NOFOLLOW,
-  O_NONBLOCK,
   O_RDONLY,
   openat,
   openBeneath,
@@ -18,7 +16,6 @@ import {
   removeXattr,
   rename,
   S_IFCHR,
-  setInodeFlags,
   setTimes,
   setXattr,
   statAt,
@@ -28,6 +25,7 @@ import {
   withFd,
 } from '@lsync/posix'
 import {
+  addFlags,
   copyObject,
   despiteProtection,
   fillMetacopy,
@@ -75,7 +73,7 @@ export interface ApplyContext {
 }
 
 /** The order in which the kinds of steps happen; all of one phase is done before the next begins. */
-export type Phase = 'clean' | 'structure' | 'entries' | 'finish' | 'entries-and-finish' | 'consume'
+export type Phase = 'clean' | 'structure' | 'entries' | 'finish' | 'entries-and-finish' | 'flags' | 'consume'
 
 /** Carries out what one record holds for one phase. Each step may run twice. */
 export function applyRecord(context: ApplyContext, record: DirectoryRecord | CleanRecord, phase: Phase): void {
@@ -123,8 +121,9 @@ export function applyStage(context: ApplyContext, stage: StageRecord): void {
 function applyFill(context: ApplyContext, stage: StageRecord): void {
   const from = split(planPath(stage.from))
   const to = split(planPath(stage.upper as string))
+  const root = stage.inIndex === true ? context.indexFd : context.layerFds[0]
   withFd(openBeneath(context.targetFd, from.parent, O_DIRECTORY | O_NOFOLLOW), (dataDir) =>
-    withFd(openBeneath(context.layerFds[0] as number, to.parent, O_DIRECTORY | O_NOFOLLOW), (upperDir) =>
+    withFd(openBeneath(root as number, to.parent, O_DIRECTORY | O_NOFOLLOW), (upperDir) =>
       fillMetacopy(upperDir, to.name, { dir: dataDir, name: from.name }, marksOf(context)),
     ),
   )
@@ -166,11 +165,6 @@ function dropAttributes(dirfd: number, name: ByteString | '', attributes: readon
   }
 }
 
-function addFlags(dirfd: number, name: ByteString | '', flags: number): void {
-  const fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
-  withFd(fd, () => setInodeFlags(fd, getInodeFlags(fd) | flags, name))
-}
-
 /** One directory record at work: its directories are opened when they are first needed. */
 class RecordWork {
   readonly #context: ApplyContext
@@ -200,6 +194,9 @@ class RecordWork {
       case 'entries-and-finish':
         for (const step of this.#record.steps) this.#entry(step)
         this.#finish()
+        return
+      case 'flags':
+        this.#flags()
         return
       case 'consume':
         this.#consume()
@@ -419,7 +416,6 @@ class RecordWork {
     if (indexFd === undefined) throw new Error('an index alias without an index')
     const source = planName(step.from)
     if (resumed && tryStatAt(indexFd, source) === undefined) return
-    if (step.data !== undefined) this.#fillFrom(step.data, indexFd, source)
     dropAttributes(indexFd, source, step.drop ?? [])
     const temporary = trash.next()
     link(indexFd, source, stageFd, temporary)
@@ -456,20 +452,18 @@ class RecordWork {
       xattrs.push({ name: marks.redirect, value: Buffer.from(planName(this.#record.redirect), 'latin1') })
     }
     const fd = this.#targetFd
+    despiteProtection([{ dirfd: fd, name: '' }], () =>
+      finishDirectory(fd, { ...meta, xattrs }, { removeOthers: (attribute) => attribute !== 'security.selinux' }),
+    )
+  }
+
+  #flags(): void {
+    const fd = this.#targetFd
     for (const step of this.#record.steps) {
-      const flags = step.do === 'place' || step.do === 'graft' ? step.flags : undefined
+      const flags = 'flags' in step ? step.flags : undefined
       if (flags !== undefined) addFlags(fd, planName(step.name), flags)
     }
-    despiteProtection([{ dirfd: fd, name: '' }], () =>
-      finishDirectory(
-        fd,
-        { ...meta, xattrs },
-        {
-          removeOthers: (attribute) => attribute !== 'security.selinux',
-          ...(this.#record.flags === undefined ? {} : { inodeFlags: this.#record.flags }),
-        },
-      ),
-    )
+    if (this.#record.flags !== undefined) addFlags(fd, '', this.#record.flags)
   }
 
   // What was moved is gone from the upper; what was copied goes now, after the target is durable.

@@ -63,21 +63,21 @@ function unescapeXattr(xattr: Xattr, marks: MarkNames): Xattr {
   return { ...xattr, name: (marks.prefix + xattr.name.slice(marks.escape.length)) as ByteString }
 }
 
-/** Takes the immutable and append-only flags off an entry that is to be changed. `false` when it had none. */
-export function clearProtection(dirfd: number, name: ByteString | ''): boolean {
+/** Takes the immutable and append-only flags off an entry that is to be changed, and gives back which it had. */
+export function clearProtection(dirfd: number, name: ByteString | ''): number {
   let fd: number
   try {
     fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
   } catch (error) {
     // Symlinks, sockets and devices without a driver have no flags to take off; a vanished entry neither.
-    if (['ELOOP', 'ENXIO', 'ENODEV', 'ENOENT'].includes(errnoOf(error) ?? '')) return false
+    if (['ELOOP', 'ENXIO', 'ENODEV', 'ENOENT'].includes(errnoOf(error) ?? '')) return 0
     throw error
   }
   try {
     const flags = getInodeFlags(fd)
-    if ((flags & (FS_IMMUTABLE_FL | FS_APPEND_FL)) === 0) return false
-    setInodeFlags(fd, flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL), name)
-    return true
+    const protection = flags & (FS_IMMUTABLE_FL | FS_APPEND_FL)
+    if (protection !== 0) setInodeFlags(fd, flags & ~protection, name)
+    return protection
   } finally {
     close(fd)
   }
@@ -90,7 +90,7 @@ export function despiteProtection<T>(entries: readonly { dirfd: number; name: By
   } catch (error) {
     if (errnoOf(error) !== 'EPERM') throw error
     let cleared = false
-    for (const { dirfd, name } of entries) cleared = clearProtection(dirfd, name) || cleared
+    for (const { dirfd, name } of entries) cleared = clearProtection(dirfd, name) !== 0 || cleared
     if (!cleared) throw error
     return change()
   }
@@ -121,27 +121,37 @@ export function takeAway(dirfd: number, name: ByteString, trash: Trash): boolean
   )
 }
 
-/** Renames over whatever is there; a directory in the way goes to the trash first. `false` when `from` is gone. */
+/**
+ * Renames over whatever is there; a directory in the way goes to the trash first. Real inode flags of `from` go along.
+ * `false` when `from` is gone.
+ */
 export function moveOver(fromDir: number, from: ByteString, toDir: number, to: ByteString, trash: Trash): boolean {
+  let flags = 0
   for (let attempt = 0; ; attempt++) {
     const code = tryRename(fromDir, from, toDir, to)
-    if (code === undefined) return true
+    if (code === undefined) {
+      if (flags !== 0) addFlags(toDir, to, flags)
+      return true
+    }
     if (code === 'ENOENT' && tryStatAt(fromDir, from) === undefined) return false
     if (attempt < 3 && (code === 'EISDIR' || code === 'ENOTDIR' || code === 'ENOTEMPTY' || code === 'EEXIST')) {
       takeAway(toDir, to, trash)
       continue
     }
     if (attempt < 3 && code === 'EPERM') {
-      const cleared = [
-        clearProtection(fromDir, from),
-        clearProtection(toDir, to),
-        clearProtection(fromDir, ''),
-        clearProtection(toDir, ''),
-      ]
-      if (cleared.includes(true)) continue
+      const own = clearProtection(fromDir, from)
+      flags |= own
+      const others = [clearProtection(toDir, to), clearProtection(fromDir, ''), clearProtection(toDir, '')]
+      if (own !== 0 || others.some((cleared) => cleared !== 0)) continue
     }
     throw new PosixError(code, { syscall: 'renameat2', path: to })
   }
+}
+
+/** Adds inode flags (chattr) to an entry that is a file or a directory. */
+export function addFlags(dirfd: number, name: ByteString | '', flags: number): void {
+  const fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+  withFd(fd, () => setInodeFlags(fd, getInodeFlags(fd) | flags, name))
 }
 
 /** What is copied, and where its parts come from. */

@@ -99,6 +99,7 @@ function stageContext(execution: Execution): ApplyContext {
     stages: new Map(),
     reflink,
     resumed,
+    ...(indexFd === undefined ? {} : { indexFd }),
   }
 }
 
@@ -203,6 +204,17 @@ function removalLevels(lines: readonly LineIndex[]): Job[][] {
     else level.push(job)
   }
   return [...levels.keys()].sort((left, right) => right - left).map((depth) => levels.get(depth) as Job[])
+}
+
+/**
+ * Makes the inode flags real that the view shows (chattr +i, +a): after everything else, since such an inode takes no
+ * further link, no rename and no removal of another of its names.
+ */
+export async function setFlags(execution: Execution): Promise<void> {
+  const lines = execution.plan.lines.filter(({ hasFlags }) => hasFlags)
+  if (lines.length === 0) return
+  await applyAll(execution, lines, 'flags')
+  syncFileSystem(execution.targetFd, execution.plan.header.target)
 }
 
 /** Deletes what was moved out of the way, shared out. */

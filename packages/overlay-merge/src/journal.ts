@@ -63,6 +63,8 @@ export interface LineIndex {
   readonly upper: string | undefined
   /** One of several records of its directory, and not the last. */
   readonly isPart: boolean
+  /** It makes something immutable or append-only. */
+  readonly hasFlags: boolean
 }
 
 /** A plan, sealed and indexed. */
@@ -390,12 +392,20 @@ export function lineOf(record: DirectoryRecord | CleanRecord): EncodedLine {
 
 function indexOf(record: DirectoryRecord | CleanRecord): EncodedLine['index'] {
   if (record.type === 'clean') {
-    return { path: record.upper, type: 'clean', hasStructure: false, upper: undefined, isPart: false }
+    return { path: record.upper, type: 'clean', hasStructure: false, upper: undefined, isPart: false, hasFlags: false }
   }
   const hasStructure = record.steps.some(
     (step) => step.do === 'mkdir' || (step.do === 'graft' && step.meta === undefined),
   )
-  return { path: record.path, type: 'directory', hasStructure, upper: record.upper, isPart: record.part === true }
+  const hasFlags = record.flags !== undefined || record.steps.some((step) => 'flags' in step)
+  return {
+    path: record.path,
+    type: 'directory',
+    hasStructure,
+    upper: record.upper,
+    isPart: record.part === true,
+    hasFlags,
+  }
 }
 
 function groupsOf(record: DirectoryRecord | CleanRecord): [string, string][] {

@@ -2,6 +2,7 @@ import { availableParallelism } from 'node:os'
 import {
   close,
   fsync,
+  getXattr,
   type HostPath,
   LsyncError,
   link,
@@ -25,17 +26,19 @@ import {
 } from '@lsync/posix'
 import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect } from './clone.ts'
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
-import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt } from './executing.ts'
-import { findAliases, openIndex } from './index-aliases.ts'
+import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt, setFlags } from './executing.ts'
+import { type Alias, findAliases, openIndex } from './index-aliases.ts'
 import { Journal, PlanWriter, placeOf, planLines, type SealedPlan, TREE } from './journal.ts'
 import { isMark } from './model/marks.ts'
-import { type EntryPath, ROOT, split } from './model/path.ts'
+import { type EntryPath, join, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
 import type { PlanContext, PlanCounts } from './plan.ts'
 import { openTemporaryPlan, type Planned, type Progress, planStack } from './planning.ts'
 import { Pool } from './pool.ts'
 import { recoverJournal } from './recover.ts'
+import { OpenSources, resolve } from './resolve.ts'
 import { assertHolds, assertMergeable, assertNotEmptied, type Loss } from './safety.ts'
+import type { Layer } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
 import type { Job, WorkInit } from './work.ts'
 
@@ -84,6 +87,16 @@ export interface MergeReport {
 export class RequestInvalidError extends LsyncError {
   constructor(message: string, hint: string) {
     super('REQUEST_INVALID', message, { hint })
+  }
+}
+
+/** A hard link that index=on keeps track of has names in a lower that an in-place merge does not change. */
+export class IndexBelowError extends LsyncError {
+  constructor(path: EntryPath) {
+    super('INDEX_BELOW', `${printable(path)} shows an inode of the index, and lies below the first lower`, {
+      path,
+      hint: 'merge to a new version with --output',
+    })
   }
 }
 
@@ -172,7 +185,35 @@ type Index = Pick<PlanContext, 'aliases' | 'indexFd'>
 function openAliases(request: MergeRequest, stack: OpenStack): Index {
   if (request.workdir === undefined) return {}
   const indexFd = openIndex(request.workdir)
-  return indexFd === undefined ? { aliases: [] } : { indexFd, aliases: findAliases(stack, indexFd) }
+  if (indexFd === undefined) return { aliases: [] }
+  try {
+    return {
+      indexFd,
+      aliases: request.mode === 'in-place' ? aliasesInPlace(request, stack, indexFd) : findAliases(stack, indexFd),
+    }
+  } catch (error) {
+    close(indexFd)
+    throw error
+  }
+}
+
+// In place only the first lower changes, but names of those below it can show an inode of the index, too.
+function aliasesInPlace(request: MergeRequest, stack: OpenStack, indexFd: number): readonly Alias[] {
+  const whole = openStack(request, false)
+  const opened = new OpenSources(stack)
+  try {
+    const aliases = findAliases(whole, indexFd)
+    for (const { directory, name, index, layer } of aliases) {
+      if (layer < stack.layers.length) continue
+      const isMetacopy = getXattr(indexFd, index, (stack.layers[0] as Layer).marks.metacopy) !== undefined
+      if (isMetacopy || resolve(stack, directory, opened).kind !== 'directory')
+        throw new IndexBelowError(join(directory, name))
+    }
+    return aliases
+  } finally {
+    opened.close()
+    closeStack(whole)
+  }
 }
 
 function isThere(path: HostPath): boolean {
@@ -282,6 +323,7 @@ export async function finishInPlace(execution: Execution): Promise<void> {
   await consumeUpper(execution)
   await emptyTrash(execution)
   if (journal.isInside) leaveTarget(journal, plan, targetFd)
+  await setFlags(execution)
   journal.remove()
 }
 
@@ -327,7 +369,7 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
       treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
       if (clone !== 'moosefs' && clone !== 'btrfs') await cloneBase(request, stack, treeFd, pool, clone)
       journal.prepare(treeFd)
-      await executePlan({
+      const execution: Execution = {
         stack,
         plan: planned.plan,
         journal,
@@ -337,8 +379,10 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
         resumed: false,
         ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
-      })
+      }
+      await executePlan(execution)
       if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
+      await setFlags(execution)
       publish(journal, target)
       journal.remove()
       return { mode: request.mode, target, clone, counts: planned.counts, losses }

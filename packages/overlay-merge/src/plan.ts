@@ -12,8 +12,12 @@ import {
   DT_UNKNOWN,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
+  getInodeFlags,
   getXattr,
   listXattrs,
+  O_NOFOLLOW,
+  O_NONBLOCK,
+  openat,
   readDirents,
   S_IFCHR,
   S_IFDIR,
@@ -23,6 +27,7 @@ import {
   statFd,
   textOf,
   tryTypeAt,
+  withFd,
 } from '@lsync/posix'
 import { emission } from './compose.ts'
 import { resultMeta } from './effects.ts'
@@ -106,6 +111,8 @@ export interface Graft {
   readonly kind: 'directory' | 'file'
   /** Files: the upper's metacopy. */
   readonly upper?: EntryPath
+  /** `upper` is a name of the index directory. */
+  readonly inIndex?: boolean
   /** The upper's metacopy inode has further names. */
   readonly linked: boolean
   /** The base has it where the result wants it. */
@@ -135,6 +142,7 @@ export function emptyPart(): PlanPart {
   }
 }
 
+const PROTECTION = FS_IMMUTABLE_FL | FS_APPEND_FL
 const STEPS_A_RECORD = 4096
 // A directory of ext4 grows by 4096-byte blocks of some fifty names.
 const BYTES_A_NAME = 1024
@@ -177,12 +185,15 @@ class DirectoryPlanner {
     const steps: Step[] = []
     const names = this.#upperNames()
     this.#baseNames = this.#listBase(names.length)
+    const aliases = this.#aliases()
+    const aliased = new Set(aliases.map(({ name }) => name))
     for (const name of names) {
+      if (aliased.has(name)) continue // a lower of the uppers has it, and shows the index inode instead
       const found = lookup(this.#context.stack, directory, name, (source, wanted) => this.#inspect(source, wanted))
       this.#step(name, found, steps)
       if (steps.length === STEPS_A_RECORD) this.#part.records.push(this.#partRecord(steps.splice(0)))
     }
-    for (const alias of this.#aliases()) this.#aliasStep(alias, steps)
+    for (const alias of aliases) this.#aliasStep(alias, steps)
     this.#part.counts.directories++
     this.#part.records.push(this.#record(steps))
   }
@@ -230,14 +241,23 @@ class DirectoryPlanner {
     const common = { name: textOf(alias.name), was: this.#baseState(alias.name).was }
     const dropped = marksToDrop(top.attributes, marks).map(textOf)
     this.#count(common.was, stat.sizeBytes)
-    const data = top.metacopy === undefined ? {} : { data: [alias.layer, textOf(alias.path)] as [number, string] }
-    if (rename) steps.push({ do: 'alias', ...common, from: alias.index, drop: dropped, ...data })
-    else {
+    const flags = protectedFlags(indexFd, index, top.attributes, marks)
+    const more = flags === 0 ? {} : { flags }
+    const to = join(alias.directory, alias.name)
+    if (rename) {
+      // The data must be in the index inode before the target changes.
+      if (top.metacopy !== undefined) {
+        const graft = { from: alias.path, to, upper: alias.index as string as EntryPath, inIndex: true }
+        this.#part.grafts.push({ ...graft, kind: 'file', linked: true, inPlace: false })
+      }
+      steps.push({ do: 'alias', ...common, ...more, from: alias.index, drop: dropped })
+    } else {
       const group = `0:${stat.dev}:${stat.ino}`
-      this.#part.groups.push([group, textOf(join(alias.directory, alias.name))])
-      this.#need('hardLinks', join(alias.directory, alias.name))
-      const layer = stack.layers.length + stack.data.length
-      steps.push({ do: 'place', ...common, from: [layer, alias.index], group, sizeBytes: stat.sizeBytes, ...data })
+      const data = top.metacopy === undefined ? {} : { data: [alias.layer, textOf(alias.path)] as [number, string] }
+      this.#part.groups.push([group, textOf(to)])
+      this.#need('hardLinks', to)
+      const from: [number, string] = [stack.layers.length + stack.data.length, alias.index]
+      steps.push({ do: 'place', ...common, ...more, from, group, sizeBytes: stat.sizeBytes, ...data })
     }
   }
 
@@ -407,8 +427,12 @@ class DirectoryPlanner {
       this.#part.problems.push({ path, code: 'INDEX_NEEDED', why: 'a hard link that index=on keeps track of' })
     }
     // The kernel emulates flags by the upper's marks alone.
-    const flags = source.layer === 0 ? protectedFlags(parent, name, marked, marks) : 0
+    let flags = source.layer === 0 ? protectedFlags(parent, name, marked, marks) : 0
     const stat = top.stat ?? (top.metacopy !== undefined ? statAt(parent, name) : undefined)
+    // An upper that an earlier merge made has real ones.
+    if (stat?.isProtected === true && stat.isFile) {
+      flags |= withFd(openat(parent, name, O_NOFOLLOW | O_NONBLOCK), getInodeFlags) & PROTECTION
+    }
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
     if (stat !== undefined && !this.#context.rename) this.#needsOf(path, top, stat)
@@ -523,7 +547,8 @@ class DirectoryPlanner {
       const { opaque, redirect } = emission(directory.open, parentOrigin, name)
       if (opaque) record.opaque = true
       if (redirect !== undefined) record.redirect = textOf(redirect)
-      const flags = top.layer === 0 ? protectedFlags(fd, '', [marks.protattr], marks) : 0
+      const emulated = top.layer === 0 ? protectedFlags(fd, '', [marks.protattr], marks) : 0
+      const flags = emulated | (statFd(fd).isProtected ? getInodeFlags(fd) & PROTECTION : 0)
       if (flags !== 0) record.flags = flags
     }
     return record

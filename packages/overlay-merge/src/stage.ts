@@ -34,6 +34,7 @@ function stageOf(graft: Graft, id: number, consumers: Consumers, rename: boolean
     to: textOf(graft.to),
     kind: graft.kind,
     ...(graft.upper === undefined ? {} : { upper: textOf(graft.upper) }),
+    ...(graft.inIndex === true ? { inIndex: true as const } : {}),
     how,
   }
 }

@@ -88,8 +88,7 @@ export interface AliasStep extends StepBase {
   do: 'alias'
   from: string
   drop?: string[]
-  /** The lower file that has the data, where the index inode is a metacopy. */
-  data?: [layer: number, path: string]
+  flags?: number
 }
 
 export type Step = RemoveStep | WhiteoutStep | PlaceStep | MakeDirectoryStep | GraftStep | AliasStep
@@ -133,6 +132,8 @@ export interface StageRecord {
   kind: 'directory' | 'file'
   /** fill: the upper's metacopy. */
   upper?: string
+  /** fill: `upper` is a name of the index directory. */
+  inIndex?: true
   /** move: renamed; copy: it shows elsewhere too; stay: it is already where it belongs; fill: data into the upper's inode. */
   how: 'move' | 'copy' | 'stay' | 'fill'
 }
