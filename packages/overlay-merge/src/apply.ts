@@ -417,6 +417,9 @@ class RecordWork {
     const source = planName(step.from)
     if (resumed && tryStatAt(indexFd, source) === undefined) return
     dropAttributes(indexFd, source, step.drop ?? [])
+    for (const [attribute, value] of step.set ?? []) {
+      setXattr(indexFd, source, planName(attribute), Buffer.from(value, 'base64'))
+    }
     const temporary = trash.next()
     link(indexFd, source, stageFd, temporary)
     moveOver(stageFd, temporary, this.#targetFd, name, trash)

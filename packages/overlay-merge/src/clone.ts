@@ -5,6 +5,7 @@ import {
   DT_DIR,
   DT_REG,
   DT_UNKNOWN,
+  errnoOf,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
   getInodeFlags,
@@ -54,11 +55,13 @@ export interface ClonePart {
   readonly next: EntryPath[]
   /** Names of files with several names, where they are copied: one inode each for `key`. */
   readonly groups: [key: string, path: string][]
+  /** Immutable and append-only directories, which become so when nothing in them changes any more. */
+  readonly flagged: [path: EntryPath, flags: number][]
   readonly counts: { directories: number; objects: number; bytes: number }
 }
 
 export function emptyClonePart(): ClonePart {
-  return { next: [], groups: [], counts: { directories: 0, objects: 0, bytes: 0 } }
+  return { next: [], groups: [], flagged: [], counts: { directories: 0, objects: 0, bytes: 0 } }
 }
 
 /**
@@ -93,6 +96,7 @@ export function cloneDirectory(context: CloneContext, path: EntryPath, part: Clo
       const stat = statFd(from)
       inherits ??= inheritsAcls(to)
       finishDirectory(to, cloneMeta(context, from, '', stat), { dropInheritedAcls: inherits })
+      if (stat.isProtected) part.flagged.push([path, getInodeFlags(from) & (FS_IMMUTABLE_FL | FS_APPEND_FL)])
       part.counts.directories++
     } finally {
       close(to)
@@ -164,6 +168,18 @@ export function copyLinked(context: CloneContext, path: EntryPath): number {
       return protectionOf(from, name, stat)
     }),
   )
+}
+
+/** Sets the inode flags of a cloned directory, unless the merge has put something else there. */
+export function protectDirectory(targetFd: number, path: EntryPath, flags: number): void {
+  let fd: number
+  try {
+    fd = openBeneath(targetFd, path, O_DIRECTORY | O_NOFOLLOW)
+  } catch (error) {
+    if (['ENOENT', 'ENOTDIR', 'ELOOP'].includes(errnoOf(error) ?? '')) return
+    throw error
+  }
+  withFd(fd, () => setInodeFlags(fd, getInodeFlags(fd) | flags, path))
 }
 
 /** Sets inode flags (chattr) of a file of the clone. */

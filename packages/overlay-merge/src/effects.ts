@@ -25,16 +25,20 @@ import {
   rename,
   S_IFBLK,
   S_IFCHR,
+  S_IFDIR,
   S_IFIFO,
   type Stat,
   setInodeFlags,
   setModeFd,
   setTimes,
   setXattr,
+  statFd,
   truncate,
   tryRename,
   tryStatAt,
+  tryTypeAt,
   tryUnlink,
+  unlink,
   withFd,
 } from '@lsync/posix'
 import {
@@ -63,14 +67,16 @@ function unescapeXattr(xattr: Xattr, marks: MarkNames): Xattr {
   return { ...xattr, name: (marks.prefix + xattr.name.slice(marks.escape.length)) as ByteString }
 }
 
+// Symlinks, sockets and devices without a driver have no flags to take off; a vanished entry neither.
+const UNFLAGGED = ['ELOOP', 'ENXIO', 'ENODEV', 'ENOENT']
+
 /** Takes the immutable and append-only flags off an entry that is to be changed, and gives back which it had. */
 export function clearProtection(dirfd: number, name: ByteString | ''): number {
   let fd: number
   try {
     fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
   } catch (error) {
-    // Symlinks, sockets and devices without a driver have no flags to take off; a vanished entry neither.
-    if (['ELOOP', 'ENXIO', 'ENODEV', 'ENOENT'].includes(errnoOf(error) ?? '')) return 0
+    if (UNFLAGGED.includes(errnoOf(error) ?? '')) return 0
     throw error
   }
   try {
@@ -103,22 +109,43 @@ export interface Trash {
   next(): ByteString
 }
 
+/**
+ * Runs a change that takes `name` away. Where its own flags forbid that, they come off for the moment: other names of
+ * the inode keep it as protected as it was.
+ */
+function withoutProtection<T>(dirfd: number, name: ByteString, change: () => T): T {
+  let fd: number
+  try {
+    fd = openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+  } catch (error) {
+    if (UNFLAGGED.includes(errnoOf(error) ?? '')) return change()
+    throw error
+  }
+  return withFd(fd, () => {
+    const flags = getInodeFlags(fd)
+    const isProtected = (flags & (FS_IMMUTABLE_FL | FS_APPEND_FL)) !== 0
+    if (isProtected) setInodeFlags(fd, flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL), name)
+    try {
+      return change()
+    } finally {
+      if (isProtected && statFd(fd).nlink > 0) setInodeFlags(fd, flags, name)
+    }
+  })
+}
+
 /** Takes a name away, whatever it is. `false` when there was none. */
 export function takeAway(dirfd: number, name: ByteString, trash: Trash): boolean {
-  return despiteProtection(
-    [
-      { dirfd, name },
-      { dirfd, name: '' },
-    ],
-    () => {
-      const code = tryUnlink(dirfd, name)
-      if (code === undefined) return true
-      if (code === 'ENOENT') return false
-      if (code !== 'EISDIR') throw new PosixError(code, { syscall: 'unlinkat', path: name })
-      rename(dirfd, name, trash.fd, trash.next())
-      return true
-    },
-  )
+  const code = tryUnlink(dirfd, name)
+  if (code === undefined) return true
+  if (code === 'ENOENT') return false
+  if (code !== 'EISDIR' && code !== 'EPERM') throw new PosixError(code, { syscall: 'unlinkat', path: name })
+  clearProtection(dirfd, '')
+  if (tryTypeAt(dirfd, name) === S_IFDIR) {
+    clearProtection(dirfd, name)
+    rename(dirfd, name, trash.fd, trash.next())
+    return true
+  }
+  return withoutProtection(dirfd, name, () => unlink(dirfd, name))
 }
 
 /**
@@ -126,23 +153,24 @@ export function takeAway(dirfd: number, name: ByteString, trash: Trash): boolean
  * `false` when `from` is gone.
  */
 export function moveOver(fromDir: number, from: ByteString, toDir: number, to: ByteString, trash: Trash): boolean {
-  let flags = 0
   for (let attempt = 0; ; attempt++) {
     const code = tryRename(fromDir, from, toDir, to)
-    if (code === undefined) {
-      if (flags !== 0) addFlags(toDir, to, flags)
-      return true
-    }
+    if (code === undefined) return true
     if (code === 'ENOENT' && tryStatAt(fromDir, from) === undefined) return false
     if (attempt < 3 && (code === 'EISDIR' || code === 'ENOTDIR' || code === 'ENOTEMPTY' || code === 'EEXIST')) {
       takeAway(toDir, to, trash)
       continue
     }
-    if (attempt < 3 && code === 'EPERM') {
-      const own = clearProtection(fromDir, from)
-      flags |= own
-      const others = [clearProtection(toDir, to), clearProtection(fromDir, ''), clearProtection(toDir, '')]
-      if (own !== 0 || others.some((cleared) => cleared !== 0)) continue
+    if (attempt === 0 && code === 'EPERM') {
+      clearProtection(fromDir, '')
+      clearProtection(toDir, '')
+      withoutProtection(fromDir, from, () =>
+        withoutProtection(toDir, to, () => {
+          const failed = tryRename(fromDir, from, toDir, to)
+          if (failed !== undefined) throw new PosixError(failed, { syscall: 'renameat2', path: to })
+        }),
+      )
+      return true
     }
     throw new PosixError(code, { syscall: 'renameat2', path: to })
   }
@@ -249,12 +277,7 @@ export function removeTree(dirfd: number, name: ByteString): void {
       const code = errnoOf(error)
       if (code === 'ENOENT') continue
       if (code !== 'ENOTDIR' && code !== 'ELOOP') throw error
-      despiteProtection([{ dirfd, name: target }], () => {
-        const failed = tryUnlink(dirfd, target)
-        if (failed !== undefined && failed !== 'ENOENT') {
-          throw new PosixError(failed, { syscall: 'unlinkat', path: target })
-        }
-      })
+      removeFile(dirfd, target)
       continue
     }
     try {
@@ -269,20 +292,7 @@ export function removeTree(dirfd: number, name: ByteString): void {
         const isDirectory = type === DT_DIR || (type === DT_UNKNOWN && tryStatAt(fd, child)?.isDirectory === true)
         ;(isDirectory ? directories : others).push(child)
       })
-      for (const child of others) {
-        despiteProtection(
-          [
-            { dirfd: fd, name: child },
-            { dirfd: fd, name: '' },
-          ],
-          () => {
-            const failed = tryUnlink(fd, child)
-            if (failed !== undefined && failed !== 'ENOENT') {
-              throw new PosixError(failed, { syscall: 'unlinkat', path: child })
-            }
-          },
-        )
-      }
+      for (const child of others) removeFile(fd, child)
       for (const child of directories) {
         const isEmpty = despiteProtection(
           [
@@ -307,6 +317,15 @@ export function removeTree(dirfd: number, name: ByteString): void {
     }
     despiteProtection([{ dirfd, name: target }], () => removeDirectory(dirfd, target))
   }
+}
+
+// Other names of the inode, elsewhere, stay as protected as they were.
+function removeFile(dirfd: number, name: ByteString): void {
+  const code = tryUnlink(dirfd, name)
+  if (code === undefined || code === 'ENOENT') return
+  if (code !== 'EPERM') throw new PosixError(code, { syscall: 'unlinkat', path: name })
+  clearProtection(dirfd, '')
+  withoutProtection(dirfd, name, () => unlink(dirfd, name))
 }
 
 function tryRemoveEmpty(dirfd: number, name: ByteString): boolean {

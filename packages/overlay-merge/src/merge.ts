@@ -24,7 +24,7 @@ import {
   tryStatAt,
   withFd,
 } from '@lsync/posix'
-import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect } from './clone.ts'
+import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect, protectDirectory } from './clone.ts'
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt, setFlags } from './executing.ts'
 import { type Alias, findAliases, openIndex } from './index-aliases.ts'
@@ -367,7 +367,8 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
       if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
       else makeDirectory(journal.fd, TREE, 0o700)
       treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-      if (clone !== 'moosefs' && clone !== 'btrfs') await cloneBase(request, stack, treeFd, pool, clone)
+      const flagged =
+        clone === 'moosefs' || clone === 'btrfs' ? [] : await cloneBase(request, stack, treeFd, pool, clone)
       journal.prepare(treeFd)
       const execution: Execution = {
         stack,
@@ -383,6 +384,10 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
       await executePlan(execution)
       if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
       await setFlags(execution)
+      const visited = new Set(
+        planned.plan.lines.filter(({ type }) => type === 'directory').map(({ path }) => planPath(path)),
+      )
+      for (const [path, flags] of flagged) if (!visited.has(path)) protectDirectory(treeFd, path, flags)
       publish(journal, target)
       journal.remove()
       return { mode: request.mode, target, clone, counts: planned.counts, losses }
@@ -423,12 +428,13 @@ async function cloneBase(
   toFd: number,
   pool: Pool,
   method: CloneContext['method'],
-): Promise<void> {
+): Promise<ClonePart['flagged']> {
   const base = stack.layers.at(-1) as OpenStack['layers'][number]
   const clone = { fromFd: base.fd, toFd, method, below: stack.below, plain: request.plain === true }
   pool.prepare({ stack: stackInit(stack), clone })
   let pending: EntryPath[] = [ROOT]
   const groups = new Map<string, EntryPath[]>()
+  const flagged: ClonePart['flagged'] = []
   let done = 0
   await pool.drain(
     (idle): Job | undefined => {
@@ -441,6 +447,7 @@ async function cloneBase(
     (result) => {
       const part = result as ClonePart
       pending.push(...part.next)
+      flagged.push(...part.flagged)
       for (const [key, path] of part.groups) {
         const paths = groups.get(key)
         if (paths === undefined) groups.set(key, [planPath(path)])
@@ -451,6 +458,7 @@ async function cloneBase(
     },
   )
   linkGroups({ ...clone, marks: base.marks }, [...groups.values()])
+  return flagged
 }
 
 function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {

@@ -44,7 +44,16 @@ import {
   type Step,
   type Was,
 } from './model/plan.ts'
-import { type Directory, type Found, layerAt, lookup, OpenSources, type Source, type Stack } from './resolve.ts'
+import {
+  type DataSource,
+  type Directory,
+  type Found,
+  layerAt,
+  lookup,
+  OpenSources,
+  type Source,
+  type Stack,
+} from './resolve.ts'
 import { inspect, type Layer, openLayerDirectory, type RawEntry, sortedDirents, typeOf } from './scan.ts'
 
 /** What planning must know besides the stack. The last layer of the stack is the base, which the target starts as. */
@@ -231,6 +240,12 @@ class DirectoryPlanner {
       .map(({ directory }) => directory.slice(prefix.length).split('/')[0] as Name)
   }
 
+  #dataOf(alias: Alias): DataSource | undefined {
+    const { stack } = this.#context
+    const found = lookup(stack, this.#task.directory, alias.name, (source, name) => this.#opened.inspect(source, name))
+    return found.kind === 'object' ? found.data : undefined
+  }
+
   #aliasStep(alias: Alias, steps: Step[]): void {
     const { indexFd, rename, stack } = this.#context
     if (indexFd === undefined) return
@@ -242,22 +257,27 @@ class DirectoryPlanner {
     const dropped = marksToDrop(top.attributes, marks).map(textOf)
     this.#count(common.was, stat.sizeBytes)
     const flags = protectedFlags(indexFd, index, top.attributes, marks)
-    const more = flags === 0 ? {} : { flags }
+    const more: Pick<PlaceStep, 'flags' | 'metacopy' | 'data' | 'set'> = flags === 0 ? {} : { flags }
     const to = join(alias.directory, alias.name)
-    if (rename) {
+    const data = top.metacopy === undefined ? undefined : this.#dataOf(alias)
+    if (data?.layer === 'below') {
+      // Its data stays below, where every name of the inode must find it.
+      more.metacopy = true
+      more.set = [[marks.redirect, Buffer.from(`/${data.path}`, 'latin1').toString('base64')]]
+    } else if (data !== undefined && rename) {
       // The data must be in the index inode before the target changes.
-      if (top.metacopy !== undefined) {
-        const graft = { from: alias.path, to, upper: alias.index as string as EntryPath, inIndex: true }
-        this.#part.grafts.push({ ...graft, kind: 'file', linked: true, inPlace: false })
-      }
-      steps.push({ do: 'alias', ...common, ...more, from: alias.index, drop: dropped })
+      const graft = { from: data.path, to, upper: alias.index as string as EntryPath, inIndex: true }
+      this.#part.grafts.push({ ...graft, kind: 'file', linked: true, inPlace: false })
+    } else if (data !== undefined) more.data = [data.layer, textOf(data.path)]
+    if (rename) {
+      const kept = more.metacopy === true ? dropped.filter((attribute) => attribute !== marks.metacopy) : dropped
+      steps.push({ do: 'alias', ...common, ...more, from: alias.index, drop: kept })
     } else {
       const group = `0:${stat.dev}:${stat.ino}`
-      const data = top.metacopy === undefined ? {} : { data: [alias.layer, textOf(alias.path)] as [number, string] }
       this.#part.groups.push([group, textOf(to)])
       this.#need('hardLinks', to)
       const from: [number, string] = [stack.layers.length + stack.data.length, alias.index]
-      steps.push({ do: 'place', ...common, ...more, from, group, sizeBytes: stat.sizeBytes, ...data })
+      steps.push({ do: 'place', ...common, ...more, from, group, sizeBytes: stat.sizeBytes })
     }
   }
 

@@ -89,6 +89,9 @@ export interface AliasStep extends StepBase {
   from: string
   drop?: string[]
   flags?: number
+  set?: [name: string, base64: string][]
+  /** It stays a metacopy: its data is in what lies below the result. */
+  metacopy?: true
 }
 
 export type Step = RemoveStep | WhiteoutStep | PlaceStep | MakeDirectoryStep | GraftStep | AliasStep
