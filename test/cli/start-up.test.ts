@@ -13,13 +13,13 @@ function bestOf(runs: number, args: readonly string[]): number {
   return Math.min(...times)
 }
 
-test('lsync --version takes less than 400 ms', () => {
-  expect(bestOf(5, ['--version'])).toBeLessThan(400)
+test('lsync --version takes less than 1 s', () => {
+  expect(bestOf(5, ['--version'])).toBeLessThan(1_000)
 })
 
-test('merging an empty upper takes less than 1,500 ms', () => {
+test('merging an empty upper takes less than 4 s', () => {
   const directory = freshDirectory()
   for (const name of ['up', 'low']) mkdirSync(`${directory}/${name}`)
   const layers = ['--upper', `${directory}/up`, '--lower', `${directory}/low`, '--namespace', 'user']
-  expect(bestOf(5, ['merge', ...layers, '--in-place', '--yes'])).toBeLessThan(1500)
+  expect(bestOf(5, ['merge', ...layers, '--in-place', '--yes'])).toBeLessThan(4_000)
 })
