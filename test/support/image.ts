@@ -195,7 +195,9 @@ export function descriptorsBelow(directory: string): { fd: number; path: string 
   return readdirSync('/proc/self/fd').flatMap((fd) => {
     try {
       const target = readlinkSync(`/proc/self/fd/${fd}`)
-      return target.startsWith(directory) ? [{ fd: Number(fd), path: target.slice(directory.length) }] : []
+      return target === directory || target.startsWith(`${directory}/`)
+        ? [{ fd: Number(fd), path: target.slice(directory.length) }]
+        : []
     } catch {
       return [] // the descriptor of this very listing
     }

@@ -18,7 +18,7 @@ export function allocate(sizeBytes: number): Memory {
 }
 
 /** The address of a buffer's first byte. The caller keeps the buffer alive while the kernel may use it. */
-export function addressOf(buffer: Uint8Array): number {
+function addressOf(buffer: Uint8Array): number {
   return Number(koffi.address(buffer))
 }
 

@@ -1,6 +1,6 @@
 import type { ByteString } from './bytes.ts'
 import { errnoName, PosixError } from './errors.ts'
-import { addressOf, allocate, cString, entering, errno, libcFunction } from './native.ts'
+import { allocate, cString, entering, errno, libcFunction } from './native.ts'
 
 const setNative = libcFunction('syscall', 'l', 'lipuppp')
 const getNative = libcFunction('syscall', 'l', 'lipuppp')
@@ -100,8 +100,10 @@ export function getXattr(dirfd: number, name: ByteString | '', attribute: ByteSt
 /** Sets one attribute, creating or replacing it. */
 export function setXattr(dirfd: number, name: ByteString | '', attribute: ByteString, bytes: Uint8Array): void {
   entering('setxattr', name)
-  // An empty buffer has no address of its own.
-  const address = bytes.length === 0 ? value.address : addressOf(bytes)
+  if (bytes.length > VALUE_BYTES) throw new PosixError('E2BIG', { syscall: `setxattr ${attribute}`, path: name })
+  // Small arrays live on the heap, where a collection may move them between here and the call.
+  value.buffer.set(bytes)
+  const { address } = value
   const key = cString(attribute, 1)
   let result = NOT_TRIED
   if (atCalls()) {
