@@ -11,10 +11,22 @@ import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { diffTrees, type Node, readTree, type Tree } from '../support/tree.ts'
 
-/** A layer without what means nothing: owner, mode, time and attributes of whiteouts, and their form. */
+/**
+ * A layer without what means nothing: owner, mode, time and attributes of whiteouts, and their form; and a redirect of a
+ * file to its own path, which one of several names of a metacopy needs for the sake of the others.
+ */
 function meaning(tree: Tree): Tree {
   return new Map(
-    [...tree].map(([path, node]): [string, Node] => [path, isWhiteout(node) ? { ...node, ...emptyMeta } : node]),
+    [...tree].map(([path, node]): [string, Node] => {
+      if (isWhiteout(node)) return [path, { ...node, ...emptyMeta }]
+      const xattrs = [...node.xattrs].filter(
+        ([name, value]) =>
+          node.type !== 'file' ||
+          !name.endsWith('.overlay.redirect') ||
+          value !== Buffer.from(`/${path}`, 'latin1').toString('hex'),
+      )
+      return [path, { ...node, xattrs: new Map(xattrs) }]
+    }),
   )
 }
 

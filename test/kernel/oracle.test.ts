@@ -228,7 +228,8 @@ describe.skipIf(!canMountImages()).each(fileSystemKinds)('the oracle on %s', (ki
               return tree
             })
             expect([...view].filter(([, node]) => node.error !== undefined)).toEqual([])
-            expect(diffTrees(view, readTree(`${at}/copy`))).toEqual([])
+            // This copier is not the product; what it makes of holes depends on what the disk has written out by then.
+            expect(diffTrees(view, readTree(`${at}/copy`), { holes: false })).toEqual([])
           } finally {
             removeTree(at)
           }

@@ -11,7 +11,6 @@ import {
   O_RDONLY,
   openat,
   openBeneath,
-  PosixError,
   removeDirectory,
   removeXattr,
   rename,
@@ -30,6 +29,7 @@ import {
   despiteProtection,
   fillMetacopy,
   moveOver,
+  removeFile,
   removeTree,
   resultMeta,
   type Trash,
@@ -148,10 +148,7 @@ function cleanDirectory(context: ApplyContext, record: CleanRecord): void {
   withFd(fd, () => {
     for (const whiteout of record.whiteouts ?? []) {
       const name = planName(whiteout)
-      despiteProtection([{ dirfd: fd, name: '' }], () => {
-        const code = tryUnlink(fd, name)
-        if (code !== undefined && code !== 'ENOENT') throw new PosixError(code, { syscall: 'unlinkat', path: name })
-      })
+      removeFile(fd, name)
     }
     for (const [name, attributes] of record.drop ?? []) dropAttributes(fd, planName(name), attributes)
     if (record.times !== undefined) setTimes(fd, '', BigInt(record.times[0]), BigInt(record.times[1]))
@@ -269,10 +266,7 @@ class RecordWork {
 
   // The upper's whiteout goes after what it hid, so that the view never changes.
   #dropUpper(name: ByteString): void {
-    const code = tryUnlink(this.#upperFd, name)
-    if (code !== undefined && code !== 'ENOENT' && code !== 'EISDIR') {
-      throw new PosixError(code, { syscall: 'unlinkat', path: name })
-    }
+    removeFile(this.#upperFd, name)
   }
 
   #whiteout(step: WhiteoutStep, name: ByteString): void {
@@ -477,12 +471,7 @@ class RecordWork {
         if (step.do === 'mkdir' || step.do === 'alias' || (step.do === 'graft' && step.meta === undefined)) continue
         if (step.do === 'place' && step.from !== undefined) continue
         const name = planName(step.name)
-        despiteProtection([{ dirfd: this.#upperFd, name }], () => {
-          const code = tryUnlink(this.#upperFd, name)
-          if (code !== undefined && code !== 'ENOENT' && code !== 'EISDIR') {
-            throw new PosixError(code, { syscall: 'unlinkat', path: name })
-          }
-        })
+        this.#dropUpper(name)
       }
     } catch (error) {
       if (errnoOf(error) !== 'ENOENT') throw error // an earlier run has removed the directory

@@ -319,10 +319,13 @@ export function removeTree(dirfd: number, name: ByteString): void {
   }
 }
 
-// Other names of the inode, elsewhere, stay as protected as they were.
-function removeFile(dirfd: number, name: ByteString): void {
+/**
+ * Removes a name that is not a directory; its absence is fine, and a directory stays. Other names of the inode stay as
+ * protected as they were.
+ */
+export function removeFile(dirfd: number, name: ByteString): void {
   const code = tryUnlink(dirfd, name)
-  if (code === undefined || code === 'ENOENT') return
+  if (code === undefined || code === 'ENOENT' || code === 'EISDIR') return
   if (code !== 'EPERM') throw new PosixError(code, { syscall: 'unlinkat', path: name })
   clearProtection(dirfd, '')
   withoutProtection(dirfd, name, () => unlink(dirfd, name))
