@@ -287,7 +287,7 @@ async function mergeInPlace(request: MergeRequest, stack: OpenStack, index: Inde
         writer: await journal.write(header),
         accept: (root, needs) => {
           if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
-          if (!rename) losses = assertHolds(journal.parent, base.path, needs)
+          if (!rename) losses = assertHolds(isBeside(journal, base.fd) ? journal.path : base.path, base.path, needs)
         },
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
@@ -355,7 +355,8 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
         accept: (root, needs) => {
           const base = stack.layers.at(-1) as OpenStack['layers'][number]
           if (request.allowEmpty !== true && !stack.below) assertNotEmptied(root, base.fd, target)
-          losses = assertHolds(journal.parent, target, needs)
+          // The tree is built in the journal; what a crash leaves of the probe goes with it.
+          losses = assertHolds(journal.path, target, needs)
         },
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
@@ -402,6 +403,11 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
   } finally {
     await pool.close()
   }
+}
+
+// Whether the journal is on the file system of the target, as it is unless that is a mount point or a subvolume.
+function isBeside(journal: Journal, targetFd: number): boolean {
+  return statFd(journal.fd).dev === statFd(targetFd).dev
 }
 
 /** Gives the finished tree its name, which nothing may have taken meanwhile. */
