@@ -481,7 +481,13 @@ class RecordWork {
 
 /** Removes directories of the upper that are empty now, all of one parent. What is gone already is fine. */
 export function removeUpperDirectories(context: ApplyContext, parent: EntryPath, names: readonly ByteString[]): void {
-  const fd = openBeneath(context.layerFds[0] as number, parent, O_DIRECTORY | O_NOFOLLOW)
+  let fd: number
+  try {
+    fd = openBeneath(context.layerFds[0] as number, parent, O_DIRECTORY | O_NOFOLLOW)
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT') return
+    throw error
+  }
   withFd(fd, () => {
     for (const name of names) {
       despiteProtection(

@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import { type ByteString, readDirents, syncFileSystem } from '@lsync/posix'
 import { type ApplyContext, applyStage, type Phase } from './apply.ts'
 import { removeTree } from './effects.ts'
@@ -90,12 +91,13 @@ function workInit(execution: Execution): WorkInit {
 function stageContext(execution: Execution): ApplyContext {
   const { plan, journal, targetFd, reflink, resumed, stack, indexFd } = execution
   let count = 0
+  const run = randomBytes(6).toString('hex')
   return {
     header: plan.header,
     layerFds: layerFdsOf(stack, indexFd),
     targetFd,
     stageFd: journal.stageFd,
-    trash: { fd: journal.trashFd, next: () => `stage.${count++}` as ByteString },
+    trash: { fd: journal.trashFd, next: () => `stage-${run}.${count++}` as ByteString },
     stages: new Map(),
     reflink,
     resumed,

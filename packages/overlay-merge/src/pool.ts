@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import { Worker } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
@@ -155,8 +156,11 @@ export class Pool {
     wake?.()
   }
 
+  // What an earlier run has put into the trash is still there when it is resumed, also by the same process.
+  readonly #run = randomBytes(6).toString('hex')
+
   #tag(): string {
-    return `t${process.pid}-${this.#generation}`
+    return `t${this.#run}-${this.#generation}`
   }
 
   async close(): Promise<void> {

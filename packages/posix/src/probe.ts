@@ -142,7 +142,18 @@ type Bench =
   | { readonly fd?: undefined; readonly dirfd: number; readonly obstacle: string }
 
 // These say that the experiment failed, not that the file system lacks something.
-const NO_ANSWER = new Set(['ENOSPC', 'EDQUOT', 'EIO', 'EMFILE', 'ENFILE', 'ENOMEM', 'EROFS', 'ETIMEDOUT', 'ENOTCONN'])
+const NO_ANSWER = new Set([
+  'EACCES',
+  'ENOSPC',
+  'EDQUOT',
+  'EIO',
+  'EMFILE',
+  'ENFILE',
+  'ENOMEM',
+  'EROFS',
+  'ETIMEDOUT',
+  'ENOTCONN',
+])
 
 /**
  * What the file system that holds `dir` can do, tried for real in a private directory beneath `dir`, which is gone
