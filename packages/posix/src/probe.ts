@@ -637,11 +637,13 @@ function tryUpper(fd: number, namespace: 'trusted' | 'user'): string[] {
   const base = freshName()
   makeDirectory(fd, base, 0o700)
   return withFd(openat(fd, base, O_RDONLY | O_DIRECTORY), (stage) => {
-    const [lower, upper, work] = (['lower', 'upper', 'work'] as ByteString[]).map((name) => {
-      makeDirectory(stage, name, 0o755)
-      return openat(stage, name, O_RDONLY | O_DIRECTORY)
-    }) as [number, number, number]
+    const layers: number[] = []
     try {
+      for (const name of ['lower', 'upper', 'work'] as ByteString[]) {
+        makeDirectory(stage, name, 0o755)
+        layers.push(openat(stage, name, O_RDONLY | O_DIRECTORY))
+      }
+      const [lower, upper, work] = layers as [number, number, number]
       const [gone, kept, directory, inside] = ['gone', 'kept', 'directory', 'directory/inside'] as ByteString[] as [
         ByteString,
         ByteString,
@@ -686,7 +688,7 @@ function tryUpper(fd: number, namespace: 'trusted' | 'user'): string[] {
       if (tryStatAt(upper, 'made' as ByteString)?.sizeBytes !== 7) failures.push('new files')
       return failures
     } finally {
-      for (const layer of [lower, upper, work]) close(layer)
+      for (const layer of layers) close(layer)
     }
   })
 }
