@@ -337,6 +337,30 @@ describe.skipIf(!canMountImages())('named cases', () => {
     expect(view.get('e/y')?.flags).toBe('a')
   })
 
+  test('a new directory that is made immutable holds a directory that was moved into it', async () => {
+    const view = await expectChanged(
+      [dir({ a: dir({ a: dir({ f: file('f') }) }), c: dir() })],
+      shell('mkdir c/b; mv a/a c/b/a; chattr +i c/b'),
+      { a: 'dir', c: 'dir', 'c/b': 'dir', 'c/b/a': 'dir', 'c/b/a/f': 'f' },
+    )
+    expect(view.get('c/b')?.flags).toBe('i')
+  })
+
+  test('an opaque directory, a file or a whiteout takes the place of an immutable lower directory', () =>
+    expectMerged(
+      [
+        dir({ b: opaque(), f: file('f'), w: whiteout(), s: redirected('t'), t: whiteout() }),
+        dir({
+          b: dir({ a: dir() }, { flags: 'i' }),
+          f: dir({ a: dir() }, { flags: 'i' }),
+          w: dir({ a: dir({ x: file('x', { flags: 'ia' }) }) }, { flags: 'a' }),
+          s: dir({ a: dir() }, { flags: 'i' }),
+          t: dir({ y: file('y') }, { flags: 'i' }),
+        }),
+      ],
+      { b: 'dir', f: 'f', s: 'dir', 's/y': 'y' },
+    ))
+
   test('with an index, the other name of a changed inode may lie in any lower', () =>
     expectChanged(
       [dir(), dir({ g: file('old'), h: linkTo('g'), d: dir({ i: linkTo('g') }) })],
