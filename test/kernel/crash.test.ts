@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest'
 import { engine } from '../support/engine.ts'
-import { countCalls, failAt, killAt } from '../support/faults.ts'
+import { countCalls, failAt, killAt, recordCalls } from '../support/faults.ts'
 import { descriptorsBelow, useFileSystem } from '../support/image.ts'
 import { closeAll, judge, recoverAndJudge, scenarios, setUp, tearDown } from '../support/interrupted.ts'
 import { describeError } from '../support/merging.ts'
@@ -98,7 +98,39 @@ describe.skipIf(!canMountImages()).each(scenarios)('interrupted: $name', (scenar
     },
     timeLimit(),
   )
+
+  test(
+    'a refused attribute, owner, mode or time is never taken for done',
+    async () => {
+      const first = begin()
+      const calls = await recordCalls(() => engine.merge(first.request))
+      tearDown(first)
+      const problems: string[] = []
+      for (const [n, syscall] of calls.entries()) {
+        if (!SETS_METADATA.has(syscall)) continue
+        for (const code of ['EACCES', 'EPERM']) {
+          const attempt = begin()
+          const { error, path } = await failAt(n, code, () => engine.merge(attempt.request))
+          const what = `${code} at call ${n} of ${calls.length}, ${syscall} ${JSON.stringify(path)}`
+          if (error === undefined) problems.push(...finished(attempt).map((line) => `${what}: ${line}`))
+          tearDown(attempt)
+        }
+      }
+      expect(summaryOf(problems)).toEqual([])
+    },
+    timeLimit(),
+  )
 })
+
+const SETS_METADATA = new Set([
+  'setxattr',
+  'removexattr',
+  'fchmod',
+  'fchmodat2',
+  'fchownat',
+  'utimensat',
+  'FS_IOC_SETFLAGS',
+])
 
 /** One line for each kind of problem: the first of it, and at how many places it happened. */
 function summaryOf(problems: readonly string[]): string[] {

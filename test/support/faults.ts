@@ -10,18 +10,22 @@ export class Killed extends Error {
 // Without these nothing on disk differs before and after: a kill at one of them is the kill at the next that does.
 const LOOKS_ONLY: ReadonlySet<string> = new Set(['openat', 'openat2', 'fsync', 'fdatasync', 'syncfs', 'flock'])
 
-/** Runs `work` and counts the calls at which it could be killed, or fail. */
-export async function countCalls(kind: 'kill' | 'fail', work: () => Promise<unknown>): Promise<number> {
-  let calls = 0
-  setSyscallHook((syscall) => {
-    if (kind === 'fail' || !LOOKS_ONLY.has(syscall)) calls++
-  })
+/** Runs `work` and gives the system calls at which it could fail, in order. */
+export async function recordCalls(work: () => Promise<unknown>): Promise<string[]> {
+  const calls: string[] = []
+  setSyscallHook((syscall) => calls.push(syscall))
   try {
     await work()
   } finally {
     setSyscallHook(undefined)
   }
   return calls
+}
+
+/** Runs `work` and counts the calls at which it could be killed, or fail. */
+export async function countCalls(kind: 'kill' | 'fail', work: () => Promise<unknown>): Promise<number> {
+  const calls = await recordCalls(work)
+  return kind === 'fail' ? calls.length : calls.filter((syscall) => !LOOKS_ONLY.has(syscall)).length
 }
 
 /**

@@ -161,9 +161,13 @@ export function moveOver(fromDir: number, from: ByteString, toDir: number, to: B
       takeAway(toDir, to, trash)
       continue
     }
-    if (attempt === 0 && code === 'EPERM') {
+    if (attempt < 3 && code === 'EPERM') {
       clearProtection(fromDir, '')
       clearProtection(toDir, '')
+      if (tryTypeAt(toDir, to) === S_IFDIR) {
+        takeAway(toDir, to, trash)
+        continue
+      }
       withoutProtection(fromDir, from, () =>
         withoutProtection(toDir, to, () => {
           const failed = tryRename(fromDir, from, toDir, to)

@@ -184,8 +184,9 @@ function setXattrs(
     try {
       setXattr(dirfd, name, xattr.name, xattr.value)
     } catch (error) {
-      if (errnoOf(error) !== 'EACCES' || kind === 'symlink') throw error
-      // An owner without privilege may not write user.* while the old mode forbids writing.
+      // An owner without privilege may not write user.* while the old mode forbids writing. Only those are set before
+      // the mode, which puts right what is changed here.
+      if (errnoOf(error) !== 'EACCES' || kind === 'symlink' || !isUserXattr(xattr.name)) throw error
       if (name === '') setModeFd(dirfd, 0o700)
       else setModeAt(dirfd, name, 0o700)
       setXattr(dirfd, name, xattr.name, xattr.value)
