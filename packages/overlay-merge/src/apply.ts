@@ -146,10 +146,7 @@ function cleanDirectory(context: ApplyContext, record: CleanRecord): void {
     throw error
   }
   withFd(fd, () => {
-    for (const whiteout of record.whiteouts ?? []) {
-      const name = planName(whiteout)
-      removeFile(fd, name)
-    }
+    for (const whiteout of record.whiteouts ?? []) removeFile(fd, planName(whiteout))
     for (const [name, attributes] of record.drop ?? []) dropAttributes(fd, planName(name), attributes)
     if (record.times !== undefined) setTimes(fd, '', BigInt(record.times[0]), BigInt(record.times[1]))
     for (const [name, flags] of record.flags ?? []) addFlags(fd, planName(name), flags)
@@ -160,6 +157,14 @@ function dropAttributes(dirfd: number, name: ByteString | '', attributes: readon
   for (const attribute of attributes) {
     despiteProtection([{ dirfd, name }], () => removeXattr(dirfd, name, planName(attribute)))
   }
+}
+
+function xattrsOf(planned: PlaceStep['set'] = []): Xattr[] {
+  return planned.map(([name, value]) => ({ name: planName(name), value: Buffer.from(value, 'base64') }))
+}
+
+function putAttributes(dirfd: number, name: ByteString, planned: PlaceStep['set']): void {
+  for (const xattr of xattrsOf(planned)) setXattr(dirfd, name, xattr.name, xattr.value)
 }
 
 /** One directory record at work: its directories are opened when they are first needed. */
@@ -322,11 +327,7 @@ class RecordWork {
     if (change && (!resumed || tryStatAt(fromDir, from) !== undefined)) {
       // What the mark means must be true before it goes: an opaque directory's name is cleared by the move itself.
       dropAttributes(fromDir, from, step.drop ?? [])
-      if (step.do === 'place') {
-        for (const [attribute, value] of step.set ?? []) {
-          setXattr(fromDir, from, planName(attribute), Buffer.from(value, 'base64'))
-        }
-      }
+      if (step.do === 'place') putAttributes(fromDir, from, step.set)
     }
     if (!moveOver(fromDir, from, this.#targetFd, to, trash) && !resumed) {
       throw new ChangedMeanwhileError(join(this.#path, to))
@@ -338,11 +339,10 @@ class RecordWork {
       const { header, layerFds, reflink, stageFd, trash } = this.#context
       const stat = statAt(fromDir, from)
       const meta = resultMeta(fromDir, from, stat, marksOf(this.#context), header.plain)
-      const marks: Xattr[] = []
-      if (step.metacopy === true) marks.push(...this.#metacopyMarks(fromDir, from))
-      for (const [attribute, value] of step.set ?? []) {
-        marks.push({ name: planName(attribute), value: Buffer.from(value, 'base64') })
-      }
+      const marks: Xattr[] = xattrsOf(step.set)
+      const { metacopy } = marksOf(this.#context)
+      const value = step.metacopy === true ? getXattr(fromDir, from, metacopy) : undefined
+      if (value !== undefined) marks.unshift({ name: metacopy, value })
       const request = {
         fromDir,
         from,
@@ -371,11 +371,6 @@ class RecordWork {
         withFd(openBeneath(root, at.parent, O_DIRECTORY | O_NOFOLLOW), (dir) => copy({ dir, name: at.name }))
       }
     })
-  }
-
-  #metacopyMarks(dirfd: number, name: ByteString): Xattr[] {
-    const { metacopy } = marksOf(this.#context)
-    return readOne(dirfd, name, metacopy)
   }
 
   #stageOf(name: ByteString): StageRecord {
@@ -411,9 +406,7 @@ class RecordWork {
     const source = planName(step.from)
     if (resumed && tryStatAt(indexFd, source) === undefined) return
     dropAttributes(indexFd, source, step.drop ?? [])
-    for (const [attribute, value] of step.set ?? []) {
-      setXattr(indexFd, source, planName(attribute), Buffer.from(value, 'base64'))
-    }
+    putAttributes(indexFd, source, step.set)
     const temporary = trash.next()
     link(indexFd, source, stageFd, temporary)
     moveOver(stageFd, temporary, this.#targetFd, name, trash)
@@ -470,8 +463,7 @@ class RecordWork {
       for (const step of this.#record.steps) {
         if (step.do === 'mkdir' || step.do === 'alias' || (step.do === 'graft' && step.meta === undefined)) continue
         if (step.do === 'place' && step.from !== undefined) continue
-        const name = planName(step.name)
-        this.#dropUpper(name)
+        this.#dropUpper(planName(step.name))
       }
     } catch (error) {
       if (errnoOf(error) !== 'ENOENT') throw error // an earlier run has removed the directory
@@ -499,11 +491,6 @@ export function removeUpperDirectories(context: ApplyContext, parent: EntryPath,
       )
     }
   })
-}
-
-function readOne(dirfd: number, name: ByteString, attribute: ByteString): Xattr[] {
-  const value = getXattr(dirfd, name, attribute)
-  return value === undefined ? [] : [{ name: attribute, value }]
 }
 
 /** One name of a link group: the record it is in, and its step. */

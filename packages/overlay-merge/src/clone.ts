@@ -6,20 +6,14 @@ import {
   DT_REG,
   DT_UNKNOWN,
   errnoOf,
-  FS_APPEND_FL,
-  FS_IMMUTABLE_FL,
-  getInodeFlags,
   listXattrs,
   makeDirectory,
   O_DIRECTORY,
   O_NOFOLLOW,
-  O_NONBLOCK,
-  openat,
   openBeneath,
   PosixError,
   readDirents,
   type Stat,
-  setInodeFlags,
   setTimes,
   sizeAt,
   statAt,
@@ -28,7 +22,7 @@ import {
   tryLink,
   withFd,
 } from '@lsync/posix'
-import { copyObject, resultMeta } from './effects.ts'
+import { addFlags, copyObject, fileProtection, protectionOf, resultMeta } from './effects.ts'
 import { finishDirectory, inheritsAcls, readMeta, type WriteMetaOptions } from './encodings/inode.ts'
 import type { Meta } from './model/entry.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
@@ -96,7 +90,7 @@ export function cloneDirectory(context: CloneContext, path: EntryPath, part: Clo
       const stat = statFd(from)
       inherits ??= inheritsAcls(to)
       finishDirectory(to, cloneMeta(context, from, '', stat), { dropInheritedAcls: inherits })
-      if (stat.isProtected) part.flagged.push([path, getInodeFlags(from) & (FS_IMMUTABLE_FL | FS_APPEND_FL)])
+      if (stat.isProtected) part.flagged.push([path, protectionOf(from)])
       part.counts.directories++
     } finally {
       close(to)
@@ -144,7 +138,7 @@ function copyEntry(context: CloneContext, place: Place, inherits: boolean, part:
     part.groups.push([`${stat.dev}:${stat.ino}`, textOf(path)])
     return
   }
-  const options: WriteMetaOptions = { dropInheritedAcls: inherits, inodeFlags: protectionOf(from, name, stat) }
+  const options: WriteMetaOptions = { dropInheritedAcls: inherits, inodeFlags: fileProtection(from, name, stat) }
   const meta = cloneMeta(context, from, name, stat)
   copyObject({ fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }, to, name, options)
   part.counts.objects++
@@ -165,7 +159,7 @@ export function copyLinked(context: CloneContext, path: EntryPath): number {
       const request = { fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }
       copyObject(request, to, name, { dropInheritedAcls: inheritsAcls(to) })
       restoreTimes(to, before)
-      return protectionOf(from, name, stat)
+      return fileProtection(from, name, stat)
     }),
   )
 }
@@ -179,15 +173,13 @@ export function protectDirectory(targetFd: number, path: EntryPath, flags: numbe
     if (['ENOENT', 'ENOTDIR', 'ELOOP'].includes(errnoOf(error) ?? '')) return
     throw error
   }
-  withFd(fd, () => setInodeFlags(fd, getInodeFlags(fd) | flags, path))
+  withFd(fd, () => addFlags(fd, '', flags))
 }
 
 /** Sets inode flags (chattr) of a file of the clone. */
 export function protect(context: CloneContext, path: EntryPath, flags: number): void {
   const { parent, name } = split(path)
-  withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) =>
-    withFd(openat(to, name, O_NOFOLLOW | O_NONBLOCK), (fd) => setInodeFlags(fd, getInodeFlags(fd) | flags, name)),
-  )
+  withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) => addFlags(to, name, flags))
 }
 
 function restoreTimes(fd: number, stat: Stat): void {
@@ -200,9 +192,4 @@ function cloneMeta(context: CloneContext, dirfd: number, name: ByteString | '', 
   if (!context.below) return resultMeta(dirfd, name, stat, marks, context.plain)
   const meaningful: readonly ByteString[] = [marks.opaque, marks.redirect, marks.metacopy, marks.whiteout]
   return readMeta(dirfd, name, stat, (attribute) => !isMark(attribute, marks) || meaningful.includes(attribute))
-}
-
-function protectionOf(dirfd: number, name: ByteString, stat: Stat): number {
-  if (!stat.isFile || !stat.isProtected) return 0
-  return withFd(openat(dirfd, name, O_NOFOLLOW | O_NONBLOCK), getInodeFlags) & (FS_IMMUTABLE_FL | FS_APPEND_FL)
 }

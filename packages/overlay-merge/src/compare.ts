@@ -594,7 +594,8 @@ class LinkPairs {
   }
 }
 
-function attempt<T>(read: () => T): { value?: T; error?: string } {
+/** What reading gave, or the code of the failure that is its answer. */
+export function attempt<T>(read: () => T): { value?: T; error?: string } {
   try {
     return { value: read() }
   } catch (error) {
@@ -602,7 +603,8 @@ function attempt<T>(read: () => T): { value?: T; error?: string } {
   }
 }
 
-function codeOf(error: unknown): string {
+/** The code of a foreseen failure; everything else is thrown on. */
+export function codeOf(error: unknown): string {
   if (error instanceof LsyncError) return error.code
   throw error
 }

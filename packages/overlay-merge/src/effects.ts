@@ -10,9 +10,7 @@ import {
   getInodeFlags,
   getXattr,
   isSubvolume,
-  O_CREAT,
   O_DIRECTORY,
-  O_EXCL,
   O_NOFOLLOW,
   O_NONBLOCK,
   O_RDONLY,
@@ -67,6 +65,9 @@ function unescapeXattr(xattr: Xattr, marks: MarkNames): Xattr {
   return { ...xattr, name: (marks.prefix + xattr.name.slice(marks.escape.length)) as ByteString }
 }
 
+/** The inode flags that stand in the way of changes. */
+export const PROTECTION = FS_IMMUTABLE_FL | FS_APPEND_FL
+
 // Symlinks, sockets and devices without a driver have no flags to take off; a vanished entry neither.
 const UNFLAGGED = ['ELOOP', 'ENXIO', 'ENODEV', 'ENOENT']
 
@@ -81,7 +82,7 @@ export function clearProtection(dirfd: number, name: ByteString | ''): number {
   }
   try {
     const flags = getInodeFlags(fd)
-    const protection = flags & (FS_IMMUTABLE_FL | FS_APPEND_FL)
+    const protection = flags & PROTECTION
     if (protection !== 0) setInodeFlags(fd, flags & ~protection, name)
     return protection
   } finally {
@@ -123,8 +124,8 @@ function withoutProtection<T>(dirfd: number, name: ByteString, change: () => T):
   }
   return withFd(fd, () => {
     const flags = getInodeFlags(fd)
-    const isProtected = (flags & (FS_IMMUTABLE_FL | FS_APPEND_FL)) !== 0
-    if (isProtected) setInodeFlags(fd, flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL), name)
+    const isProtected = (flags & PROTECTION) !== 0
+    if (isProtected) setInodeFlags(fd, flags & ~PROTECTION, name)
     try {
       return change()
     } finally {
@@ -180,6 +181,17 @@ export function moveOver(fromDir: number, from: ByteString, toDir: number, to: B
   }
 }
 
+/** Which of them an open file or directory really has. */
+export function protectionOf(fd: number): number {
+  return getInodeFlags(fd) & PROTECTION
+}
+
+/** As `protectionOf`, for a regular file by its name; `stat` saves opening those that have none. */
+export function fileProtection(dirfd: number, name: ByteString, stat: Stat): number {
+  if (!stat.isFile || !stat.isProtected) return 0
+  return withFd(openat(dirfd, name, O_NOFOLLOW | O_NONBLOCK), protectionOf)
+}
+
 /** Adds inode flags (chattr) to an entry that is a file or a directory. */
 export function addFlags(dirfd: number, name: ByteString | '', flags: number): void {
   const fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
@@ -231,8 +243,8 @@ function specialType(stat: Stat): SpecialType {
 }
 
 /**
- * Fills the upper's metacopy inode with its data where it is, so that all its names get it, and takes the marks off
- * last: as long as `metacopy` is there, it can be done again.
+ * Fills the upper's metacopy inode with its data where it is, so that all its names get it. The marks stay for the step
+ * that shows it: as long as `metacopy` is there, it can be done again.
  */
 export function fillMetacopy(
   dirfd: number,
@@ -344,9 +356,4 @@ function tryRemoveEmpty(dirfd: number, name: ByteString): boolean {
     if (code === 'ENOTEMPTY' || code === 'EEXIST') return false
     throw error
   }
-}
-
-/** Creates a file exclusively for writing; for the journal and its like. */
-export function createFile(dirfd: number, name: ByteString): number {
-  return openat(dirfd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
 }

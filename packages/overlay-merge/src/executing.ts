@@ -1,15 +1,16 @@
 import { randomBytes } from 'node:crypto'
 import { type ByteString, readDirents, syncFileSystem } from '@lsync/posix'
-import { type ApplyContext, applyStage, type Phase } from './apply.ts'
+import { applyStage, type Phase } from './apply.ts'
 import { removeTree } from './effects.ts'
 import type { Journal, LineIndex, SealedPlan } from './journal.ts'
 import { readRecord } from './journal.ts'
 import { type EntryPath, split } from './model/path.ts'
 import { type DirectoryRecord, planPath } from './model/plan.ts'
+import { addTo } from './multimap.ts'
 import type { Progress } from './planning.ts'
-import type { Pool } from './pool.ts'
+import { drainList, type Pool } from './pool.ts'
 import { type OpenStack, stackInit } from './stack.ts'
-import { type GroupRef, type Job, layerFdsOf, type WorkInit } from './work.ts'
+import { type ApplyInit, applyContextOf, type GroupRef, type Job } from './work.ts'
 
 /** What carrying out a plan needs. */
 export interface Execution {
@@ -31,13 +32,14 @@ const BATCH = 48
  * (the upper's leftovers, the journal) no longer matters to it. Every step may run twice.
  */
 export async function executePlan(execution: Execution): Promise<void> {
-  const { plan, journal, pool, targetFd } = execution
+  const { plan, journal, pool, stack, targetFd } = execution
   const { header, lines, stages } = plan
-  pool.prepare(workInit(execution))
+  const init = applyInit(execution)
+  pool.prepare({ stack: stackInit(stack), apply: init })
   if (journal.has('applied')) return
   const inPlace = header.publish === undefined
   if (!journal.has('staged')) {
-    const context = stageContext(execution)
+    const context = applyContextOf(stackInit(stack), init, `stage-${randomBytes(6).toString('hex')}`)
     for (const stage of stages) applyStage(context, stage)
     if (inPlace && stages.length > 0) {
       syncFileSystem(targetFd, header.target)
@@ -70,63 +72,42 @@ export async function executePlan(execution: Execution): Promise<void> {
   if (inPlace) journal.reach('applied')
 }
 
-function workInit(execution: Execution): WorkInit {
-  const { plan, journal, targetFd, reflink, resumed, stack, indexFd } = execution
-  return {
-    stack: stackInit(stack),
-    apply: {
-      header: plan.header,
-      targetFd,
-      stageFd: journal.stageFd,
-      trashFd: journal.trashFd,
-      planFd: journal.planFd,
-      stages: plan.stages,
-      reflink,
-      resumed,
-      ...(indexFd === undefined ? {} : { indexFd }),
-    },
-  }
-}
-
-function stageContext(execution: Execution): ApplyContext {
-  const { plan, journal, targetFd, reflink, resumed, stack, indexFd } = execution
-  let count = 0
-  const run = randomBytes(6).toString('hex')
+function applyInit(execution: Execution): ApplyInit {
+  const { plan, journal, targetFd, reflink, resumed, indexFd } = execution
   return {
     header: plan.header,
-    layerFds: layerFdsOf(stack, indexFd),
     targetFd,
     stageFd: journal.stageFd,
-    trash: { fd: journal.trashFd, next: () => `stage-${run}.${count++}` as ByteString },
-    stages: new Map(),
+    trashFd: journal.trashFd,
+    planFd: journal.planFd,
+    stages: plan.stages,
     reflink,
     resumed,
     ...(indexFd === undefined ? {} : { indexFd }),
   }
 }
 
+// Lines by the depth of their path, the highest directories first.
 function levels(lines: readonly LineIndex[]): LineIndex[][] {
-  const byDepth = new Map<number, LineIndex[]>()
-  for (const line of lines) {
-    const depth = line.path === '' ? 0 : line.path.split('/').length
-    const level = byDepth.get(depth)
-    if (level === undefined) byDepth.set(depth, [line])
-    else level.push(line)
-  }
-  return [...byDepth.keys()].sort((left, right) => left - right).map((depth) => byDepth.get(depth) as LineIndex[])
+  return byDepth(Map.groupBy(lines, ({ path }) => depthOf(path)))
+}
+
+function depthOf(path: string): number {
+  return path === '' ? 0 : path.split('/').length
+}
+
+function byDepth<T>(levels: ReadonlyMap<number, T[]>): T[][] {
+  return [...levels].sort(([left], [right]) => left - right).map(([, level]) => level)
 }
 
 async function applyAll(execution: Execution, lines: readonly LineIndex[], phase: Phase): Promise<void> {
-  let at = 0
   let done = 0
   const { pool, report } = execution
-  await pool.drain(
-    (): Job | undefined => {
-      if (at >= lines.length) return undefined
-      const batch = lines.slice(at, at + BATCH)
-      at += batch.length
-      return { kind: 'apply', phase, lines: batch.map(({ offset, length }) => ({ offset, length })) }
-    },
+  await drainList(
+    pool,
+    lines,
+    BATCH,
+    (batch): Job => ({ kind: 'apply', phase, lines: batch.map(({ offset, length }) => ({ offset, length })) }),
     (count) => {
       done += count as number
       if (phase !== 'finish') report?.({ phase: 'apply', done, total: lines.length })
@@ -137,30 +118,15 @@ async function applyAll(execution: Execution, lines: readonly LineIndex[], phase
 async function applyGroups(execution: Execution): Promise<void> {
   const { plan, pool } = execution
   if (plan.groups.size === 0) return
-  const linesOfPath = new Map<string, LineIndex[]>()
-  for (const line of plan.lines) {
-    if (line.type !== 'directory') continue
-    const same = linesOfPath.get(line.path)
-    if (same === undefined) linesOfPath.set(line.path, [line])
-    else same.push(line)
-  }
+  const directories = plan.lines.filter(({ type }) => type === 'directory')
+  const linesOfPath = Map.groupBy(directories, ({ path }) => path)
   const refs = (paths: readonly string[]): GroupRef[] =>
     paths.map((path) => {
       const slash = path.lastIndexOf('/')
       const lines = linesOfPath.get(slash < 0 ? '' : path.slice(0, slash)) ?? []
       return { lines: lines.map(({ offset, length }) => ({ offset, length })), name: path.slice(slash + 1) }
     })
-  const groups = [...plan.groups.values()]
-  let at = 0
-  await pool.drain(
-    (): Job | undefined => {
-      if (at >= groups.length) return undefined
-      const batch = groups.slice(at, at + BATCH)
-      at += batch.length
-      return { kind: 'group', members: batch.map(refs) }
-    },
-    () => undefined,
-  )
+  await drainList(pool, [...plan.groups.values()], BATCH, (batch): Job => ({ kind: 'group', members: batch.map(refs) }))
 }
 
 /** Removes what is left of the upper after its content has arrived: files that were copied, then directories. */
@@ -193,19 +159,10 @@ function removalLevels(lines: readonly LineIndex[]): Job[][] {
   for (const { upper, isPart } of lines) {
     if (upper === undefined || upper === '' || isPart) continue
     const { parent, name } = split(planPath(upper))
-    const names = parents.get(parent)
-    if (names === undefined) parents.set(parent, [name])
-    else names.push(name)
+    addTo(parents, parent, name)
   }
-  const levels = new Map<number, Job[]>()
-  for (const [parent, names] of parents) {
-    const depth = parent === '' ? 0 : parent.split('/').length
-    const level = levels.get(depth)
-    const job: Job = { kind: 'rmdir', parent, names }
-    if (level === undefined) levels.set(depth, [job])
-    else level.push(job)
-  }
-  return [...levels.keys()].sort((left, right) => right - left).map((depth) => levels.get(depth) as Job[])
+  const levels = byDepth(Map.groupBy(parents, ([parent]) => depthOf(parent))).reverse()
+  return levels.map((level) => level.map(([parent, names]): Job => ({ kind: 'rmdir', parent, names })))
 }
 
 /**
@@ -225,14 +182,11 @@ export async function emptyTrash(execution: Execution): Promise<void> {
   const names: ByteString[] = []
   readDirents(journal.trashFd, (name) => names.push(name))
   let done = 0
-  let at = 0
-  await pool.drain(
-    (): Job | undefined => {
-      if (at >= names.length) return undefined
-      const batch = names.slice(at, at + 8)
-      at += batch.length
-      return { kind: 'discard', names: batch }
-    },
+  await drainList(
+    pool,
+    names,
+    8,
+    (batch): Job => ({ kind: 'discard', names: batch }),
     (count) => {
       done += count as number
       execution.report?.({ phase: 'clean-up', done, total: names.length })

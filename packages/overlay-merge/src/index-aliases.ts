@@ -28,9 +28,8 @@ export interface Alias {
   readonly name: Name
   /** The name of the inode in the workdir's index directory. */
   readonly index: ByteString
-  /** The lower file that the name would show without the index. */
+  /** The layer of the lower file that the name would show without the index. */
   readonly layer: number
-  readonly path: EntryPath
 }
 
 const HEADER_BYTES = 21
@@ -92,7 +91,7 @@ function visit(
     if (stat.nlink < 2) continue
     const index = wanted.get(keyOf(found.source.layer, stat))
     if (index === undefined) continue
-    aliases.push({ directory: directory.path, name, index, layer: found.source.layer, path: found.source.path })
+    aliases.push({ directory: directory.path, name, index, layer: found.source.layer })
   }
 }
 

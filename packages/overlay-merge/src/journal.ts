@@ -30,6 +30,7 @@ import {
 import xxhash from 'xxhash-wasm'
 import { removeTree } from './effects.ts'
 import type { CleanRecord, DirectoryRecord, PlanEnd, PlanHeader, PlanRecord, StageRecord } from './model/plan.ts'
+import { addTo } from './multimap.ts'
 
 /** Another process works on the same target. */
 export class TargetBusyError extends LsyncError {
@@ -124,8 +125,6 @@ export function hasJournal(target: HostPath): boolean {
  */
 export class Journal {
   readonly path: HostPath
-  /** The directory that holds the journal, and the target. */
-  readonly parent: HostPath
   readonly fd: number
   readonly #parentFd: number
   readonly #name: ByteString
@@ -136,7 +135,6 @@ export class Journal {
 
   private constructor(parent: HostPath, parentFd: number, name: ByteString, fd: number) {
     this.path = `${parent}/${name}` as HostPath
-    this.parent = parent
     this.#parentFd = parentFd
     this.#name = name
     this.fd = fd
@@ -339,11 +337,7 @@ export class PlanWriter {
   addLine(line: EncodedLine): void {
     const bytes = Buffer.from(line.text)
     this.#lines.push({ ...line.index, offset: this.#offset, length: bytes.length - 1 })
-    for (const [group, path] of line.groups) {
-      const paths = this.#groups.get(group)
-      if (paths === undefined) this.#groups.set(group, [path])
-      else paths.push(path)
-    }
+    for (const [group, path] of line.groups) addTo(this.#groups, group, path)
     this.#records++
     this.#append(bytes)
   }
@@ -451,11 +445,7 @@ async function readPlan(fd: number, path: string): Promise<SealedPlan | undefine
     if (parsed.type === 'stage') stages.push(parsed)
     else {
       lines.push({ ...indexOf(parsed), offset, length: bytes.length - 1 })
-      for (const [group, to] of groupsOf(parsed)) {
-        const paths = groups.get(group)
-        if (paths === undefined) groups.set(group, [to])
-        else paths.push(to)
-      }
+      for (const [group, to] of groupsOf(parsed)) addTo(groups, group, to)
     }
   }
   return undefined

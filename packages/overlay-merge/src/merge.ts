@@ -32,10 +32,11 @@ import { Journal, PlanWriter, placeOf, planLines, type SealedPlan, TREE } from '
 import { isMark } from './model/marks.ts'
 import { type EntryPath, join, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
+import { addTo } from './multimap.ts'
 import type { PlanContext, PlanCounts } from './plan.ts'
 import { openTemporaryPlan, type Planned, type Progress, planStack } from './planning.ts'
-import { Pool } from './pool.ts'
-import { recoverJournal } from './recover.ts'
+import { Pool, takeShare } from './pool.ts'
+import { type RecoverOptions, recoverBefore } from './recover.ts'
 import { OpenSources, resolve } from './resolve.ts'
 import { assertHolds, assertMergeable, assertNotEmptied, type Loss } from './safety.ts'
 import type { Layer } from './scan.ts'
@@ -116,7 +117,7 @@ export async function merge(asked: MergeRequest): Promise<MergeReport> {
   const start = performance.now()
   const request = resolved(asked)
   const target = checkRequest(request)
-  const recovered = request.dryRun === true ? false : await recoverBefore(target, request)
+  const recovered = request.dryRun === true ? false : await recoverBefore(target, threadsOf(request))
   const inPlace = request.mode === 'in-place'
   if (!inPlace && isThere(target)) throw new OutputExistsError(target)
   const below = request.mode === 'delta' || (inPlace && request.lowers.length > 1)
@@ -221,18 +222,8 @@ function isThere(path: HostPath): boolean {
   return withFd(openRoot(parent), (fd) => tryStatAt(fd, name) !== undefined)
 }
 
-async function recoverBefore(target: HostPath, request: MergeRequest): Promise<boolean> {
-  const journal = Journal.open(target, { create: false })
-  if (journal === undefined) return false
-  try {
-    const found = await recoverJournal(journal, {
-      ...(request.workers === undefined ? {} : { workers: request.workers }),
-      ...(request.signal === undefined ? {} : { signal: request.signal }),
-    })
-    return found.outcome !== 'nothing'
-  } finally {
-    journal.close()
-  }
+function threadsOf({ workers, signal }: MergeRequest): RecoverOptions {
+  return { ...(workers === undefined ? {} : { workers }), ...(signal === undefined ? {} : { signal }) }
 }
 
 type Part = Omit<MergeReport, 'recovered' | 'dryRun' | 'elapsedMs'>
@@ -267,8 +258,7 @@ function inoOf(layer: OpenStack['layers'][number] | undefined): string {
 async function mergeInPlace(request: MergeRequest, stack: OpenStack, index: Index): Promise<Part> {
   const upper = stack.layers[0] as OpenStack['layers'][number]
   const base = stack.layers[1] as OpenStack['layers'][number]
-  const [upperStat, baseStat] = [statFd(upper.fd), statFd(base.fd)]
-  const rename = upperStat.dev === baseStat.dev && upperStat.mountId === baseStat.mountId
+  const rename = isOneFileSystem(upper.fd, base.fd)
   const header = headerOf(request, base.path, stack, rename)
   const pool = makePool(request, stack, planInit(request, stack, rename, index))
   try {
@@ -405,6 +395,12 @@ async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostP
   }
 }
 
+/** Whether a rename leads from one open directory's tree into the other's. */
+export function isOneFileSystem(left: number, right: number): boolean {
+  const [one, other] = [statFd(left), statFd(right)]
+  return one.dev === other.dev && one.mountId === other.mountId
+}
+
 // Whether the journal is on the file system of the target, as it is unless that is a mount point or a subvolume.
 function isBeside(journal: Journal, targetFd: number): boolean {
   return statFd(journal.fd).dev === statFd(targetFd).dev
@@ -438,27 +434,20 @@ async function cloneBase(
   const base = stack.layers.at(-1) as OpenStack['layers'][number]
   const clone = { fromFd: base.fd, toFd, method, below: stack.below, plain: request.plain === true }
   pool.prepare({ stack: stackInit(stack), clone })
-  let pending: EntryPath[] = [ROOT]
+  const pending: EntryPath[] = [ROOT]
   const groups = new Map<string, EntryPath[]>()
   const flagged: ClonePart['flagged'] = []
   let done = 0
   await pool.drain(
     (idle): Job | undefined => {
       if (pending.length === 0) return undefined
-      const share = Math.min(64, Math.max(1, Math.ceil(pending.length / (idle * 2))))
-      const paths = pending.slice(-share)
-      pending = pending.slice(0, -share)
-      return { kind: 'clone', paths, budgetMs: 25 }
+      return { kind: 'clone', paths: takeShare(pending, idle), budgetMs: 25 }
     },
     (result) => {
       const part = result as ClonePart
       pending.push(...part.next)
       flagged.push(...part.flagged)
-      for (const [key, path] of part.groups) {
-        const paths = groups.get(key)
-        if (paths === undefined) groups.set(key, [planPath(path)])
-        else paths.push(planPath(path))
-      }
+      for (const [key, path] of part.groups) addTo(groups, key, planPath(path))
       done += part.counts.objects
       request.onProgress?.({ phase: 'clone', done })
     },

@@ -12,12 +12,8 @@ import {
   DT_UNKNOWN,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
-  getInodeFlags,
   getXattr,
   listXattrs,
-  O_NOFOLLOW,
-  O_NONBLOCK,
-  openat,
   readDirents,
   S_IFCHR,
   S_IFDIR,
@@ -27,13 +23,12 @@ import {
   statFd,
   textOf,
   tryTypeAt,
-  withFd,
 } from '@lsync/posix'
 import { emission } from './compose.ts'
-import { resultMeta } from './effects.ts'
+import { fileProtection, protectionOf, resultMeta } from './effects.ts'
 import type { Alias } from './index-aliases.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
-import { type EntryPath, join, type Name } from './model/path.ts'
+import { type EntryPath, join, type Name, split } from './model/path.ts'
 import {
   type CleanRecord,
   type DirectoryRecord,
@@ -83,7 +78,6 @@ export interface PlanPart {
   readonly records: (DirectoryRecord | CleanRecord)[]
   readonly next: PlanTask[]
   readonly grafts: Graft[]
-  readonly groups: [group: string, path: string][]
   readonly problems: Problem[]
   /** What the result needs its file system to hold, with the first path that does. */
   readonly needs: Map<Need, EntryPath>
@@ -144,14 +138,12 @@ export function emptyPart(): PlanPart {
     records: [],
     next: [],
     grafts: [],
-    groups: [],
     problems: [],
     needs: new Map(),
     counts: { directories: 0, placed: 0, trees: 0, removed: 0, replaced: 0, created: 0, whiteouts: 0, bytes: 0 },
   }
 }
 
-const PROTECTION = FS_IMMUTABLE_FL | FS_APPEND_FL
 const STEPS_A_RECORD = 4096
 // A directory of ext4 grows by 4096-byte blocks of some fifty names.
 const BYTES_A_NAME = 1024
@@ -274,7 +266,6 @@ class DirectoryPlanner {
       steps.push({ do: 'alias', ...common, ...more, from: alias.index, drop: kept })
     } else {
       const group = `0:${stat.dev}:${stat.ino}`
-      this.#part.groups.push([group, textOf(to)])
       this.#need('hardLinks', to)
       const from: [number, string] = [stack.layers.length + stack.data.length, alias.index]
       steps.push({ do: 'place', ...common, ...more, from, group, sizeBytes: stat.sizeBytes })
@@ -284,14 +275,11 @@ class DirectoryPlanner {
   #inspect(source: Source, name: Name): RawEntry | undefined {
     const isOwn = this.#task.directory.sources.some(({ layer, path }) => layer === source.layer && path === source.path)
     const types = isOwn ? this.#types.get(source.layer) : undefined
-    let entry: RawEntry | undefined
-    if (types === undefined) entry = this.#opened.inspect(source, name)
-    else {
-      const type = types.get(name)
-      const { marks } = layerAt(this.#context.stack, source.layer)
-      if (type !== undefined) entry = inspect(this.#opened.fd(source), name, type, marks, this.#wantsStat(type))
-    }
-    return entry
+    if (types === undefined) return this.#opened.inspect(source, name)
+    const type = types.get(name)
+    if (type === undefined) return undefined
+    const { marks } = layerAt(this.#context.stack, source.layer)
+    return inspect(this.#opened.fd(source), name, type, marks, this.#wantsStat(type))
   }
 
   // Renaming needs no stat. Copying needs the link count and the size.
@@ -450,16 +438,13 @@ class DirectoryPlanner {
     let flags = source.layer === 0 ? protectedFlags(parent, name, marked, marks) : 0
     const stat = top.stat ?? (top.metacopy !== undefined ? statAt(parent, name) : undefined)
     // An upper that an earlier merge made has real ones.
-    if (stat?.isProtected === true && stat.isFile) {
-      flags |= withFd(openat(parent, name, O_NOFOLLOW | O_NONBLOCK), getInodeFlags) & PROTECTION
-    }
+    if (stat !== undefined) flags |= fileProtection(parent, name, stat)
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
     if (stat !== undefined && !this.#context.rename) this.#needsOf(path, top, stat)
     if (this.#context.portable && stat !== undefined) step.expect = expectationOf(stat)
     if (!this.#context.rename && stat !== undefined && stat.nlink > 1) {
       step.group = `${source.layer}:${stat.dev}:${stat.ino}`
-      this.#part.groups.push([step.group, textOf(path)])
       this.#need('hardLinks', path)
     }
     if (stat !== undefined) step.sizeBytes = stat.sizeBytes
@@ -501,17 +486,13 @@ class DirectoryPlanner {
   }
 
   #parentFd(source: Source): number {
-    const slash = source.path.lastIndexOf('/')
-    return this.#opened.fd({
-      layer: source.layer,
-      path: (slash < 0 ? '' : source.path.slice(0, slash)) as EntryPath,
-    })
+    return this.#opened.fd({ layer: source.layer, path: split(source.path).parent })
   }
 
   // By default a step takes layer 0's entry of the same name in the record's upper directory.
   #from(source: Source, path: EntryPath): { from?: [number, string] } {
     const upper = this.#task.directory.sources[0]
-    const name = path.slice(path.lastIndexOf('/') + 1) as Name
+    const { name } = split(path)
     if (source.layer === 0 && upper?.layer === 0 && join(upper.path, name) === source.path) return {}
     return { from: [source.layer, textOf(source.path)] }
   }
@@ -553,7 +534,8 @@ class DirectoryPlanner {
     const top = directory.sources[0] as Source
     const { marks } = layerAt(this.#context.stack, top.layer)
     const fd = this.#opened.fd(top)
-    const meta = resultMeta(fd, '', statFd(fd), marks, this.#context.plain)
+    const stat = statFd(fd)
+    const meta = resultMeta(fd, '', stat, marks, this.#context.plain)
     const record: DirectoryRecord = {
       type: 'directory',
       path: textOf(directory.path),
@@ -562,22 +544,17 @@ class DirectoryPlanner {
     }
     if (top.layer === 0) record.upper = textOf(top.path)
     if (directory.path !== '') {
-      const name = directory.path.slice(directory.path.lastIndexOf('/') + 1) as Name
-      const parentOrigin = inherited === undefined ? undefined : (parentOf(inherited) as EntryPath)
+      const { name } = split(directory.path)
+      const parentOrigin = inherited === undefined ? undefined : split(inherited).parent
       const { opaque, redirect } = emission(directory.open, parentOrigin, name)
       if (opaque) record.opaque = true
       if (redirect !== undefined) record.redirect = textOf(redirect)
       const emulated = top.layer === 0 ? protectedFlags(fd, '', [marks.protattr], marks) : 0
-      const flags = emulated | (statFd(fd).isProtected ? getInodeFlags(fd) & PROTECTION : 0)
+      const flags = emulated | (stat.isProtected ? protectionOf(fd) : 0)
       if (flags !== 0) record.flags = flags
     }
     return record
   }
-}
-
-function parentOf(path: EntryPath): EntryPath {
-  const slash = path.lastIndexOf('/')
-  return (slash < 0 ? '' : path.slice(0, slash)) as EntryPath
 }
 
 /** The marks among some attributes: what does not belong into a result. */

@@ -5,7 +5,7 @@ import type { EncodedLine, PlanWriter, SealedPlan } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
 import type { DirectoryRecord, StageRecord } from './model/plan.ts'
 import { emptyPart, type Graft, type Need, type PlanCounts, type PlanTask, type Problem } from './plan.ts'
-import type { Pool } from './pool.ts'
+import { type Pool, takeShare } from './pool.ts'
 import { IndexNeededError, LayerInvalidError } from './problems.ts'
 import { OpenSources, rootDirectory, type Stack } from './resolve.ts'
 import { planStages } from './stage.ts'
@@ -49,14 +49,11 @@ export async function planStack(planning: Planning): Promise<Planned> {
   const grafts: Graft[] = []
   const problems: Problem[] = []
   let root: DirectoryRecord | undefined
-  let pending: PlanTask[] = [{ directory: rootDirectory(stack), inherited: undefined }]
+  const pending: PlanTask[] = [{ directory: rootDirectory(stack), inherited: undefined }]
   await pool.drain(
     (idle): Job | undefined => {
       if (pending.length === 0) return undefined
-      const share = Math.min(64, Math.max(1, Math.ceil(pending.length / (idle * 2))))
-      const tasks = pending.slice(-share)
-      pending = pending.slice(0, -share)
-      return { kind: 'plan', tasks, budgetMs: BUDGET_MS }
+      return { kind: 'plan', tasks: takeShare(pending, idle), budgetMs: BUDGET_MS }
     },
     (result) => {
       const part = result as PlanResult

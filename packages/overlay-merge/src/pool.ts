@@ -18,6 +18,27 @@ interface Member {
   inFlight: number
 }
 
+/** Takes one thread's share off the end of what waits, so that all that look for work find some. */
+export function takeShare<T>(pending: T[], idle: number): T[] {
+  return pending.splice(-Math.min(64, Math.max(1, Math.ceil(pending.length / (idle * 2)))))
+}
+
+/** Hands out a list in pieces; `done` gets what each piece gave. */
+export function drainList<T>(
+  pool: Pool,
+  items: readonly T[],
+  size: number,
+  jobOf: (piece: readonly T[]) => Job,
+  done: (result: JobResult) => void = () => undefined,
+): Promise<void> {
+  let at = 0
+  return pool.drain(() => {
+    if (at >= items.length) return undefined
+    at += size
+    return jobOf(items.slice(at - size, at))
+  }, done)
+}
+
 export interface PoolOptions {
   /** Threads at work, the calling one included; 0 and 1 mean that one alone. */
   readonly workers: number

@@ -17,7 +17,7 @@ import {
 } from '@lsync/posix'
 import xxhash from 'xxhash-wasm'
 import { Journal, lineOf, PlanWriter, readRecord, type SealedPlan } from './journal.ts'
-import { defaultWorkers, finishInPlace } from './merge.ts'
+import { defaultWorkers, finishInPlace, isOneFileSystem } from './merge.ts'
 import { isMark, MARKS, type MarkNames, type Namespace, parseRedirect } from './model/marks.ts'
 import { type EntryPath, join, type Name, ROOT, split } from './model/path.ts'
 import {
@@ -37,7 +37,7 @@ import {
 } from './model/plan.ts'
 import { openTemporaryPlan, type Progress, planStack } from './planning.ts'
 import { Pool } from './pool.ts'
-import { recoverJournal } from './recover.ts'
+import { recoverBefore } from './recover.ts'
 import { assertMergeable, assertNotEmptied } from './safety.ts'
 import { openLayerDirectory, type RawEntry, sortedDirents, tryInspect, typeOf } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
@@ -94,11 +94,6 @@ export async function* makePortablePlan(request: PortablePlanRequest): AsyncIter
 }
 
 type Layer = OpenStack['layers'][number]
-
-function isOneFileSystem(left: number, right: number): boolean {
-  const [one, other] = [statFd(left), statFd(right)]
-  return one.dev === other.dev && one.mountId === other.mountId
-}
 
 function headerOf(
   stack: OpenStack,
@@ -317,16 +312,6 @@ async function execute(request: ApplyPlanRequest, stack: OpenStack, journal: Jou
     })
   } finally {
     await pool.close()
-  }
-}
-
-async function recoverBefore(target: HostPath): Promise<boolean> {
-  const journal = Journal.open(target, { create: false })
-  if (journal === undefined) return false
-  try {
-    return (await recoverJournal(journal, {})).outcome !== 'nothing'
-  } finally {
-    journal.close()
   }
 }
 

@@ -68,6 +68,17 @@ function isDirectory(path: HostPath): boolean {
   return tryStatAt(AT_FDCWD, `${path}/.` as ByteString)?.isDirectory === true
 }
 
+/** Recovers what an earlier run left on a target, before the next begins. Whether there was anything. */
+export async function recoverBefore(target: HostPath, options: RecoverOptions = {}): Promise<boolean> {
+  const journal = Journal.open(target, { create: false })
+  if (journal === undefined) return false
+  try {
+    return (await recoverJournal(journal, options)).outcome !== 'nothing'
+  } finally {
+    journal.close()
+  }
+}
+
 /** Recovers one open journal, and removes it. */
 export async function recoverJournal(journal: Journal, options: RecoverOptions): Promise<RecoverReport> {
   const plan = await journal.read()

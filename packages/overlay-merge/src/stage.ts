@@ -1,6 +1,7 @@
 import { statAt, textOf, withFd } from '@lsync/posix'
 import { type EntryPath, join, split } from './model/path.ts'
 import type { StageRecord } from './model/plan.ts'
+import { addTo } from './multimap.ts'
 import type { Graft } from './plan.ts'
 import { type Directory, layerAt, lookup, type OpenSources, resolve, rootDirectory, type Stack } from './resolve.ts'
 import { openLayerDirectory } from './scan.ts'
@@ -61,11 +62,7 @@ class Consumers {
     this.#stack = stack
     this.#base = stack.layers.length - 1
     this.#opened = opened
-    for (const graft of grafts) {
-      const same = this.#grafts.get(graft.from)
-      if (same === undefined) this.#grafts.set(graft.from, [graft])
-      else same.push(graft)
-    }
+    for (const graft of grafts) addTo(this.#grafts, graft.from, graft)
   }
 
   howDirectory(graft: Graft): 'move' | 'copy' {

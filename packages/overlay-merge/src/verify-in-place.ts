@@ -3,7 +3,6 @@ import {
   close,
   errnoOf,
   type HostPath,
-  LsyncError,
   type MountOptions,
   nextData,
   printable,
@@ -14,7 +13,9 @@ import {
   writeAt,
 } from '@lsync/posix'
 import {
+  attempt,
   type ComparableTree,
+  codeOf,
   type Discrepancy,
   kindOf,
   OpenTree,
@@ -542,17 +543,4 @@ class Pace {
     this.#options.onProgress?.({ phase: this.#phase, done: entries })
     this.#last = performance.now()
   }
-}
-
-function attempt<T>(read: () => T): { value?: T; error?: string } {
-  try {
-    return { value: read() }
-  } catch (error) {
-    return { error: codeOf(error) }
-  }
-}
-
-function codeOf(error: unknown): string {
-  if (error instanceof LsyncError) return error.code
-  throw error
 }

@@ -30,17 +30,20 @@ export interface WorkInit {
   readonly stack: StackInit
   readonly plan?: Omit<PlanContext, 'stack'>
   readonly clone?: Omit<CloneContext, 'marks'>
-  readonly apply?: {
-    readonly header: PlanHeader
-    readonly targetFd: number
-    readonly stageFd: number
-    readonly trashFd: number
-    readonly planFd: number
-    readonly stages: readonly StageRecord[]
-    readonly reflink: boolean
-    readonly resumed: boolean
-    readonly indexFd?: number
-  }
+  readonly apply?: ApplyInit
+}
+
+/** What carrying out a sealed plan needs, in a form that travels. */
+export interface ApplyInit {
+  readonly header: PlanHeader
+  readonly targetFd: number
+  readonly stageFd: number
+  readonly trashFd: number
+  readonly planFd: number
+  readonly stages: readonly StageRecord[]
+  readonly reflink: boolean
+  readonly resumed: boolean
+  readonly indexFd?: number
 }
 
 /** What a plan job gives back: lines instead of records, since those only travel on to the journal. */
@@ -83,13 +86,7 @@ export class Workshop {
       followRedirects: namespace === 'trusted',
     }
     if (init.apply !== undefined) {
-      const { stages, trashFd, ...rest } = init.apply
-      this.#apply = {
-        ...rest,
-        layerFds: layerFdsOf(init.stack, init.apply.indexFd),
-        trash: namedTrash(trashFd, tag),
-        stages: new Map(stages.map((stage) => [planPath(stage.to), stage])),
-      }
+      this.#apply = applyContextOf(init.stack, init.apply, tag)
     }
   }
 
@@ -100,7 +97,7 @@ export class Workshop {
       case 'clone':
         return this.#clone(job.paths, job.budgetMs)
       case 'apply': {
-        const planFd = (this.#init.apply as NonNullable<WorkInit['apply']>).planFd
+        const planFd = (this.#init.apply as ApplyInit).planFd
         for (const line of job.lines) applyRecord(this.#applyContext, readRecord(planFd, line), job.phase)
         return job.lines.length
       }
@@ -163,7 +160,7 @@ export class Workshop {
   }
 
   #member(ref: GroupRef): GroupMember {
-    const planFd = (this.#init.apply as NonNullable<WorkInit['apply']>).planFd
+    const planFd = (this.#init.apply as ApplyInit).planFd
     for (const line of ref.lines) {
       const record = readRecord(planFd, line) as DirectoryRecord
       const step = record.steps.find(({ name }) => name === ref.name)
@@ -173,10 +170,17 @@ export class Workshop {
   }
 }
 
-/** The fds by index as plans count layers: the stack's, the data-only ones, and last the index directory. */
-export function layerFdsOf(stack: StackInit, indexFd: number | undefined): number[] {
+/** What `applyRecord` and its like need; `tag` keeps the names that threads and runs make in the trash apart. */
+export function applyContextOf(stack: StackInit, apply: ApplyInit, tag: string): ApplyContext {
+  const { stages, trashFd, ...rest } = apply
   const fds = [...stack.layers, ...stack.data].map(({ fd }) => fd)
-  return indexFd === undefined ? fds : [...fds, indexFd]
+  return {
+    ...rest,
+    // As plans count layers: the stack's, the data-only ones, and last the index directory.
+    layerFds: apply.indexFd === undefined ? fds : [...fds, apply.indexFd],
+    trash: namedTrash(trashFd, tag),
+    stages: new Map(stages.map((stage) => [planPath(stage.to), stage])),
+  }
 }
 
 function namedTrash(fd: number, tag: string): Trash {
