@@ -259,6 +259,7 @@ export class Journal {
   remove(): void {
     for (const fd of [this.#stageFd, this.#trashFd, this.#planFd]) if (fd !== undefined) close(fd)
     this.#stageFd = this.#trashFd = this.#planFd = undefined
+    if (tryStatAt(this.#parentFd, this.#name) === undefined) return // all but the last sync was done before
     unlink(this.fd, PLAN)
     fsync(this.fd, this.path)
     const names: ByteString[] = []
