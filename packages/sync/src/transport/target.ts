@@ -1,0 +1,42 @@
+import type { Checkpoint } from '../model/checkpoint.ts'
+import type { Failure } from '../model/operation.ts'
+
+/** What a target says of itself when it is opened. */
+export interface TargetState {
+  /** What it holds durably, if it was synced before. */
+  readonly checkpoint: Checkpoint | undefined
+  /** The first stage number that was never used. */
+  readonly nextStage: number
+  /** What it cannot hold, decided by trying: each is named in the loss report. */
+  readonly losses: readonly TargetLoss[]
+}
+
+export interface TargetLoss {
+  readonly what: 'owner' | 'xattr' | 'trusted-xattr' | 'acl' | 'special' | 'hard-link' | 'time' | 'flags' | 'symlink-meta'
+  readonly message: string
+}
+
+/**
+ * A place that operations are carried out at. One writer at a time: opening locks it.
+ *
+ * `direct`: the engine's workers carry out operations themselves with the open descriptors. `encoded`: workers encode
+ * operations with their content (protocol/operation-codec.ts) and the engine hands the bytes to `deliver`.
+ */
+export interface Target {
+  readonly description: string
+  readonly delivery:
+    | { readonly mode: 'direct'; readonly rootFd: number; readonly stageFd: number }
+    | { readonly mode: 'encoded' }
+  open(signal: AbortSignal): Promise<TargetState>
+  /**
+   * Carries out encoded operations in their order within one lane; lanes are independent of each other. Resolves when
+   * they were carried out (not yet durable) with those that failed. Back-pressure: a call may wait before it takes more.
+   */
+  deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]>
+  /**
+   * Everything that was carried out before is durable when it resolves; with a checkpoint, that is stored durably after
+   * it.
+   */
+  barrier(checkpoint?: Checkpoint): Promise<void>
+  close(): Promise<void>
+}
