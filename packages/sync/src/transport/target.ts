@@ -12,7 +12,16 @@ export interface TargetState {
 }
 
 export interface TargetLoss {
-  readonly what: 'owner' | 'xattr' | 'trusted-xattr' | 'acl' | 'special' | 'hard-link' | 'time' | 'flags' | 'symlink-meta'
+  readonly what:
+    | 'owner'
+    | 'xattr'
+    | 'trusted-xattr'
+    | 'acl'
+    | 'special'
+    | 'hard-link'
+    | 'time'
+    | 'flags'
+    | 'symlink-meta'
   readonly message: string
 }
 
