@@ -39,6 +39,7 @@ const PREFIX = 'lsync-test-'
 
 let directory: string | undefined
 let images = 0
+let holders = 0
 const mountPoints: string[] = []
 
 /** This process's own directory in RAM. What a killed test run left behind is unmounted and removed first. */
@@ -151,15 +152,29 @@ export function releaseFileSystem(fileSystem: FileSystem): void {
     if (fileSystem.image !== undefined) rmSync(fileSystem.image, { force: true })
     rmdirSync(fileSystem.root)
   } finally {
-    // Vitest ends its workers without their exit handlers.
-    if (mountPoints.length === 0) releaseTestDirectory()
+    releaseWhenUnused()
   }
+}
+
+/** Keeps `testDirectory` for something else that lives in it, until the function that comes back is called. */
+export function holdTestDirectory(): () => void {
+  holders += 1
+  return () => {
+    holders -= 1
+    releaseWhenUnused()
+  }
+}
+
+function releaseWhenUnused(): void {
+  // Vitest ends its workers without their exit handlers.
+  if (mountPoints.length === 0 && holders === 0) releaseTestDirectory()
 }
 
 /** Stops, unmounts and removes everything in `testDirectory`. */
 export function releaseTestDirectory(): void {
   if (directory !== undefined) clear(directory)
   mountPoints.length = 0
+  holders = 0
   directory = undefined
 }
 

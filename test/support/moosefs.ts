@@ -28,7 +28,7 @@ export async function startMooseFs(): Promise<MooseFs> {
   const name = `lsync-test-${process.pid}`
   for (const path of [base, `${base}/meta`, `${base}/chunk-meta`, `${base}/chunks`, root]) mkdirSync(path)
   // Written first, so that whoever finds the directory of a killed run can stop what it started.
-  writeFileSync(
+  appendFileSync(
     `${testDirectory()}/stop.sh`,
     `umount -l ${root}
 mfschunkserver -c ${base}/chunkserver.cfg stop
