@@ -21,7 +21,8 @@ export type Extent = readonly [offset: number, length: number]
 
 /**
  * One change of a target. Each may be carried out twice: what a repeated one finds done is success. Paths are those of
- * the moment at which the operation runs, in the order in which operations were given.
+ * the moment at which the operation runs, in the order in which operations were given. `''` is the root, which can only
+ * be the path of `directory`, `keep` and `meta`.
  *
  * A move that gets in another's way goes through the stage, a directory of the target's own outside its tree: `out`
  * takes an object there under a number that is unique for the target's life, `in` brings it to its new name. All `out`
@@ -37,6 +38,8 @@ export type Operation =
   | { readonly do: 'rename'; readonly from: TreePath; readonly to: TreePath }
   /** Makes a directory (0700, until its `meta` comes after its children); one that is there stays, all else goes. */
   | { readonly do: 'directory'; readonly path: TreePath }
+  /** Removes from a directory whatever is not among `names`, of which some may be missing; its absence is fine. */
+  | { readonly do: 'keep'; readonly path: TreePath; readonly names: readonly ByteString[] }
   /** A new file with the content that follows, extent by extent; replaces whatever has the name, atomically. */
   | {
       readonly do: 'file'

@@ -5,6 +5,8 @@ import type { Failure } from '../model/operation.ts'
 export interface TargetState {
   /** What it holds durably, if it was synced before. */
   readonly checkpoint: Checkpoint | undefined
+  /** Nothing is in it (besides the target's own state). What is not empty and not known is only taken on request. */
+  readonly isEmpty: boolean
   /** The first stage number that was never used. */
   readonly nextStage: number
   /** What it cannot hold, decided by trying: each is named in the loss report. */
