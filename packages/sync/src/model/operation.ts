@@ -80,7 +80,7 @@ export type EntryKind = 'file' | 'directory' | 'symlink' | 'special'
 
 /** What became of an operation that could not be carried out. The others of its batch were. */
 export interface Failure {
-  /** Position in the batch. */
+  /** Position among the operations that came to their end in the batch: a file counts where its content ended. */
   readonly index: number
   /** The errno's name, or a code of docs/errors.md. */
   readonly code: string
