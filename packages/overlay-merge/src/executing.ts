@@ -1,5 +1,4 @@
-import { randomBytes } from 'node:crypto'
-import { type ByteString, readDirents, syncFileSystem } from '@lsync/posix'
+import { type ByteString, randomHex, readDirents, syncFileSystem } from '@lsync/posix'
 import { applyStage, type Phase } from './apply.ts'
 import { removeTree } from './effects.ts'
 import type { Journal, LineIndex, SealedPlan } from './journal.ts'
@@ -39,7 +38,7 @@ export async function executePlan(execution: Execution): Promise<void> {
   if (journal.has('applied')) return
   const inPlace = header.publish === undefined
   if (!journal.has('staged')) {
-    const context = applyContextOf(stackInit(stack), init, `stage-${randomBytes(6).toString('hex')}`)
+    const context = applyContextOf(stackInit(stack), init, `stage-${randomHex(6)}`)
     for (const stage of stages) applyStage(context, stage)
     if (inPlace && stages.length > 0) {
       syncFileSystem(targetFd, header.target)

@@ -1,4 +1,4 @@
-import { createHash, randomBytes } from 'node:crypto'
+import { createHash } from 'node:crypto'
 import {
   type ByteString,
   bytesOf,
@@ -17,6 +17,7 @@ import {
   openat,
   openRoot,
   printable,
+  randomHex,
   readAt,
   readDirents,
   removeDirectory,
@@ -194,7 +195,7 @@ export class Journal {
   #openInside(targetFd: number): number {
     let name = this.#insideName()
     if (name === undefined) {
-      name = `.lsync-${randomBytes(16).toString('hex')}` as ByteString
+      name = `.lsync-${randomHex(16)}` as ByteString
       withFd(openat(this.fd, INSIDE, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600), (fd) => {
         writeAt(fd, 0, Buffer.from(name as ByteString, 'latin1'))
         fsync(fd, this.path)

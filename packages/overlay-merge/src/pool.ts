@@ -1,6 +1,5 @@
-import { randomBytes } from 'node:crypto'
 import { Worker } from 'node:worker_threads'
-import { LsyncError } from '@lsync/posix'
+import { LsyncError, randomHex } from '@lsync/posix'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 import type { FromWorker, ToWorker, TravellingError } from './worker.ts'
 
@@ -178,7 +177,7 @@ export class Pool {
   }
 
   // What an earlier run has put into the trash is still there when it is resumed, also by the same process.
-  readonly #run = randomBytes(6).toString('hex')
+  readonly #run = randomHex(6)
 
   #tag(): string {
     return `t${this.#run}-${this.#generation}`

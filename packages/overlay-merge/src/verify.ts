@@ -1,4 +1,3 @@
-import { randomBytes } from 'node:crypto'
 import { tmpdir } from 'node:os'
 import {
   AT_FDCWD,
@@ -14,6 +13,7 @@ import {
   type OverlayStack,
   openBeneath,
   openRoot,
+  randomHex,
   removeDirectory,
   unmount,
 } from '@lsync/posix'
@@ -235,5 +235,5 @@ function mountAndHide(stack: OverlayStack): number {
 }
 
 function temporaryName(): HostPath {
-  return hostPath(`${tmpdir()}/.lsync-verify-${randomBytes(8).toString('hex')}`)
+  return hostPath(`${tmpdir()}/.lsync-verify-${randomHex(8)}`)
 }

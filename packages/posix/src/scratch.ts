@@ -1,4 +1,3 @@
-import { randomBytes } from 'node:crypto'
 import { tmpdir } from 'node:os'
 import { type ByteString, type HostPath, hostPath } from './bytes.ts'
 import { readDirents } from './dirents.ts'
@@ -6,6 +5,7 @@ import { errnoOf } from './errors.ts'
 import { makeDirectory, removeDirectory, unlink } from './links.ts'
 import { attachMount, createFileSystem, unmount } from './mount.ts'
 import { AT_FDCWD, O_DIRECTORY, O_NOFOLLOW, O_PATH, O_RDONLY, openat, withFd } from './open.ts'
+import { randomHex } from './random.ts'
 import { statAt } from './stat.ts'
 
 /**
@@ -19,7 +19,7 @@ export function withScratch<T>(use: (fd: number, at?: HostPath) => T): T {
     // EINVAL from older kernels; ESTALE and ENOSYS from us where layers are passed as text or by mount(2).
     if (!['EINVAL', 'ESTALE', 'ENOSYS'].includes(errnoOf(cause) ?? '')) throw cause
   }
-  const at = hostPath(`${tmpdir()}/.lsync-scratch-${randomBytes(8).toString('hex')}`)
+  const at = hostPath(`${tmpdir()}/.lsync-scratch-${randomHex(8)}`)
   makeDirectory(AT_FDCWD, at, 0o700)
   try {
     withFd(scratchFileSystem(), (mountFd) => attachMount(mountFd, at))
@@ -42,7 +42,7 @@ function scratchFileSystem(): number {
  * that is in it, also after a failure.
  */
 export function withScratchDirectory<T>(dirfd: number, use: (fd: number, name: ByteString) => T): T {
-  const name = `.lsync-scratch-${randomBytes(8).toString('hex')}` as ByteString
+  const name = `.lsync-scratch-${randomHex(8)}` as ByteString
   makeDirectory(dirfd, name, 0o700)
   try {
     return withFd(openat(dirfd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => use(fd, name))

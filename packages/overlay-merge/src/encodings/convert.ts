@@ -1,4 +1,4 @@
-import { createHash, randomBytes } from 'node:crypto'
+import { createHash } from 'node:crypto'
 import { createReadStream, realpathSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { Readable, type Writable } from 'node:stream'
@@ -20,6 +20,7 @@ import {
   PosixError,
   printable,
   RENAME_NOREPLACE,
+  randomHex,
   readDirents,
   seesTrustedXattrs,
   statFd,
@@ -461,7 +462,7 @@ function metaBeneath(fds: readonly number[], path: EntryPath): Meta | undefined 
 }
 
 async function inScratch<T>(parentFd: number, use: (fd: number) => Promise<T>): Promise<T> {
-  const name = `.lsync-layer-${randomBytes(8).toString('hex')}` as ByteString
+  const name = `.lsync-layer-${randomHex(8)}` as ByteString
   makeDirectory(parentFd, name, 0o700)
   try {
     const fd = openDirectory(parentFd, name)
