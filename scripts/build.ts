@@ -1,4 +1,7 @@
 import { spawnSync } from 'node:child_process'
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 /** Bundles the command into packages/cli/dist, which packages/cli/bin/lsync prefers as long as no source is newer. */
@@ -10,6 +13,23 @@ export function buildCli(): void {
     stdio: ['ignore', 'ignore', 'inherit'],
   })
   if (status !== 0) throw new Error(`rolldown ended with ${status}`)
+  fillCache(`${cli}/dist`)
+}
+
+/** A merge leaves the code that it compiled in dist/cache, where the next one finds it. */
+function fillCache(dist: string): void {
+  mkdirSync(`${dist}/cache`, { mode: 0o755 })
+  const layers = mkdtempSync(join(tmpdir(), 'lsync-build-'))
+  try {
+    const [upper, lower] = ['upper', 'lower'].map((name) => join(layers, name)) as [string, string]
+    for (const path of [upper, lower, join(upper, 'new'), join(upper, 'both'), join(lower, 'both')]) mkdirSync(path)
+    for (const path of [upper, lower, join(upper, 'new'), join(upper, 'both')]) writeFileSync(join(path, 'file'), path)
+    const merge = ['merge', '--upper', upper, '--lower', lower, '--namespace', 'user', '--in-place', '--yes']
+    // Without a cache everything works, only later.
+    spawnSync(process.execPath, [`${dist}/main.js`, ...merge], { stdio: 'ignore' })
+  } finally {
+    rmSync(layers, { recursive: true })
+  }
 }
 
 if (import.meta.main) buildCli()

@@ -1,32 +1,94 @@
-import { defineConfig } from 'rolldown'
+import { fileURLToPath } from 'node:url'
+import { defineConfig, type Plugin } from 'rolldown'
+
+// What takes milliseconds to load, and most runs never use.
+const LATE = ['node:child_process', 'node:crypto']
 
 /**
- * One file for each thing that is loaded at a time. Sixty modules take twice as long to find and link as these do
- * (`bench merge`, row start-up), in every worker thread again.
+ * Takes Node's own modules without `import`, which runs every lazy getter that they have: `node:crypto` and `node:fs`
+ * cost 10 ms so, and 0.05 ms without. Those of `LATE` are loaded by the first call of one of their functions.
+ */
+const builtins: Plugin = {
+  name: 'builtins',
+  renderChunk: (code) =>
+    code.replaceAll(
+      /^import (?:(?:\* as )?([\w$]+))?(?:, )?(?:\{ (.+?) \})? from ["'](node:[\w/]+)["'];$/gm,
+      (_, whole: string | undefined, names: string | undefined, module: string) => {
+        const source = `globalThis.process.getBuiltinModule("${module}")`
+        const isLate = LATE.includes(module)
+        const declarations: string[] = []
+        const late = (name: string) => `(...args) => ${source}.${name}(...args)`
+        if (whole !== undefined) declarations.push(`${whole} = ${isLate ? lateModule(code, whole, late) : source}`)
+        for (const item of names?.split(', ') ?? []) {
+          const [name = '', local = name] = item.split(' as ')
+          declarations.push(`${local} = ${isLate ? late(name) : `${source}.${name}`}`)
+        }
+        return `const ${declarations.join(', ')};`
+      },
+    ),
+}
+
+function lateModule(code: string, local: string, late: (name: string) => string): string {
+  const used = new Set(
+    [...code.matchAll(/([\w$]+)\.(\w+)\(/g)].filter(([, of]) => of === local).map(([, , name]) => name),
+  )
+  return `{ ${[...used].map((name) => `${name}: ${late(name as string)}`).join(', ')} }`
+}
+
+/** Workers lie beside what starts them, and each turns on the cache for itself before its code is loaded. */
+const workers: Plugin = {
+  name: 'workers',
+  transform: (code) =>
+    code.replaceAll(/new URL\('\.\/([\w-]*worker)\.ts', import\.meta\.url\)/g, "new URL('./$1.js', import.meta.url)"),
+  resolveId: (id) => (id.startsWith('cached:') ? `\0${id}` : undefined),
+  load(id) {
+    if (!id.startsWith('\0cached:')) return undefined
+    const path = (relative: string) => JSON.stringify(fileURLToPath(new URL(relative, import.meta.url)))
+    return `import { useCodeCache } from ${path('src/code-cache.ts')}
+useCodeCache()
+await import(${path(id.slice('\0cached:'.length))})`
+  },
+}
+
+/** koffi's JavaScript is bundled; its native part is found where koffi would find it. */
+const koffi: Plugin = {
+  name: 'koffi',
+  transform(code, id) {
+    if (!id.includes('/node_modules/koffi/')) return undefined
+    const main = 'createRequire(import.meta.url).resolve("koffi")'
+    return code
+      .replaceAll('import.meta.dirname', `${main}.replace(/[^/]*$/, "src/koffi")`)
+      .replaceAll('createRequire(import.meta.url);', `createRequire(${main});`)
+  },
+}
+
+// What merging needs, in the command and in its workers.
+const ENGINE = [
+  /packages\/posix\/src\//,
+  /packages\/overlay-merge\/src\/(model\/|encodings\/inode|merge|plan|pool|work\b|journal|apply|effects|executing|clone)/,
+  /packages\/overlay-merge\/src\/(compose|index-aliases|multimap|problems|recover|resolve|safety|scan|stack|stage)/,
+  /node_modules\/(koffi|xxhash-wasm)\//,
+]
+
+/**
+ * A few files: what the common commands need is one, and what others add comes with them. Sixty modules take twice as
+ * long to find and link (`bench merge`, row start-up), in every worker thread again.
  */
 export default defineConfig({
   input: {
     main: 'src/main.ts',
-    worker: '../overlay-merge/src/worker.ts',
-    'compare-worker': '../overlay-merge/src/compare-worker.ts',
+    worker: 'cached:../overlay-merge/src/worker.ts',
+    'compare-worker': 'cached:../overlay-merge/src/compare-worker.ts',
   },
   platform: 'node',
-  external: [/^node:/, 'koffi'],
-  plugins: [
-    {
-      name: 'worker-url',
-      transform: (code) =>
-        code.replaceAll(
-          /new URL\('\.\/([\w-]*worker)\.ts', import\.meta\.url\)/g,
-          "new URL('./$1.js', import.meta.url)",
-        ),
-    },
-  ],
+  external: [/^node:/],
+  plugins: [builtins, workers, koffi],
   output: {
     dir: 'dist',
     format: 'esm',
     cleanDir: true,
     entryFileNames: '[name].js',
     chunkFileNames: '[name]-[hash].js',
+    codeSplitting: { groups: [{ name: 'engine', test: (id) => ENGINE.some((part) => part.test(id)) }] },
   },
 })
