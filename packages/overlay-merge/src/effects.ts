@@ -114,7 +114,7 @@ export interface Trash {
  * Runs a change that takes `name` away. Where its own flags forbid that, they come off for the moment: other names of
  * the inode keep it as protected as it was.
  */
-function withoutProtection<T>(dirfd: number, name: ByteString, change: () => T): T {
+export function withoutProtection<T>(dirfd: number, name: ByteString, change: () => T): T {
   let fd: number
   try {
     fd = openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)

@@ -4,6 +4,16 @@ export { type Comparison, compareTrees, OpenTree, ResolvedTree, type TreeDiffere
 export * from './deref.ts'
 export * from './diff.ts'
 export {
+  clearProtection,
+  despiteProtection,
+  moveOver,
+  PROTECTION,
+  removeTree,
+  type Trash,
+  takeAway,
+  withoutProtection,
+} from './effects.ts'
+export {
   type ConvertProgress,
   type ConvertReport,
   convertLayer,
@@ -11,8 +21,22 @@ export {
   importLayer,
   type LayerForm,
 } from './encodings/convert.ts'
+export {
+  ACL_ACCESS,
+  ACL_DEFAULT,
+  type InodeKind,
+  inheritsAcls,
+  NotAFileError,
+  openNew,
+  openRegular,
+  readXattrs,
+  type WriteMetaOptions,
+  writeMeta,
+} from './encodings/inode.ts'
+export { TargetBusyError } from './journal.ts'
 export * from './merge.ts'
-export type { Namespace } from './model/marks.ts'
+export type { Meta, Xattr } from './model/entry.ts'
+export { isMark, MARKS, type MarkNames, type Namespace } from './model/marks.ts'
 export type { PlanEnd, PlanHeader, PlanRecord, Step } from './model/plan.ts'
 export * from './portable-plan.ts'
 export * from './recover.ts'

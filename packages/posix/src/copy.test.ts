@@ -4,7 +4,7 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { temporary } from '../../../test/posix/temporary.ts'
 import type { ByteString } from './bytes.ts'
-import { copyData, nextData, tryClone } from './copy.ts'
+import { copyData, nextData, punchHole, tryClone } from './copy.ts'
 import { O_CREAT, O_RDONLY, O_RDWR, O_TRUNC, openat, readAt, truncate, withFd, writeAt } from './open.ts'
 import { statFd } from './stat.ts'
 
@@ -100,3 +100,17 @@ test('from one file system to another, and from a file without holes to seek, th
 test('an empty file is copied without a call', () => {
   expect(copyData(-1, -1, 0)).toBe(0)
 })
+
+test.each(['/dev/shm', '/tmp'])(
+  'a punched hole reads as zeros and holds no data, and the size stays, in %s',
+  (base) => {
+    const { fd } = temporary(base)
+    withFd(openat(fd, name('punched'), O_CREAT | O_TRUNC | O_RDWR, 0o600), (file) => {
+      writeAt(file, 0, Buffer.alloc(3 * 65_536, 1))
+      punchHole(file, 65_536, 65_536)
+      expect(extents(file)).toEqual(['0-65536', '131072-196608'])
+      expect(readAt(file, 65_535, 65_538)).toEqual(Buffer.concat([Buffer.of(1), Buffer.alloc(65_536), Buffer.of(1)]))
+      expect(statFd(file).sizeBytes).toBe(3 * 65_536)
+    })
+  },
+)

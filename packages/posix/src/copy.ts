@@ -1,6 +1,6 @@
 import { errnoName, PosixError } from './errors.ts'
 import { allocate, entering, errno, fail, libcFunction } from './native.ts'
-import { truncate } from './open.ts'
+import { truncate, writeAt } from './open.ts'
 
 const copyRangeNative = libcFunction('copy_file_range', 'l', 'ipippu')
 const lseekNative = libcFunction('lseek', 'l', 'ili')
@@ -8,6 +8,10 @@ const ioctlNative = libcFunction('ioctl', 'i', 'ipp')
 const readNative = libcFunction('pread', 'l', 'ippl')
 const writeNative = libcFunction('pwrite', 'l', 'ippl')
 
+const fallocateNative = libcFunction('fallocate', 'i', 'iill')
+
+const FALLOC_FL_KEEP_SIZE = 1
+const FALLOC_FL_PUNCH_HOLE = 2
 const FICLONE = 0x4004_9409
 const SEEK_DATA = 3
 const SEEK_HOLE = 4
@@ -103,4 +107,20 @@ export function nextData(fd: number, offset: number): { start: number; end: numb
   const end = lseekNative(fd, start, SEEK_HOLE)
   if (end < 0) fail('lseek', '')
   return { start, end }
+}
+
+/**
+ * Makes `length` bytes at `offset` a hole, the size stays. Where the file system cannot, they become zeros.
+ * Source: fallocate(2), FALLOC_FL_PUNCH_HOLE.
+ */
+export function punchHole(fd: number, offset: number, length: number, path = ''): void {
+  if (length <= 0) return
+  entering('fallocate', path)
+  if (fallocateNative(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) >= 0) return
+  const code = errnoName(errno())
+  if (code !== 'ENOTSUP' && code !== 'ENOSYS') throw new PosixError(code, { syscall: 'fallocate', path })
+  const zeros = Buffer.alloc(Math.min(length, BLOCK_BYTES))
+  for (let done = 0; done < length; done += zeros.length) {
+    writeAt(fd, offset + done, zeros.subarray(0, Math.min(zeros.length, length - done)), path)
+  }
 }
