@@ -19,3 +19,12 @@ export class OperationTooBigError extends LsyncError {
     })
   }
 }
+
+/** Both sides are lsync, but no version of the protocol is known to both. */
+export class ProtocolVersionError extends LsyncError {
+  constructor(lowest: number, highest: number) {
+    super('PROTOCOL_VERSION', `the other lsync speaks the versions ${lowest} to ${highest} of the protocol`, {
+      hint: 'install the newer lsync on both sides',
+    })
+  }
+}

@@ -8,6 +8,7 @@ import {
   hasContent,
   limitExtents,
   MAX_BATCH_BYTES,
+  MAX_BATCH_OPERATIONS,
   MAX_EXTENTS,
   OperationDecoder,
   OperationEncoder,
@@ -77,6 +78,7 @@ const anyOperation = (): fc.Arbitrary<Operation> => {
     fc.record({ do: word('in'), path: anyPath(), stage }),
     fc.record({ do: word('rename'), from: anyPath(), to: anyPath() }),
     fc.record({ do: word('directory'), path: anyPath() }),
+    fc.record({ do: word('keep'), path: anyPath(), names: fc.array(anyName().map(bytes), { maxLength: 4 }) }),
     fc.record({ do: word('link'), path: anyPath(), to: anyPath() }),
     fc.record({ do: word('symlink'), path: anyPath(), meta: anyMeta(), target: anyName().map(bytes) }),
     fc.record({
@@ -239,6 +241,14 @@ describe('operations on the wire', () => {
     expect(record.events.at(-1)).toEqual({ operation })
   })
 
+  test('a batch holds as many operations as an encoder takes before it is full, and no more', () => {
+    const encoder = new OperationEncoder()
+    while (!encoder.isFull) encoder.operation({ do: 'remove', path: path('a') })
+    const batch = encoder.take()
+    expect(decodeAll([batch])).toHaveLength(MAX_BATCH_OPERATIONS)
+    expect(() => decodeAll([Buffer.concat([batch, batch.subarray(0, 3)])])).toThrow(ProtocolError)
+  })
+
   test('an operation that is too big is refused by the encoder and leaves nothing behind', () => {
     const encoder = new OperationEncoder()
     encoder.operation({ do: 'remove', path: path('a') })
@@ -290,6 +300,10 @@ describe('a hostile stream', () => {
       expect(() => decodeAll([one({ do: 'link', path: path('ok'), to: path(name) })])).toThrow(ProtocolError)
     },
   )
+
+  test.each(['', '.', '..', 'a/b', 'a\0', 'n'.repeat(256)])('the name %j to keep is refused', (name) => {
+    expect(() => decodeAll([one({ do: 'keep', path: path('d'), names: [bytes(name)] })])).toThrow(ProtocolError)
+  })
 
   test('the root is no name to remove, to rename or to replace', () => {
     for (const operation of ['remove', 'directory'] as const) {

@@ -8,6 +8,8 @@ import { OperationTooBigError, ProtocolError } from './errors.ts'
 export const MAX_BATCH_BYTES = 4 << 20
 /** From so many bytes on an encoder is full, and `take` is due before anything is added. */
 const FULL_BYTES = 512 << 10
+/** Operations in one batch, so that the list of those that failed is bounded, too. */
+export const MAX_BATCH_OPERATIONS = 1 << 14
 /** Of one record of content. */
 export const MAX_CONTENT_BYTES = 1 << 20
 export const MAX_PATH_BYTES = 256 << 10
@@ -19,6 +21,9 @@ const MAX_XATTR_BYTES = 64 << 10
 /** Names and values of one object together, `XATTR_BYTES` added for each. */
 const MAX_XATTRS_BYTES = 1 << 20
 const XATTR_BYTES = 8
+/** Names of one `keep` together, `NAME_BYTES` added for each. */
+const MAX_NAMES_BYTES = 1 << 20
+const NAME_BYTES = 2
 const MAX_ID = 0xffff_fffe
 const INODE_FLAGS = 0x30
 
@@ -34,6 +39,7 @@ const TAG = {
   symlink: 9,
   special: 10,
   meta: 11,
+  keep: 12,
 } as const satisfies Record<Operation['do'], number>
 const CONTENT = 32
 const FINISH = 33
@@ -95,6 +101,7 @@ export class OperationEncoder {
   #buffer: Buffer
   #length = 0
   #remaining: number | undefined
+  #begun = 0
   #ended = 0
 
   /** `sizeBytes`: how large batches will be, so that the memory for one is taken at once. */
@@ -112,7 +119,7 @@ export class OperationEncoder {
 
   /** `take` is due: what is added now could make a batch larger than a receiver takes. */
   get isFull(): boolean {
-    return this.#length >= FULL_BYTES
+    return this.#length >= FULL_BYTES || this.#begun >= MAX_BATCH_OPERATIONS
   }
 
   /** Operations that came to their end since the last `take`: the positions that a `Failure` counts. */
@@ -138,6 +145,7 @@ export class OperationEncoder {
       this.#length = start
       throw error
     }
+    this.#begun++
     if (hasContent(operation)) this.#remaining = contentBytesOf(operation)
     else this.#ended++
   }
@@ -175,6 +183,7 @@ export class OperationEncoder {
     const batch = this.#buffer.subarray(0, this.#length)
     this.#buffer = Buffer.allocUnsafeSlow(this.#initial)
     this.#length = 0
+    this.#begun = 0
     this.#ended = 0
     return batch as Uint8Array<ArrayBuffer>
   }
@@ -192,6 +201,7 @@ export class OperationEncoder {
     this.#path(operation.do === 'rename' ? operation.from : operation.path)
     if ('to' in operation) this.#path(operation.to)
     if ('stage' in operation) this.#number(operation.stage)
+    if (operation.do === 'keep') this.#names(operation)
     if (!('meta' in operation)) return
     this.#meta(operation.meta, operation.path)
     if (hasContent(operation)) {
@@ -206,6 +216,16 @@ export class OperationEncoder {
       this.#number(operation.type)
       this.#number(operation.rdev)
     } else if (operation.do === 'meta') this.#number(KINDS.indexOf(operation.kind))
+  }
+
+  #names({ path, names }: Extract<Operation, { do: 'keep' }>): void {
+    let sum = 0
+    this.#number(names.length)
+    for (const name of names) {
+      sum += name.length + NAME_BYTES
+      if (sum > MAX_NAMES_BYTES) throw new OperationTooBigError(path, 'the sum of the names in it', MAX_NAMES_BYTES)
+      this.#bytes(name)
+    }
   }
 
   #path(path: TreePath): void {
@@ -295,6 +315,7 @@ export interface OperationReceiver {
 export class OperationDecoder {
   #batch: Buffer = Buffer.alloc(0)
   #at = 0
+  #begun = 0
   #remaining: number | undefined
 
   /** A file was begun and has no end yet. */
@@ -310,6 +331,7 @@ export class OperationDecoder {
     if (batch.length > MAX_BATCH_BYTES) throw new ProtocolError(`a batch of ${batch.length} bytes`)
     this.#batch = Buffer.from(batch.buffer, batch.byteOffset, batch.byteLength)
     this.#at = 0
+    this.#begun = 0
     while (this.#at < this.#batch.length) this.#record(receiver)
     this.#batch = Buffer.alloc(0)
   }
@@ -317,6 +339,7 @@ export class OperationDecoder {
   #record(receiver: OperationReceiver): void {
     const tag = this.#byte()
     if (this.#remaining === undefined) {
+      if (++this.#begun > MAX_BATCH_OPERATIONS) throw new ProtocolError('a batch of too many operations')
       const operation = this.#operation(tag)
       if (hasContent(operation)) this.#remaining = contentBytesOf(operation)
       receiver.operation(operation)
@@ -347,6 +370,10 @@ export class OperationDecoder {
         return { do: 'rename', from: this.#name(), to: this.#name() }
       case TAG.directory:
         return { do: 'directory', path: this.#path() }
+      case TAG.keep: {
+        const path = this.#path()
+        return { do: 'keep', path, names: this.#names() }
+      }
       case TAG.file: {
         const path = this.#name()
         const meta = this.#meta()
@@ -385,6 +412,21 @@ export class OperationDecoder {
       default:
         throw new ProtocolError(`the record ${tag} is unknown`)
     }
+  }
+
+  #names(): ByteString[] {
+    const count = this.#number(MAX_NAMES_BYTES, 'names')
+    const names: ByteString[] = []
+    let sum = 0
+    for (let i = 0; i < count; i++) {
+      const name = this.#bytes(MAX_NAME_BYTES, 'name')
+      sum += name.length + NAME_BYTES
+      if (sum > MAX_NAMES_BYTES) throw new ProtocolError('names without end')
+      if (name === '' || name.includes('/')) throw new ProtocolError('a name that cannot be')
+      assertBeneath(name)
+      names.push(name)
+    }
+    return names
   }
 
   #meta(): RawMeta {
