@@ -17,6 +17,12 @@ export function allocate(sizeBytes: number): Memory {
   return { buffer, address: addressOf(buffer) }
 }
 
+/** Memory that something else allocated, such as a WebAssembly instance's. It must never grow: growing may move it. */
+export function memoryOver(memory: ArrayBufferLike): Memory {
+  const buffer = Buffer.from(memory)
+  return { buffer, address: addressOf(buffer) }
+}
+
 /** The address of a buffer's first byte. The caller keeps the buffer alive while the kernel may use it. */
 function addressOf(buffer: Uint8Array): number {
   return Number(koffi.address(buffer))

@@ -5,7 +5,7 @@ import { temporary } from '../../../test/posix/temporary.ts'
 import type { ByteString } from './bytes.ts'
 import { PosixError } from './errors.ts'
 import { makeDirectory, makeSymlink, removeDirectory } from './links.ts'
-import { setSyscallHook } from './native.ts'
+import { allocate, memoryOver, setSyscallHook } from './native.ts'
 import {
   close,
   duplicate,
@@ -20,6 +20,7 @@ import {
   openInRoot,
   openRoot,
   readAt,
+  readInto,
   truncate,
   withFd,
   writeAt,
@@ -185,5 +186,28 @@ describe('the system call hook', () => {
     expect(seen).toEqual(['mkdirat d', 'rmdir d'])
     expect(existsSync(`${path}/d`)).toBe(true)
     expect(removeDirectory(fd, name('d'))).toBe(true)
+  })
+})
+
+describe('readInto', () => {
+  test('the bytes arrive in place, up to the end of the file, and nothing else is touched', () => {
+    const { path, fd } = temporary()
+    writeFileSync(`${path}/f`, 'abcdef')
+    withFd(openBeneath(fd, name('f'), O_RDONLY), (file) => {
+      const memory = allocate(10)
+      expect(readInto(file, 2, memory, 1, 8)).toBe(4)
+      expect(memory.buffer.toString('latin1')).toBe('\0cdef\0\0\0\0\0')
+      expect(() => readInto(file, 0, memory, 5, 6)).toThrow(RangeError)
+    })
+  })
+
+  test('shared memory can be read into', () => {
+    const { path, fd } = temporary()
+    writeFileSync(`${path}/f`, 'abcdef')
+    const shared = new SharedArrayBuffer(8)
+    withFd(openBeneath(fd, name('f'), O_RDONLY), (file) => {
+      expect(readInto(file, 0, memoryOver(shared), 2, 6)).toBe(6)
+      expect(Buffer.from(shared).toString('latin1')).toBe('\0\0abcdef')
+    })
   })
 })

@@ -1,6 +1,6 @@
 import type { ByteString, HostPath } from './bytes.ts'
 import { errnoName, PosixError } from './errors.ts'
-import { allocate, cString, entering, errno, fail, libcFunction } from './native.ts'
+import { allocate, cString, entering, errno, fail, libcFunction, type Memory } from './native.ts'
 
 const openatNative = libcFunction('openat', 'i', 'ipiu')
 const openat2Native = libcFunction('syscall', 'l', 'lipppp')
@@ -149,6 +149,25 @@ export function readAt(fd: number, offset: number, length: number): Buffer {
     done += count
   }
   return parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts)
+}
+
+/**
+ * pread(2) into `memory` at `at`, until `length` bytes or the end of the file: no copy in between. Returns how many
+ * bytes there were.
+ */
+export function readInto(fd: number, offset: number, memory: Memory, at: number, length: number, path = ''): number {
+  if (at < 0 || length < 0 || at + length > memory.buffer.length) throw new RangeError('beyond the end of the memory')
+  let done = 0
+  while (done < length) {
+    const count = preadNative(fd, memory.address + at + done, length - done, offset + done)
+    if (count < 0) {
+      if (errnoName(errno()) === 'EINTR') continue
+      fail('pread', path)
+    }
+    if (count === 0) break
+    done += count
+  }
+  return done
 }
 
 /** Writes all of `bytes` at `offset`. */

@@ -1,0 +1,214 @@
+import { randomBytes } from 'node:crypto'
+import { constants } from 'node:fs'
+import { type FileHandle, link, mkdir, open, readdir, rename, stat, unlink } from 'node:fs/promises'
+import { errnoOf, type HostPath, printable } from '@lsync/posix'
+import {
+  type Backend,
+  type BackendCall,
+  type ByteRange,
+  DIRECTORIES,
+  type FileKind,
+  FileMissingError,
+  type FileRef,
+  isFileName,
+  type ListedFile,
+  pathOf,
+} from './backend.ts'
+
+const DIRECTORY_MODE = 0o700
+// As restic has them: nobody changes a file of a repository.
+const FILE_MODE = 0o400
+const NO_LINKS: ReadonlySet<string> = new Set(['EPERM', 'ENOTSUP', 'ENOSYS', 'EMLINK'])
+const TEMPORARY_PREFIX = '.lsync-'
+
+/**
+ * A repository in a directory. The directory belongs to the user and is trusted, so these are plain calls of Node's
+ * thread pool, many at a time.
+ */
+export class LocalBackend implements Backend {
+  readonly location: string
+  readonly concurrency = 4
+  readonly #root: Buffer
+
+  constructor(root: HostPath) {
+    this.#root = Buffer.from(root, 'latin1')
+    this.location = printable(root)
+  }
+
+  async create({ signal }: BackendCall = {}): Promise<void> {
+    signal?.throwIfAborted()
+    await mkdir(this.#root, { recursive: true, mode: DIRECTORY_MODE })
+    for (const directory of Object.values(DIRECTORIES)) await makeDirectory(this.#path(directory))
+    for (let first = 0; first < 256; first++) {
+      await makeDirectory(this.#path(`data/${first.toString(16).padStart(2, '0')}`))
+    }
+    await this.#syncDirectory('data')
+    await this.#syncDirectory('.')
+  }
+
+  async *list(kind: FileKind, { signal }: BackendCall = {}): AsyncGenerator<ListedFile> {
+    if (kind === 'config') {
+      const found = await this.stat({ kind, name: '' })
+      if (found !== undefined) yield { name: '', ...found }
+      return
+    }
+    const directories = kind === 'pack' ? await this.#packDirectories() : [DIRECTORIES[kind]]
+    for (const directory of directories) {
+      signal?.throwIfAborted()
+      const names = (await this.#names(directory)).filter(isFileName)
+      const found = await Promise.all(names.map((name) => statOf(this.#path(`${directory}/${name}`))))
+      for (const [i, name] of names.entries()) {
+        const file = found[i]
+        // Deleted meanwhile: then it is not listed.
+        if (file !== undefined) yield { name, ...file }
+      }
+    }
+  }
+
+  async stat(file: FileRef, { signal }: BackendCall = {}): Promise<{ readonly sizeBytes: number } | undefined> {
+    signal?.throwIfAborted()
+    return statOf(this.#path(pathOf(file)))
+  }
+
+  async get(file: FileRef, range?: ByteRange, { signal }: BackendCall = {}): Promise<Buffer> {
+    signal?.throwIfAborted()
+    const handle = await this.#open(file)
+    try {
+      const offset = range?.offset ?? 0
+      const rest = Math.max(0, (await handle.stat()).size - offset)
+      const content = Buffer.allocUnsafeSlow(Math.min(rest, range?.length ?? rest))
+      let done = 0
+      while (done < content.length) {
+        const { bytesRead } = await handle.read(content, done, content.length - done, offset + done)
+        if (bytesRead === 0) break
+        done += bytesRead
+      }
+      return content.subarray(0, done)
+    } finally {
+      await handle.close()
+    }
+  }
+
+  async put(
+    file: FileRef,
+    content: Uint8Array,
+    { signal, exclusive }: BackendCall & { readonly exclusive?: boolean } = {},
+  ): Promise<boolean> {
+    signal?.throwIfAborted()
+    const path = pathOf(file)
+    const directory = path.includes('/') ? path.slice(0, path.lastIndexOf('/')) : '.'
+    const temporary = `${directory}/${TEMPORARY_PREFIX}${randomBytes(8).toString('hex')}`
+    const handle = await this.#openNew(temporary, directory)
+    try {
+      try {
+        await handle.writeFile(content)
+        await handle.sync()
+      } finally {
+        await handle.close()
+      }
+      if (exclusive === true) return await this.#publishNew(temporary, path, directory)
+      await rename(this.#path(temporary), this.#path(path))
+    } catch (error) {
+      await unlink(this.#path(temporary)).catch(() => undefined)
+      throw error
+    }
+    await this.#syncDirectory(directory)
+    return true
+  }
+
+  async delete(file: FileRef, { signal }: BackendCall = {}): Promise<boolean> {
+    signal?.throwIfAborted()
+    try {
+      await unlink(this.#path(pathOf(file)))
+      return true
+    } catch (error) {
+      if (errnoOf(error) === 'ENOENT') return false
+      throw error
+    }
+  }
+
+  async close(): Promise<void> {}
+
+  /** Gives a file its name if nothing has it. Where there are no hard links, two at the same moment may both succeed. */
+  async #publishNew(temporary: string, path: string, directory: string): Promise<boolean> {
+    let isNew = true
+    try {
+      await link(this.#path(temporary), this.#path(path))
+    } catch (error) {
+      const code = errnoOf(error) ?? ''
+      if (code !== 'EEXIST' && !NO_LINKS.has(code)) throw error
+      isNew = code !== 'EEXIST' && (await statOf(this.#path(path))) === undefined
+      if (isNew) await rename(this.#path(temporary), this.#path(path))
+    }
+    await unlink(this.#path(temporary)).catch((error: unknown) => {
+      if (errnoOf(error) !== 'ENOENT') throw error
+    })
+    if (isNew) await this.#syncDirectory(directory)
+    return isNew
+  }
+
+  async #packDirectories(): Promise<string[]> {
+    const names = await this.#names(DIRECTORIES.pack)
+    return names.filter((name) => /^[0-9a-f]{2}$/.test(name)).map((name) => `${DIRECTORIES.pack}/${name}`)
+  }
+
+  async #names(directory: string): Promise<string[]> {
+    try {
+      return await readdir(this.#path(directory))
+    } catch (error) {
+      if (errnoOf(error) === 'ENOENT') return []
+      throw error
+    }
+  }
+
+  async #open(file: FileRef): Promise<FileHandle> {
+    try {
+      return await open(this.#path(pathOf(file)), constants.O_RDONLY)
+    } catch (error) {
+      if (errnoOf(error) === 'ENOENT') throw new FileMissingError(file, this.location, error)
+      throw error
+    }
+  }
+
+  async #openNew(path: string, directory: string): Promise<FileHandle> {
+    try {
+      return await open(this.#path(path), 'wx', FILE_MODE)
+    } catch (error) {
+      if (errnoOf(error) !== 'ENOENT') throw error
+      // Other tools make the folders of packs when they need them.
+      await mkdir(this.#path(directory), { recursive: true, mode: DIRECTORY_MODE })
+      return await open(this.#path(path), 'wx', FILE_MODE)
+    }
+  }
+
+  async #syncDirectory(path: string): Promise<void> {
+    const handle = await open(this.#path(path), constants.O_RDONLY | constants.O_DIRECTORY)
+    try {
+      await handle.sync()
+    } catch (error) {
+      // Some FUSE file systems cannot sync a directory.
+      if (errnoOf(error) !== 'EINVAL' && errnoOf(error) !== 'ENOTSUP') throw error
+    } finally {
+      await handle.close()
+    }
+  }
+
+  #path(path: string): Buffer {
+    return path === '.' ? this.#root : Buffer.concat([this.#root, Buffer.from(`/${path}`)])
+  }
+}
+
+async function statOf(path: Buffer): Promise<{ readonly sizeBytes: number } | undefined> {
+  try {
+    return { sizeBytes: (await stat(path)).size }
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT' || errnoOf(error) === 'ENOTDIR') return undefined
+    throw error
+  }
+}
+
+async function makeDirectory(path: Buffer): Promise<void> {
+  await mkdir(path, { mode: DIRECTORY_MODE }).catch((error: unknown) => {
+    if (errnoOf(error) !== 'EEXIST') throw error
+  })
+}

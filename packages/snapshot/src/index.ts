@@ -1,0 +1,2 @@
+export * from './backend/backend.ts'
+export { LocalBackend } from './backend/local.ts'
