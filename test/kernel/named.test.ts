@@ -902,4 +902,33 @@ describe.skipIf(!canMountImages())('named cases', () => {
       unmount(tmpfs)
     }
   })
+
+  test('a default ACL of the directory beside the target reaches nothing that passes through there', async () => {
+    const directory = fresh()
+    const tmpfs = `${directory}/tmpfs`
+    mkdirSync(tmpfs)
+    mount('tmpfs', tmpfs, 'tmpfs', 0, 'size=64m')
+    try {
+      const near = `${directory}/near`
+      mkdirSync(near)
+      // Through the journal go: a copy across file systems, a redirect's target that shows twice, a new version.
+      buildTree(
+        `${tmpfs}/u`,
+        dir({ new: file('new', { mode: 0o640 }), n: dir({ p: fifo() }), e: redirected('d'), f: redirected('d') }),
+      )
+      buildTree(`${near}/l`, dir({ d: dir({ a: file('a', { mode: 0o640 }), b: dir({ c: file('c') }) }) }))
+      applyOperations(near, [{ do: 'setfacl', path: '', which: 'default', uid: 9, permissions: 7 }])
+      const subject = {
+        directory: near,
+        layers: [`${tmpfs}/u`, `${near}/l`],
+        options: withRedirects,
+        clones: ['copy'] as const,
+        diff: { links: false }, // one inode that shows in two places is two in a plain tree
+      }
+      expect(outline(viewOf(subject))).toMatchObject({ new: 'new', 'n/p': 'fifo', 'e/a': 'a', 'f/b/c': 'c' })
+      await expectNone(mergeEveryWay(subject), describeLayers(subject.layers))
+    } finally {
+      unmount(tmpfs)
+    }
+  })
 })

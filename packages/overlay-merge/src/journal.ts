@@ -21,6 +21,7 @@ import {
   readAt,
   readDirents,
   removeDirectory,
+  removeXattr,
   statFd,
   tryLock,
   tryStatAt,
@@ -30,6 +31,7 @@ import {
 } from '@lsync/posix'
 import xxhash from 'xxhash-wasm'
 import { removeTree } from './effects.ts'
+import { ACL_DEFAULT } from './encodings/inode.ts'
 import type { CleanRecord, DirectoryRecord, PlanEnd, PlanHeader, PlanRecord, StageRecord } from './model/plan.ts'
 import { addTo } from './multimap.ts'
 
@@ -170,6 +172,7 @@ export class Journal {
           throw new JournalDamagedError(`${parent}/${name}`, 'it does not belong to this user alone')
         }
         if (!tryLock(fd, 'exclusive', name)) throw new TargetBusyError(targetOf(place))
+        if (options.create) dropDefaultAcl(fd)
         return new Journal(parent, parentFd, name, fd)
       } catch (error) {
         close(fd)
@@ -204,6 +207,7 @@ export class Journal {
     }
     if (tryStatAt(targetFd, name) === undefined) makeDirectory(targetFd, name, 0o700)
     this.#insideFd = openat(targetFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    dropDefaultAcl(this.#insideFd)
     return this.#insideFd
   }
 
@@ -290,6 +294,11 @@ export class Journal {
     close(this.fd)
     close(this.#parentFd)
   }
+}
+
+// What is made in the journal goes into the target, which must not inherit what the directory around it hands down.
+function dropDefaultAcl(fd: number): void {
+  removeXattr(fd, '', ACL_DEFAULT)
 }
 
 function openOrMake(dirfd: number, name: ByteString): number {

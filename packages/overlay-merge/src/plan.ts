@@ -26,6 +26,7 @@ import {
 } from '@lsync/posix'
 import { emission } from './compose.ts'
 import { fileProtection, protectionOf, resultMeta } from './effects.ts'
+import { hiddenAcls } from './encodings/inode.ts'
 import type { Alias } from './index-aliases.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, type Name, split } from './model/path.ts'
@@ -441,7 +442,7 @@ class DirectoryPlanner {
     if (stat !== undefined) flags |= fileProtection(parent, name, stat)
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
-    if (stat !== undefined && !this.#context.rename) this.#needsOf(path, top, stat)
+    if (stat !== undefined && !this.#context.rename) this.#needsOf(path, parent, top, stat)
     if (this.#context.portable && stat !== undefined) step.expect = expectationOf(stat)
     if (!this.#context.rename && stat !== undefined && stat.nlink > 1) {
       step.group = `${source.layer}:${stat.dev}:${stat.ino}`
@@ -509,7 +510,7 @@ class DirectoryPlanner {
     if (!this.#part.needs.has(need)) this.#part.needs.set(need, path)
   }
 
-  #needsOf(path: EntryPath, top: RawEntry, stat: Stat): void {
+  #needsOf(path: EntryPath, dirfd: number, top: RawEntry, stat: Stat): void {
     if (top.type === DT_CHR || top.type === DT_BLK) this.#need('devices', path)
     else if (top.type === DT_FIFO) this.#need('fifos', path)
     else if (top.type === DT_SOCK) this.#need('sockets', path)
@@ -522,6 +523,7 @@ class DirectoryPlanner {
         this.#need('trustedXattrs', path)
       } else if (attribute.startsWith('system.posix_acl_')) this.#need('acls', path)
     }
+    if (hiddenAcls(dirfd, top.name, top.attributes).length > 0) this.#need('acls', path)
   }
 
   // A directory of a million names is many records, so that none has to be held whole when it is carried out.

@@ -4,6 +4,7 @@ import {
   DT_DIR,
   getInodeFlags,
   type HostPath,
+  listsAcls,
   O_DIRECTORY,
   O_NOFOLLOW,
   O_NONBLOCK,
@@ -260,7 +261,7 @@ class LayerInode implements ShownInode {
   }
 
   get xattrs(): readonly Xattr[] {
-    if (this.#found.top.attributes.length === 0) return []
+    if (this.#found.top.attributes.length === 0 && listsAcls(this.#dirfd)) return []
     const { marks } = layerAt(this.#stack, this.#source.layer)
     return resultMeta(this.#dirfd, this.#name, this.stat, marks, true).xattrs
   }

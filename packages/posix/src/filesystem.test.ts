@@ -5,7 +5,7 @@ import { temporary } from '../../../test/posix/temporary.ts'
 import { isSubvolume } from './btrfs.ts'
 import type { ByteString } from './bytes.ts'
 import { hasCapability, isInitialUserNamespace, seesTrustedXattrs } from './credentials.ts'
-import { fileSystemMagic, fileSystemOf } from './filesystem.ts'
+import { fileSystemMagic, fileSystemOf, listsAcls } from './filesystem.ts'
 import { handleAt, handleKey } from './handle.ts'
 import { raiseFileLimit } from './limits.ts'
 import { openRoot, withFd } from './open.ts'
@@ -25,6 +25,13 @@ describe('fileSystemOf', () => {
       if (info.type !== 'btrfs') expect(isSubvolume(fd)).toBe(false)
     })
   })
+})
+
+test.each([
+  ['/dev/shm', true],
+  ['/proc', false],
+])('whether listxattr names the ACLs on %s: %s', (path, lists) => {
+  withFd(openRoot(path as never), (fd) => expect(listsAcls(fd)).toBe(lists))
 })
 
 describe('credentials', () => {

@@ -5,6 +5,7 @@ import {
   errnoOf,
   getXattr,
   LsyncError,
+  listsAcls,
   listXattrs,
   makeDirectory,
   makeNode,
@@ -58,6 +59,9 @@ export const ACL_DEFAULT = 'system.posix_acl_default' as ByteString
 export const CAPABILITY = 'security.capability' as ByteString
 
 const NO_XATTRS: readonly Xattr[] = []
+// An ACL of owner, group and others alone says what the mode says. The kernel's file systems drop such a one; what
+// `setfacl -b` leaves on MooseFS is one. Source: linux/posix_acl_xattr.h, a header of 4 bytes and 8 for each entry.
+const ACL_OF_MODE_BYTES = 4 + 3 * 8
 /** The type bits of `st_mode` of a special file. */
 export const SPECIAL_MODES: Readonly<Record<SpecialType, number>> = {
   fifo: S_IFIFO,
@@ -70,7 +74,7 @@ const SMALL_BYTES = 16 * 1024
 
 /**
  * The attributes of `name` beneath `dirfd` (of the fd itself for `''`) that `keep` wants (all, without it), sorted by
- * name bytes. One list call where there are none.
+ * name bytes. ACLs are among them also where the file system does not list them. One list call where there are none.
  */
 export function readXattrs(
   dirfd: number,
@@ -78,7 +82,8 @@ export function readXattrs(
   keep?: (attribute: ByteString) => boolean,
 ): readonly Xattr[] {
   const names = listXattrs(dirfd, name)
-  if (names.length === 0) return NO_XATTRS
+  const hidden = hiddenAcls(dirfd, name, names)
+  if (names.length === 0 && hidden.length === 0) return NO_XATTRS
   const xattrs: Xattr[] = []
   for (const attribute of names.sort()) {
     if (isStorageXattr(attribute) || (keep !== undefined && !keep(attribute))) continue
@@ -86,7 +91,21 @@ export function readXattrs(
     // Listed and gone again: somebody removed it in between, which is the same as never having been there.
     if (value !== undefined) xattrs.push({ name: attribute, value })
   }
-  return xattrs
+  if (hidden.length === 0) return xattrs
+  return [...xattrs, ...hidden].sort((left, right) => (left.name < right.name ? -1 : 1))
+}
+
+/** The ACLs of an inode that its file system has and does not list; `listed` are the attributes that it lists. */
+export function hiddenAcls(dirfd: number, name: ByteString | '', listed: readonly ByteString[]): Xattr[] {
+  if (listsAcls(dirfd)) return []
+  const found: Xattr[] = []
+  for (const attribute of [ACL_ACCESS, ACL_DEFAULT]) {
+    if (listed.includes(attribute)) continue
+    const value = getXattr(dirfd, name, attribute)
+    if (value === undefined || (attribute === ACL_ACCESS && value.length <= ACL_OF_MODE_BYTES)) continue
+    found.push({ name: attribute, value })
+  }
+  return found
 }
 
 /**
@@ -149,12 +168,13 @@ export function writeMeta(
   // user.* needs write permission, which root always has and the mode to come may deny to others.
   if (xattrs.length > 0) setXattrs(dirfd, name, kind, xattrs, isUserXattr)
   if (kind !== 'symlink') {
-    if (name === '') setModeFd(dirfd, meta.mode)
-    else setModeAt(dirfd, name, meta.mode)
+    // MooseFS gives the mode the group's permissions of an ACL that goes, so the mode comes after that.
     if (options.dropInheritedAcls === true) {
       removeXattr(dirfd, name, ACL_ACCESS)
       if (kind === 'directory') removeXattr(dirfd, name, ACL_DEFAULT)
     }
+    if (name === '') setModeFd(dirfd, meta.mode)
+    else setModeAt(dirfd, name, meta.mode)
   }
   if (xattrs.length > 0) {
     setXattrs(dirfd, name, kind, xattrs, isAcl)
@@ -200,7 +220,10 @@ function removeOtherXattrs(
   wanted: readonly Xattr[],
   removable: (attribute: ByteString) => boolean,
 ): void {
-  for (const attribute of listXattrs(dirfd, name)) {
+  const listed = listXattrs(dirfd, name)
+  // Removing what is not there is fine, and so is one round trip more where the file system does not list it.
+  const present = listsAcls(dirfd) ? listed : new Set([...listed, ACL_ACCESS, ACL_DEFAULT])
+  for (const attribute of present) {
     if (isStorageXattr(attribute) || !removable(attribute)) continue
     if (!wanted.some((xattr) => xattr.name === attribute)) removeXattr(dirfd, name, attribute)
   }

@@ -5,7 +5,6 @@ import {
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
   link,
-  listXattrs,
   makeDirectory,
   makeNode,
   makeSymlink,
@@ -26,7 +25,17 @@ import type { Entry, Meta, Xattr } from '../model/entry.ts'
 import type { Namespace } from '../model/marks.ts'
 import { type EntryPath, isWithin, type Name, ROOT, split } from '../model/path.ts'
 import { LayerChangedError, LayerEntryRefusedError, TargetCannotHoldError } from './errors.ts'
-import { fillFrom, type InodeKind, openDirectory, openNew, openRegular, SPECIAL_MODES, writeMeta } from './inode.ts'
+import {
+  ACL_ACCESS,
+  ACL_DEFAULT,
+  fillFrom,
+  type InodeKind,
+  openDirectory,
+  openNew,
+  openRegular,
+  SPECIAL_MODES,
+  writeMeta,
+} from './inode.ts'
 import { isValidName, type LayerItem, type Loss, type OpenContent } from './item.ts'
 
 /** Takes the items of a layer, a directory before its content, and writes them down. */
@@ -83,9 +92,8 @@ export class TreeSink implements LayerSink {
     this.#rootFd = rootFd
     this.#options = options
     // What the parent directory hands down to new directories is no part of the layer.
-    for (const attribute of listXattrs(rootFd, '')) {
-      if (attribute.startsWith('system.posix_acl_')) removeXattr(rootFd, '', attribute)
-    }
+    removeXattr(rootFd, '', ACL_ACCESS)
+    removeXattr(rootFd, '', ACL_DEFAULT)
   }
 
   add(item: LayerItem): void {
