@@ -443,7 +443,11 @@ class RecordWork {
     }
     const fd = this.#targetFd
     despiteProtection([{ dirfd: fd, name: '' }], () =>
-      finishDirectory(fd, { ...meta, xattrs }, { removeOthers: (attribute) => attribute !== 'security.selinux' }),
+      finishDirectory(
+        fd,
+        { ...meta, xattrs },
+        { old: statFd(fd), removeOthers: (attribute) => attribute !== 'security.selinux' },
+      ),
     )
   }
 

@@ -39,7 +39,7 @@ import { Pool, takeShare } from './pool.ts'
 import { type RecoverOptions, recoverBefore } from './recover.ts'
 import { OpenSources, resolve } from './resolve.ts'
 import { assertHolds, assertMergeable, assertNotEmptied, type Loss } from './safety.ts'
-import type { Layer } from './scan.ts'
+import { hasManyEntries, type Layer } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
 import type { Job, WorkInit } from './work.ts'
 
@@ -122,6 +122,7 @@ export async function merge(asked: MergeRequest): Promise<MergeReport> {
   if (!inPlace && isThere(target)) throw new OutputExistsError(target)
   const below = request.mode === 'delta' || (inPlace && request.lowers.length > 1)
   const stack = openStack(request, below, inPlace ? 1 : request.lowers.length)
+  const pool = makePool(request, stack)
   try {
     assertMergeable({
       mode: request.mode,
@@ -134,12 +135,14 @@ export async function merge(asked: MergeRequest): Promise<MergeReport> {
     })
     const index = openAliases(request, stack)
     try {
-      const report = await (inPlace ? mergeInPlace(request, stack, index) : mergeToNew(request, stack, target, index))
+      const run: Run = { request, stack, index, pool }
+      const report = await (inPlace ? mergeInPlace(run) : mergeToNew(run, target))
       return { ...report, recovered, dryRun: request.dryRun === true, elapsedMs: performance.now() - start }
     } finally {
       if (index.indexFd !== undefined) close(index.indexFd)
     }
   } finally {
+    await pool.close()
     closeStack(stack)
   }
 }
@@ -226,6 +229,13 @@ function threadsOf({ workers, signal }: MergeRequest): RecoverOptions {
   return { ...(workers === undefined ? {} : { workers }), ...(signal === undefined ? {} : { signal }) }
 }
 
+interface Run {
+  readonly request: MergeRequest
+  readonly stack: OpenStack
+  readonly index: Index
+  readonly pool: Pool
+}
+
 type Part = Omit<MergeReport, 'recovered' | 'dryRun' | 'elapsedMs'>
 
 function headerOf(request: MergeRequest, target: HostPath, stack: OpenStack, rename: boolean): PlanHeader {
@@ -255,54 +265,50 @@ function inoOf(layer: OpenStack['layers'][number] | undefined): string {
   return layer === undefined ? '' : String(statFd(layer.fd).ino)
 }
 
-async function mergeInPlace(request: MergeRequest, stack: OpenStack, index: Index): Promise<Part> {
+async function mergeInPlace({ request, stack, index, pool }: Run): Promise<Part> {
   const upper = stack.layers[0] as OpenStack['layers'][number]
   const base = stack.layers[1] as OpenStack['layers'][number]
   const rename = isOneFileSystem(upper.fd, base.fd)
   const header = headerOf(request, base.path, stack, rename)
-  const pool = makePool(request, stack, planInit(request, stack, rename, index))
+  pool.prepare(planInit(request, stack, rename, index))
+  if (request.dryRun === true) {
+    const { counts } = await planForLooking(request, stack, header, pool)
+    return { mode: request.mode, target: base.path, counts, losses: [] }
+  }
+  const journal = Journal.open(base.path, { create: true }) as Journal
+  let sealed = false
   try {
-    if (request.dryRun === true) {
-      const { counts } = await planForLooking(request, stack, header, pool)
-      return { mode: request.mode, target: base.path, counts, losses: [] }
-    }
-    const journal = Journal.open(base.path, { create: true }) as Journal
-    let sealed = false
-    try {
-      let losses: readonly Loss[] = []
-      const planned = await planStack({
-        stack,
-        rename,
-        pool,
-        writer: await journal.write(header),
-        accept: (root, needs) => {
-          if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
-          if (!rename) losses = assertHolds(isBeside(journal, base.fd) ? journal.path : base.path, base.path, needs)
-        },
-        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
-      })
-      sealed = true
-      journal.prepare(base.fd)
-      await finishInPlace({
-        stack,
-        plan: planned.plan,
-        journal,
-        targetFd: base.fd,
-        pool,
-        reflink: false,
-        resumed: false,
-        ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
-        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
-      })
-      return { mode: request.mode, target: base.path, counts: planned.counts, losses }
-    } catch (error) {
-      if (!sealed) journal.remove() // nothing was touched yet
-      throw error
-    } finally {
-      journal.close()
-    }
+    let losses: readonly Loss[] = []
+    const planned = await planStack({
+      stack,
+      rename,
+      pool,
+      writer: await journal.write(header),
+      accept: (root, needs) => {
+        if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
+        if (!rename) losses = assertHolds(isBeside(journal, base.fd) ? journal.path : base.path, base.path, needs)
+      },
+      ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+    })
+    sealed = true
+    journal.prepare(base.fd)
+    await finishInPlace({
+      stack,
+      plan: planned.plan,
+      journal,
+      targetFd: base.fd,
+      pool,
+      reflink: false,
+      resumed: false,
+      ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
+      ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+    })
+    return { mode: request.mode, target: base.path, counts: planned.counts, losses }
+  } catch (error) {
+    if (!sealed) journal.remove() // nothing was touched yet
+    throw error
   } finally {
-    await pool.close()
+    journal.close()
   }
 }
 
@@ -325,73 +331,68 @@ function leaveTarget(journal: Journal, plan: SealedPlan, targetFd: number): void
   fsync(targetFd, plan.header.target)
 }
 
-async function mergeToNew(request: MergeRequest, stack: OpenStack, target: HostPath, index: Index): Promise<Part> {
+async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath): Promise<Part> {
   const header = headerOf(request, target, stack, false)
-  const pool = makePool(request, stack, planInit(request, stack, false, index))
+  pool.prepare(planInit(request, stack, false, index))
+  if (request.dryRun === true) {
+    const { counts } = await planForLooking(request, stack, header, pool)
+    return { mode: request.mode, target, counts, losses: [] }
+  }
+  const journal = Journal.open(target, { create: true }) as Journal
+  let treeFd: number | undefined
   try {
-    if (request.dryRun === true) {
-      const { counts } = await planForLooking(request, stack, header, pool)
-      return { mode: request.mode, target, counts, losses: [] }
+    let losses: readonly Loss[] = []
+    const planned = await planStack({
+      stack,
+      rename: false,
+      pool,
+      writer: await journal.write(header),
+      accept: (root, needs) => {
+        const base = stack.layers.at(-1) as OpenStack['layers'][number]
+        if (request.allowEmpty !== true && !stack.below) assertNotEmptied(root, base.fd, target)
+        // The tree is built in the journal; what a crash leaves of the probe goes with it.
+        losses = assertHolds(journal.path, target, needs)
+      },
+      ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
+    })
+    const base = stack.layers.at(-1) as OpenStack['layers'][number]
+    // A base that was once an upper has marks and whiteouts all over, which a bottom must not have.
+    const wasUpper = listXattrs(base.fd, '').some((attribute) => isMark(attribute, base.marks))
+    const perEntry = request.plain === true || (wasUpper && !stack.below)
+    const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
+    if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
+    else makeDirectory(journal.fd, TREE, 0o700)
+    treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    const flagged = clone === 'moosefs' || clone === 'btrfs' ? [] : await cloneBase(request, stack, treeFd, pool, clone)
+    journal.prepare(treeFd)
+    const execution: Execution = {
+      stack,
+      plan: planned.plan,
+      journal,
+      targetFd: treeFd,
+      pool,
+      reflink: clone !== 'hardlink' && clone !== 'copy',
+      resumed: false,
+      ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
+      ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
     }
-    const journal = Journal.open(target, { create: true }) as Journal
-    let treeFd: number | undefined
-    try {
-      let losses: readonly Loss[] = []
-      const planned = await planStack({
-        stack,
-        rename: false,
-        pool,
-        writer: await journal.write(header),
-        accept: (root, needs) => {
-          const base = stack.layers.at(-1) as OpenStack['layers'][number]
-          if (request.allowEmpty !== true && !stack.below) assertNotEmptied(root, base.fd, target)
-          // The tree is built in the journal; what a crash leaves of the probe goes with it.
-          losses = assertHolds(journal.path, target, needs)
-        },
-        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
-      })
-      const base = stack.layers.at(-1) as OpenStack['layers'][number]
-      // A base that was once an upper has marks and whiteouts all over, which a bottom must not have.
-      const wasUpper = listXattrs(base.fd, '').some((attribute) => isMark(attribute, base.marks))
-      const perEntry = request.plain === true || (wasUpper && !stack.below)
-      const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
-      if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
-      else makeDirectory(journal.fd, TREE, 0o700)
-      treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-      const flagged =
-        clone === 'moosefs' || clone === 'btrfs' ? [] : await cloneBase(request, stack, treeFd, pool, clone)
-      journal.prepare(treeFd)
-      const execution: Execution = {
-        stack,
-        plan: planned.plan,
-        journal,
-        targetFd: treeFd,
-        pool,
-        reflink: clone !== 'hardlink' && clone !== 'copy',
-        resumed: false,
-        ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
-        ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
-      }
-      await executePlan(execution)
-      if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
-      await setFlags(execution)
-      const visited = new Set(
-        planned.plan.lines.filter(({ type }) => type === 'directory').map(({ path }) => planPath(path)),
-      )
-      for (const [path, flags] of flagged) if (!visited.has(path)) protectDirectory(treeFd, path, flags)
-      publish(journal, target)
-      journal.remove()
-      return { mode: request.mode, target, clone, counts: planned.counts, losses }
-    } catch (error) {
-      // Nobody has seen any of it: the old state is the only state.
-      journal.remove()
-      throw error
-    } finally {
-      if (treeFd !== undefined) close(treeFd)
-      journal.close()
-    }
+    await executePlan(execution)
+    if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
+    await setFlags(execution)
+    const visited = new Set(
+      planned.plan.lines.filter(({ type }) => type === 'directory').map(({ path }) => planPath(path)),
+    )
+    for (const [path, flags] of flagged) if (!visited.has(path)) protectDirectory(treeFd, path, flags)
+    publish(journal, target)
+    journal.remove()
+    return { mode: request.mode, target, clone, counts: planned.counts, losses }
+  } catch (error) {
+    // Nobody has seen any of it: the old state is the only state.
+    journal.remove()
+    throw error
   } finally {
-    await pool.close()
+    if (treeFd !== undefined) close(treeFd)
+    journal.close()
   }
 }
 
@@ -483,8 +484,12 @@ function planInit(request: MergeRequest, stack: OpenStack, rename: boolean, inde
   }
 }
 
-function makePool(request: MergeRequest, stack: OpenStack, init: WorkInit): Pool {
-  return new Pool(init, { workers: request.workers ?? defaultWorkers(stack), signal: request.signal })
+function makePool({ workers, signal }: MergeRequest, stack: OpenStack): Pool {
+  const layers = [stack.layers[0], stack.layers.at(-1)] as Layer[]
+  return new Pool(
+    { stack: stackInit(stack) },
+    { workers: workers ?? defaultWorkers(stack), signal, expectsMuch: () => layers.some(hasManyEntries) },
+  )
 }
 
 /** Two on local disks, where more only wait for each other; many where each call is a trip over a network. */

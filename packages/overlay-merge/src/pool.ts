@@ -3,7 +3,7 @@ import { LsyncError, randomHex } from '@lsync/posix'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 import type { FromWorker, ToWorker, TravellingError } from './worker.ts'
 
-// Starting a worker costs about 60 ms, so work that the calling thread finishes sooner never pays for one.
+// Starting a worker takes about 50 ms, so work that the calling thread finishes sooner never pays for one.
 const ALONE_MS = 25
 // One job at work and one that waits, so that a worker is not idle while the calling thread works itself.
 const IN_FLIGHT = 2
@@ -22,7 +22,7 @@ export function takeShare<T>(pending: T[], idle: number): T[] {
   return pending.splice(-Math.min(64, Math.max(1, Math.ceil(pending.length / (idle * 2)))))
 }
 
-/** Hands out a list in pieces; `done` gets what each piece gave. */
+/** Hands out a list in pieces of at most `size`, smaller ones towards its end; `done` gets what each piece gave. */
 export function drainList<T>(
   pool: Pool,
   items: readonly T[],
@@ -31,10 +31,11 @@ export function drainList<T>(
   done: (result: JobResult) => void = () => undefined,
 ): Promise<void> {
   let at = 0
-  return pool.drain(() => {
+  return pool.drain((idle) => {
     if (at >= items.length) return undefined
-    at += size
-    return jobOf(items.slice(at - size, at))
+    const start = at
+    at += Math.min(size, Math.ceil((items.length - at) / (idle * 2)))
+    return jobOf(items.slice(start, at))
   }, done)
 }
 
@@ -42,6 +43,8 @@ export interface PoolOptions {
   /** Threads at work, the calling one included; 0 and 1 mean that one alone. */
   readonly workers: number
   readonly signal?: AbortSignal | undefined
+  /** Tells quickly whether the work will pay for workers, which then start at once. */
+  readonly expectsMuch?: () => boolean
 }
 
 /**
@@ -65,6 +68,8 @@ export class Pool {
     this.#width = Math.max(1, options.workers)
     this.#signal = options.signal
     this.#own = new Workshop(init, this.#tag())
+    const isShared = this.#width > 1 && this.#width <= SHARED_WIDTH
+    if (isShared && options.expectsMuch?.() === true) this.#start()
   }
 
   /** Gives all workers more to know. No job may be under way. */

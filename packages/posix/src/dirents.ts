@@ -20,9 +20,9 @@ const spare: Memory[] = []
 /**
  * Calls `visit` for every name in an open directory except `.` and `..`, in the file system's own order. `type` is a
  * DT_* constant, DT_UNKNOWN where the file system does not tell (then `statAt` does). Reads from the start each time.
- * A callback may read other directories.
+ * A callback may read other directories; when it gives back `false`, that was enough.
  */
-export function readDirents(fd: number, visit: (name: ByteString, type: number) => void): void {
+export function readDirents(fd: number, visit: (name: ByteString, type: number) => unknown): void {
   const memory = spare.pop() ?? allocate(BUFFER_BYTES)
   const { buffer, address } = memory
   try {
@@ -38,7 +38,7 @@ export function readDirents(fd: number, visit: (name: ByteString, type: number) 
         const name = buffer.toString('latin1', at + 19, stop)
         const type = buffer[at + 18] as number
         at += length
-        if (name !== '.' && name !== '..') visit(name as ByteString, type)
+        if (name !== '.' && name !== '..' && visit(name as ByteString, type) === false) return
       }
     }
   } finally {

@@ -145,6 +145,8 @@ export interface WriteMetaOptions {
   readonly removeOthers?: (attribute: ByteString) => boolean
   /** chattr flags (FS_IMMUTABLE_FL | FS_APPEND_FL), set after everything else. Files and directories only. */
   readonly inodeFlags?: number
+  /** What the inode is like, if that is known: owner and mode that are right are not set again. */
+  readonly old?: Stat
   /** Leave the times alone, for a directory whose children are still to come. */
   readonly withoutTimes?: boolean
 }
@@ -163,8 +165,10 @@ export function writeMeta(
   options: WriteMetaOptions = {},
 ): void {
   const { xattrs } = meta
-  setOwner(dirfd, name, meta.uid, meta.gid)
-  if (options.removeOthers !== undefined) removeOtherXattrs(dirfd, name, xattrs, options.removeOthers)
+  const { old } = options
+  const isOwned = old !== undefined && old.uid === meta.uid && old.gid === meta.gid
+  if (!isOwned) setOwner(dirfd, name, meta.uid, meta.gid)
+  const removed = options.removeOthers === undefined ? 0 : removeOtherXattrs(dirfd, name, xattrs, options.removeOthers)
   // user.* needs write permission, which root always has and the mode to come may deny to others.
   if (xattrs.length > 0) setXattrs(dirfd, name, kind, xattrs, isUserXattr)
   if (kind !== 'symlink') {
@@ -173,8 +177,12 @@ export function writeMeta(
       removeXattr(dirfd, name, ACL_ACCESS)
       if (kind === 'directory') removeXattr(dirfd, name, ACL_DEFAULT)
     }
-    if (name === '') setModeFd(dirfd, meta.mode)
-    else setModeAt(dirfd, name, meta.mode)
+    // Attributes that come or go can be ACLs, which have their say in the mode.
+    const isAsIs = xattrs.length === 0 && removed === 0 && options.dropInheritedAcls !== true
+    if (!(isOwned && isAsIs && old.permissions === meta.mode)) {
+      if (name === '') setModeFd(dirfd, meta.mode)
+      else setModeAt(dirfd, name, meta.mode)
+    }
   }
   if (xattrs.length > 0) {
     setXattrs(dirfd, name, kind, xattrs, isAcl)
@@ -219,14 +227,18 @@ function removeOtherXattrs(
   name: ByteString | '',
   wanted: readonly Xattr[],
   removable: (attribute: ByteString) => boolean,
-): void {
+): number {
   const listed = listXattrs(dirfd, name)
   // Removing what is not there is fine, and so is one round trip more where the file system does not list it.
   const present = listsAcls(dirfd) ? listed : new Set([...listed, ACL_ACCESS, ACL_DEFAULT])
+  let removed = 0
   for (const attribute of present) {
     if (isStorageXattr(attribute) || !removable(attribute)) continue
-    if (!wanted.some((xattr) => xattr.name === attribute)) removeXattr(dirfd, name, attribute)
+    if (wanted.some((xattr) => xattr.name === attribute)) continue
+    removeXattr(dirfd, name, attribute)
+    removed++
   }
+  return removed
 }
 
 function setFlags(dirfd: number, name: ByteString | '', flags: number): void {
