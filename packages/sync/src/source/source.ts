@@ -48,4 +48,9 @@ export interface SourceRequest {
   readonly choice: 'auto' | Source['kind']
   /** How often `poll` looks at every directory. */
   readonly pollIntervalMs: number
+  /**
+   * Leaves fanotify's queue at the kernel's limit (fs.fanotify.max_queued_events): kernel memory is bounded, and a burst
+   * can end in `lost`. Without it the queue is as long as it must be.
+   */
+  readonly boundedQueue?: boolean
 }
