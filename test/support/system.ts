@@ -51,16 +51,30 @@ export function unmount(target: string): boolean {
   }
 }
 
-/** Fills `length` bytes at `offset` through a shared mapping, the way of writing that no write(2) sees. */
-export function mapAndFill(fd: number, offset: number, length: number, byte: number): boolean {
+/** A shared mapping of an open file's first bytes, which outlives the fd. */
+export interface SharedMapping {
+  fill(offset: number, length: number, byte: number): void
+  unmap(): void
+}
+
+/** mmap(2), shared and writable. `undefined` where the file system cannot. */
+export function mapShared(fd: number, length: number): SharedMapping | undefined {
   const PROT_READ_WRITE = 3
   const MAP_SHARED = 1
-  const span = offset + length
-  const address = mmapNative(0, span, PROT_READ_WRITE, MAP_SHARED, fd, 0)
-  if (Number(address) === -1) return false
-  memsetNative(BigInt(address) + BigInt(offset), byte, length)
-  munmapNative(address, span)
-  return true
+  const address = mmapNative(0, length, PROT_READ_WRITE, MAP_SHARED, fd, 0)
+  if (Number(address) === -1) return undefined
+  return {
+    fill: (offset, count, byte) => void memsetNative(BigInt(address) + BigInt(offset), byte, count),
+    unmap: () => void munmapNative(address, length),
+  }
+}
+
+/** Fills `length` bytes at `offset` through a shared mapping, the way of writing that no write(2) sees. */
+export function mapAndFill(fd: number, offset: number, length: number, byte: number): boolean {
+  const mapping = mapShared(fd, offset + length)
+  mapping?.fill(offset, length, byte)
+  mapping?.unmap()
+  return mapping !== undefined
 }
 
 /** Runs a command and gives its stdout; throws with its stderr when it fails. */

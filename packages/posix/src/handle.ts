@@ -24,6 +24,14 @@ const mountIdOut = allocate(4)
  * system has no handles. Source: name_to_handle_at(2).
  */
 export function handleAt(dirfd: number, name: ByteString | ''): FileHandle | undefined {
+  return mountedHandleAt(dirfd, name)?.handle
+}
+
+/** As `handleAt`, with the id of the mount that the name was reached through (the numbers of mountinfo). */
+export function mountedHandleAt(
+  dirfd: number,
+  name: ByteString | '',
+): { readonly handle: FileHandle; readonly mountId: number } | undefined {
   raw.buffer.writeUInt32LE(MAX_HANDLE_BYTES, 0)
   const flags = name === '' ? AT_EMPTY_PATH : 0
   if (nameToHandleNative(dirfd, cString(name), raw.address, mountIdOut.address, flags) < 0) {
@@ -31,7 +39,7 @@ export function handleAt(dirfd: number, name: ByteString | ''): FileHandle | und
     if (code === 'ENOTSUP') return undefined
     throw new PosixError(code, { syscall: 'name_to_handle_at', path: name })
   }
-  return readHandle(raw.buffer, 0)
+  return { handle: readHandle(raw.buffer, 0), mountId: mountIdOut.buffer.readInt32LE(0) }
 }
 
 /** Reads a `struct file_handle` (length, type, bytes) at an offset. The bytes are the caller's. */
