@@ -79,6 +79,7 @@ export default defineConfig({
     main: 'src/main.ts',
     worker: 'cached:../overlay-merge/src/worker.ts',
     'compare-worker': 'cached:../overlay-merge/src/compare-worker.ts',
+    'poll-worker': 'cached:../sync/src/source/poll-worker.ts',
   },
   platform: 'node',
   external: [/^node:/],

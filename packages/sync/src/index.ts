@@ -1,6 +1,7 @@
 export { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
+export { SourceUnavailableError, WatchLimitError } from './source/errors.ts'
 export type { BlindSpot, DirectoryRef, Hint, Source, SourceRequest } from './source/source.ts'
 export { OperationRefusedError } from './target-path.ts'
 export { TargetPlace, TargetStateDamagedError } from './target-state.ts'
