@@ -112,6 +112,7 @@ function unsigned64(raw: DataView, at: number): Ino {
 
 const out = allocate(256)
 const view = new DataView(out.buffer.buffer, out.buffer.byteOffset, 256)
+const words = new Uint32Array(out.buffer.buffer, out.buffer.byteOffset, 64)
 
 /** statx(2) of `name` beneath `dirfd`, not following a symlink. `undefined` when there is nothing of that name. */
 export function tryStatAt(dirfd: number, name: ByteString): Stat | undefined {
@@ -122,6 +123,47 @@ export function tryStatAt(dirfd: number, name: ByteString): Stat | undefined {
   }
   return new Stat(view)
 }
+
+/**
+ * As `tryStatAt`, but the kernel's `struct statx` itself, as 32-bit words, which the next stat of this thread overwrites:
+ * for those that stat millions of names and look at a few fields. `STATX_WORD` says where they are. `''` with an fd of
+ * its own is not served: use `statFd`.
+ */
+export function tryRawStatAt(dirfd: number, name: ByteString): Uint32Array | undefined {
+  if (statxNative(dirfd, cString(name), AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, MASK, out.address) < 0) {
+    const code = errnoName(errno())
+    if (code === 'ENOENT') return undefined
+    throw new PosixError(code, { syscall: 'statx', path: name })
+  }
+  return words
+}
+
+/** As `tryRawStatAt`, of an open file. */
+export function rawStatFd(fd: number): Uint32Array {
+  if (statxNative(fd, cString(''), AT_EMPTY_PATH, MASK, out.address) < 0) {
+    throw new PosixError(errnoName(errno()), { syscall: 'statx', path: '' })
+  }
+  return words
+}
+
+/** Where the fields of `struct statx` begin, in 32-bit words (little-endian). Source: linux/stat.h. */
+export const STATX_WORD = {
+  /** STATX_ATTR_*: 0x10 immutable, 0x20 append-only, 0x2000 mount root. */
+  attributes: 2,
+  nlink: 4,
+  uid: 5,
+  gid: 6,
+  /** In the lower half. */
+  mode: 7,
+  ino: 8,
+  size: 10,
+  blocks: 12,
+  birth: 20,
+  change: 24,
+  modification: 28,
+  rdevMajor: 32,
+  rdevMinor: 33,
+} as const
 
 /**
  * Only the type of `name` (S_IF*), cheaper than a whole `Stat` where a directory has thousands of names; for character

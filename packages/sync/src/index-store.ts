@@ -1,0 +1,474 @@
+import { randomBytes } from 'node:crypto'
+import { type ByteString, type FileHandle, LsyncError } from '@lsync/posix'
+import { type Database, open, type RootDatabase } from 'lmdb'
+import type { DirectoryRecord, IndexChange, NamePlace } from './model/index-change.ts'
+import type { TreePath } from './model/operation.ts'
+import { eachRow, findRow, pageOf, type Row, rowAt, rowBytes, withoutRow, withRow } from './model/row.ts'
+
+/** The index is of a version that this lsync does not know. */
+export class IndexVersionError extends LsyncError {
+  constructor(path: string, version: unknown) {
+    super('INDEX_VERSION', `the index ${path} has version ${String(version)}`, {
+      path,
+      hint: 'use the lsync that made it, or remove the directory: the next sync then compares the whole tree',
+    })
+  }
+}
+
+/** The id of the root directory. Its own row is the only one of directory 0, under the empty name. */
+export const ROOT_ID = 1
+
+interface IndexMeta {
+  readonly version: 1
+  /** Names this index to targets. */
+  readonly root: string
+  readonly sequence: number
+  readonly nextDirectory: number
+  readonly nextBlocks: number
+  /** What the upper's root directory is, so that another one under its path is noticed. */
+  readonly upper: string
+}
+
+const PAGE_BYTES = 24 * 1024
+const MAX_BITS = 16
+const META_KEY = Buffer.from('meta')
+const EMPTY = Buffer.alloc(0)
+
+/** Where the environment's pages are found; workers open them to read. */
+export function openIndexTables(path: string, readOnly: boolean) {
+  const env: RootDatabase<Buffer, Buffer> = open({
+    path,
+    maxDbs: 8,
+    encoding: 'binary',
+    keyEncoding: 'binary',
+    readOnly,
+    // Grown as needed; the address space is not memory.
+    mapSize: 1 << 30,
+  })
+  const table = (name: string): Database<Buffer, Buffer> =>
+    env.openDB({ name, encoding: 'binary', keyEncoding: 'binary' })
+  return {
+    env,
+    /** 'meta': JSON. */
+    meta: table('meta'),
+    /** Directory id and page number: rows. */
+    pages: table('pages'),
+    /** Directory id: its record. */
+    directories: table('directories'),
+    /** File handle: directory id. */
+    handles: table('handles'),
+    /** Inode identity: its names, where it has several. */
+    names: table('names'),
+    /** Directory id, of those that are pending. */
+    pending: table('pending'),
+    /** Blocks id: xxh64 of each block. */
+    blocks: table('blocks'),
+  }
+}
+
+type Tables = ReturnType<typeof openIndexTables>
+
+/**
+ * What a target holds of an upper, by directory id and name, so that moving a directory changes one record. Reads see
+ * what was committed; `commit` is one transaction, durable when it resolves.
+ */
+export class IndexStore {
+  readonly path: string
+  readonly #tables: Tables
+  #meta: IndexMeta
+
+  private constructor(path: string, tables: Tables, meta: IndexMeta) {
+    this.path = path
+    this.#tables = tables
+    this.#meta = meta
+  }
+
+  /**
+   * Opens the index of an upper, or makes an empty one; also where the one that is there is of another directory.
+   * @throws {IndexVersionError} if it was made by a later lsync
+   */
+  static async open(path: string, upper: string): Promise<IndexStore> {
+    const tables = openIndexTables(path, false)
+    const stored = tables.meta.get(META_KEY)
+    const meta = stored === undefined ? undefined : (JSON.parse(stored.toString()) as IndexMeta)
+    if (meta !== undefined && meta.version !== 1) {
+      await tables.env.close()
+      throw new IndexVersionError(path, meta.version)
+    }
+    const index = new IndexStore(path, tables, meta ?? newMeta(upper))
+    if (meta === undefined || meta.upper !== upper) await index.reset(upper)
+    return index
+  }
+
+  /** Forgets everything: from now on this is another index, which no target knows. */
+  async reset(upper: string = this.#meta.upper): Promise<void> {
+    const { env, pages, directories, handles, names, pending, blocks, meta } = this.#tables
+    this.#meta = newMeta(upper)
+    await env.transaction(() => {
+      for (const table of [pages, directories, handles, names, pending, blocks]) void table.clearAsync()
+      void meta.put(META_KEY, Buffer.from(JSON.stringify(this.#meta)))
+    })
+    await env.flushed
+  }
+
+  /** Names this index to targets. */
+  get root(): string {
+    return this.#meta.root
+  }
+
+  /** The last checkpoint. */
+  get sequence(): number {
+    return this.#meta.sequence
+  }
+
+  /** Takes so many new directory ids; the first of them. They are used up whether or not a commit follows. */
+  takeDirectoryIds(count: number): number {
+    const first = this.#meta.nextDirectory
+    this.#meta = { ...this.#meta, nextDirectory: first + count }
+    return first
+  }
+
+  takeBlocksIds(count: number): number {
+    const first = this.#meta.nextBlocks
+    this.#meta = { ...this.#meta, nextBlocks: first + count }
+    return first
+  }
+
+  directory(id: number): DirectoryRecord | undefined {
+    const value = this.#tables.directories.get(idKey(id))
+    return value === undefined ? undefined : readDirectory(id, value)
+  }
+
+  /** The path of a directory; `undefined` when it or one above it is not in the index. */
+  pathOf(id: number): TreePath | undefined {
+    let path = ''
+    for (let at = id; at !== ROOT_ID; ) {
+      const record = this.directory(at)
+      if (record === undefined) return undefined
+      path = path === '' ? record.name : `${record.name}/${path}`
+      at = record.parent
+    }
+    return path as TreePath
+  }
+
+  byHandle(handle: FileHandle): number | undefined {
+    return this.#tables.handles.get(handleKeyOf(handle))?.readUIntBE(0, 6)
+  }
+
+  row(directory: number, name: ByteString): Row | undefined {
+    const page = this.#page(directory, name)
+    if (page === undefined) return undefined
+    const at = findRow(page, name)
+    return at < 0 ? undefined : rowAt(page, at)
+  }
+
+  /** All rows of a directory. */
+  rows(directory: number): Row[] {
+    const rows: Row[] = []
+    for (const page of this.pages(directory)) eachRow(page, (_, at) => rows.push(rowAt(page, at)))
+    return rows
+  }
+
+  /** The pages of a directory that are not empty. */
+  pages(directory: number): Buffer[] {
+    return pagesOf(this.#tables, directory)
+  }
+
+  /** The names of an inode that has several, as far as they are in the index. */
+  namesOf(identity: string): NamePlace[] {
+    const value = this.#tables.names.get(Buffer.from(identity, 'latin1'))
+    return value === undefined ? [] : readNames(value)
+  }
+
+  blocks(id: number): Buffer | undefined {
+    return this.#tables.blocks.get(idKey(id))
+  }
+
+  /** The directories whose content is to be carried over anew. */
+  pending(): number[] {
+    return [...this.#tables.pending.getKeys({})].map((key) => (key as Buffer).readUIntBE(0, 6))
+  }
+
+  /** The directory that a path names, as far as the index knows it, and what is left of the path. */
+  resolve(path: ByteString | ''): { readonly directory: number; readonly rest: readonly ByteString[] } {
+    let directory = ROOT_ID
+    const parts = (path === '' ? [] : path.split('/')) as ByteString[]
+    for (const [depth, part] of parts.entries()) {
+      const row = this.row(directory, part)
+      if (row?.isDirectory !== true) return { directory, rest: parts.slice(depth) }
+      directory = row.ref
+    }
+    return { directory, rest: [] }
+  }
+
+  /** Makes changes durable, and with them the number of the checkpoint that the target has stored before. */
+  async commit(changes: readonly IndexChange[], sequence: number = this.#meta.sequence): Promise<void> {
+    this.#meta = { ...this.#meta, sequence }
+    await this.#tables.env.transaction(() => {
+      for (const change of changes) this.#apply(change)
+      void this.#tables.meta.put(META_KEY, Buffer.from(JSON.stringify(this.#meta)))
+    })
+    await this.#tables.env.flushed
+  }
+
+  async close(): Promise<void> {
+    await this.#tables.env.close()
+  }
+
+  #apply(change: IndexChange): void {
+    switch (change.set) {
+      case 'row':
+        this.#putRow(change.directory, change.row)
+        return
+      case 'no row':
+        this.#removeRow(change.directory, change.name)
+        return
+      case 'directory':
+        this.#putDirectory(change.record)
+        return
+      case 'new directory': {
+        const { id, parent, name, handle } = change
+        this.#putDirectory({ id, parent, name, bits: 0, isPending: true, handle })
+        return
+      }
+      case 'place': {
+        const { id, parent, name } = change
+        const record = this.directory(id)
+        if (record !== undefined) this.#putDirectory({ ...record, parent, name })
+        return
+      }
+      case 'pending': {
+        const record = this.directory(change.id)
+        if (record !== undefined) this.#putDirectory({ ...record, isPending: change.isPending })
+        return
+      }
+      case 'no directory':
+        this.#removeDirectory(change.id)
+        return
+      case 'pages':
+        this.#putPages(change.directory, change.pages)
+        return
+      case 'blocks':
+        void this.#tables.blocks.put(idKey(change.id), toBuffer(change.hashes))
+        return
+      case 'no blocks':
+        void this.#tables.blocks.remove(idKey(change.id))
+        return
+    }
+  }
+
+  #page(directory: number, name: ByteString): Buffer | undefined {
+    const bits = directory === 0 ? 0 : this.directory(directory)?.bits
+    return bits === undefined ? undefined : this.#tables.pages.get(pageKey(directory, pageOf(name, bits)))
+  }
+
+  #putRow(directory: number, row: Row): void {
+    const bits = directory === 0 ? 0 : (this.directory(directory)?.bits ?? 0)
+    const key = pageKey(directory, pageOf(row.name, bits))
+    const page = this.#tables.pages.get(key) ?? EMPTY
+    const at = findRow(page, row.name)
+    if (at >= 0) this.#forget(directory, rowAt(page, at), row)
+    if (hasLinks(row)) this.#addName(row.identity, { directory, name: row.name })
+    const next = withRow(page, row)
+    void this.#tables.pages.put(key, next)
+    if (next.length > PAGE_BYTES && bits < MAX_BITS) this.#split(directory, bits)
+  }
+
+  #removeRow(directory: number, name: ByteString): void {
+    const bits = directory === 0 ? 0 : (this.directory(directory)?.bits ?? 0)
+    const key = pageKey(directory, pageOf(name, bits))
+    const page = this.#tables.pages.get(key)
+    if (page === undefined) return
+    const at = findRow(page, name)
+    if (at < 0) return
+    this.#forget(directory, rowAt(page, at), undefined)
+    const next = withoutRow(page, name)
+    if (next.length === 0) void this.#tables.pages.remove(key)
+    else void this.#tables.pages.put(key, next)
+  }
+
+  // What other tables know of a row that goes, or that another one takes the place of.
+  #forget(directory: number, old: Row, next: Row | undefined): void {
+    if (hasLinks(old) && !(next !== undefined && hasLinks(next) && next.identity === old.identity)) {
+      this.#removeName(old.identity, { directory, name: old.name })
+    }
+  }
+
+  #split(directory: number, bits: number): void {
+    const record = this.directory(directory)
+    if (record === undefined) return
+    const pages = this.pages(directory)
+    this.#putPages(directory, pageRows(pages, bits + 2))
+  }
+
+  #putPages(directory: number, pages: readonly Uint8Array[]): void {
+    const record = this.directory(directory)
+    if (record === undefined) throw new Error(`directory ${directory} has rows and no record`)
+    this.#removePages(directory)
+    for (const [number, page] of pages.entries()) {
+      if (page.length > 0) void this.#tables.pages.put(pageKey(directory, number), toBuffer(page))
+    }
+    const bits = Math.round(Math.log2(Math.max(1, pages.length)))
+    if (bits !== record.bits) this.#putDirectory({ ...record, bits })
+  }
+
+  #removePages(directory: number): void {
+    for (const key of [...this.#tables.pages.getKeys(rangeOf(directory))]) void this.#tables.pages.remove(key)
+  }
+
+  #putDirectory(record: DirectoryRecord): void {
+    const key = idKey(record.id)
+    const old = this.#tables.directories.get(key)
+    if (old !== undefined) this.#forgetHandle(readDirectory(record.id, old), record.handle)
+    void this.#tables.directories.put(key, writeDirectory(record))
+    if (record.handle !== undefined) void this.#tables.handles.put(handleKeyOf(record.handle), key)
+    if (record.isPending) void this.#tables.pending.put(key, EMPTY)
+    else void this.#tables.pending.remove(key)
+  }
+
+  #forgetHandle({ id, handle }: DirectoryRecord, next: FileHandle | undefined): void {
+    if (handle === undefined) return
+    const key = handleKeyOf(handle)
+    if (next !== undefined && handleKeyOf(next).equals(key)) return
+    if (this.#tables.handles.get(key)?.readUIntBE(0, 6) === id) void this.#tables.handles.remove(key)
+  }
+
+  #removeDirectory(id: number): void {
+    for (const queue = [id]; queue.length > 0; ) {
+      const next = queue.pop() as number
+      const record = this.directory(next)
+      if (record === undefined) continue
+      for (const row of this.rows(next)) {
+        if (row.isDirectory) {
+          // One that was moved away meanwhile is somewhere else now.
+          if (this.directory(row.ref)?.parent === next) queue.push(row.ref)
+          continue
+        }
+        this.#forget(next, row, undefined)
+        if (row.isFile && row.ref !== 0 && row.nlink === 1) void this.#tables.blocks.remove(idKey(row.ref))
+      }
+      this.#removePages(next)
+      this.#forgetHandle(record, undefined)
+      void this.#tables.directories.remove(idKey(next))
+      void this.#tables.pending.remove(idKey(next))
+    }
+  }
+
+  #addName(identity: string, name: NamePlace): void {
+    const names = this.namesOf(identity)
+    if (names.some((other) => other.directory === name.directory && other.name === name.name)) return
+    void this.#tables.names.put(Buffer.from(identity, 'latin1'), writeNames([...names, name]))
+  }
+
+  #removeName(identity: string, name: NamePlace): void {
+    const names = this.namesOf(identity).filter(
+      (other) => other.directory !== name.directory || other.name !== name.name,
+    )
+    const key = Buffer.from(identity, 'latin1')
+    if (names.length === 0) void this.#tables.names.remove(key)
+    else void this.#tables.names.put(key, writeNames(names))
+  }
+}
+
+/** The pages of a directory that are not empty, for whoever has the tables open. */
+export function pagesOf(tables: Pick<Tables, 'pages'>, directory: number): Buffer[] {
+  return [...tables.pages.getRange(rangeOf(directory)).map(({ value }) => value)]
+}
+
+/** Rows in as many pages as `bits` says, or as their length asks for. */
+export function pageRows(pages: readonly Buffer[], bits?: number): Buffer[] {
+  const total = pages.reduce((sum, page) => sum + page.length, 0)
+  let chosen = bits ?? 0
+  if (bits === undefined) while (total >> chosen > PAGE_BYTES / 2 && chosen < MAX_BITS) chosen++
+  if (chosen === 0) return [pages.length === 1 ? (pages[0] as Buffer) : Buffer.concat(pages)]
+  const parts: Buffer[][] = Array.from({ length: 1 << chosen }, () => [])
+  for (const page of pages) {
+    eachRow(page, (name, at) => (parts[pageOf(name, chosen)] as Buffer[]).push(rowBytes(rowAt(page, at))))
+  }
+  return parts.map((rows) => Buffer.concat(rows))
+}
+
+/** Whether a row's inode has several names that belong together. */
+export function hasLinks(row: Row): boolean {
+  return row.nlink > 1 && !row.isDirectory && !row.isWhiteout
+}
+
+function newMeta(upper: string): IndexMeta {
+  const root = randomBytes(16).toString('hex')
+  return { version: 1, root, sequence: 0, nextDirectory: ROOT_ID + 1, nextBlocks: 1, upper }
+}
+
+function idKey(id: number): Buffer {
+  const key = Buffer.allocUnsafe(6)
+  key.writeUIntBE(id, 0, 6)
+  return key
+}
+
+function pageKey(directory: number, page: number): Buffer {
+  const key = Buffer.allocUnsafe(8)
+  key.writeUIntBE(directory, 0, 6)
+  key.writeUInt16BE(page, 6)
+  return key
+}
+
+function rangeOf(directory: number) {
+  return { start: pageKey(directory, 0), end: pageKey(directory + 1, 0) }
+}
+
+function toBuffer(bytes: Uint8Array): Buffer {
+  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+}
+
+function handleKeyOf({ type, bytes }: FileHandle): Buffer {
+  const key = Buffer.allocUnsafe(4 + bytes.length)
+  key.writeInt32LE(type, 0)
+  Buffer.from(bytes).copy(key, 4)
+  return key
+}
+
+function writeDirectory({ parent, name, bits, isPending, handle }: DirectoryRecord): Buffer {
+  const handleKey = handle === undefined ? EMPTY : handleKeyOf(handle)
+  const bytes = Buffer.allocUnsafe(9 + handleKey.length + name.length)
+  bytes.writeUIntLE(parent, 0, 6)
+  bytes[6] = bits
+  bytes[7] = isPending ? 1 : 0
+  bytes[8] = handleKey.length
+  handleKey.copy(bytes, 9)
+  bytes.write(name, 9 + handleKey.length, 'latin1')
+  return bytes
+}
+
+function readDirectory(id: number, bytes: Buffer): DirectoryRecord {
+  const handleEnd = 9 + (bytes[8] as number)
+  return {
+    id,
+    parent: bytes.readUIntLE(0, 6),
+    bits: bytes[6] as number,
+    isPending: bytes[7] === 1,
+    handle:
+      handleEnd === 9 ? undefined : { type: bytes.readInt32LE(9), bytes: Buffer.from(bytes.subarray(13, handleEnd)) },
+    name: bytes.toString('latin1', handleEnd) as ByteString,
+  }
+}
+
+function writeNames(names: readonly NamePlace[]): Buffer {
+  return Buffer.concat(
+    names.map(({ directory, name }) => {
+      const bytes = Buffer.allocUnsafe(7 + name.length)
+      bytes.writeUIntLE(directory, 0, 6)
+      bytes[6] = name.length
+      bytes.write(name, 7, 'latin1')
+      return bytes
+    }),
+  )
+}
+
+function readNames(bytes: Buffer): NamePlace[] {
+  const names: NamePlace[] = []
+  for (let at = 0; at < bytes.length; ) {
+    const end = at + 7 + (bytes[at + 6] as number)
+    names.push({ directory: bytes.readUIntLE(at, 6), name: bytes.toString('latin1', at + 7, end) as ByteString })
+    at = end
+  }
+  return names
+}

@@ -1,0 +1,514 @@
+import type { ByteString } from '@lsync/posix'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import type { DirectoryHandle, IndexChange, NamePlace } from './model/index-change.ts'
+import type { Operation } from './model/operation.ts'
+import { ROW_BYTES, Row, writeImage } from './model/row.ts'
+import { needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
+
+// A file system in memory, one that is the upper and one that is the target, and an index between them.
+
+interface Inode {
+  readonly ino: number
+  readonly children?: Map<string, Inode>
+  content: string
+  changes: number
+}
+
+let clock = 1
+const directory = (ino: number): Inode => ({ ino, children: new Map(), content: '', changes: clock++ })
+const plain = (ino: number, content: string): Inode => ({ ino, content, changes: clock++ })
+type Place = { parent: Inode; name: string }
+
+class Tree {
+  readonly root = directory(1)
+  nextIno = 2
+
+  at(path: string): Inode | undefined {
+    let at: Inode | undefined = this.root
+    for (const name of path === '' ? [] : path.split('/')) at = at?.children?.get(name)
+    return at
+  }
+
+  place(path: string): Place | undefined {
+    const slash = path.lastIndexOf('/')
+    const parent = this.at(slash < 0 ? '' : path.slice(0, slash))
+    return parent?.children === undefined ? undefined : { parent, name: path.slice(slash + 1) }
+  }
+
+  names(inode: Inode, from = this.root): number {
+    let count = 0
+    for (const child of from.children?.values() ?? []) {
+      if (child === inode) count++
+      count += this.names(inode, child)
+    }
+    return count
+  }
+
+  holds(directory: Inode, from = this.root): boolean {
+    if (from === directory) return true
+    return [...(from.children?.values() ?? [])].some(
+      (child) => child.children !== undefined && this.holds(directory, child),
+    )
+  }
+
+  /** Paths, contents and which names share an inode. */
+  outline(): Record<string, string> {
+    const lines: Record<string, string> = {}
+    const first = new Map<Inode, string>()
+    const visit = (inode: Inode, path: string) => {
+      for (const [name, child] of [...(inode.children ?? [])].sort(([one], [other]) => (one < other ? -1 : 1))) {
+        const at = path === '' ? name : `${path}/${name}`
+        if (child.children !== undefined) lines[at] = 'dir'
+        else if (first.has(child)) lines[at] = `= ${first.get(child)}`
+        else {
+          lines[at] = `'${child.content}'`
+          first.set(child, at)
+        }
+        visit(child, at)
+      }
+    }
+    visit(this.root, '')
+    return lines
+  }
+}
+
+class Index {
+  readonly rowsOf = new Map<number, Map<string, Row>>([
+    [0, new Map()],
+    [1, new Map()],
+  ])
+  readonly records = new Map<number, { parent: number; name: ByteString; handle: DirectoryHandle | undefined }>()
+  nextId = 2
+
+  constructor(root: Row) {
+    this.rowsOf.get(0)?.set('', root)
+    this.records.set(1, { parent: 0, name: '' as ByteString, handle: handleOf(1) })
+  }
+
+  row = (id: number, name: ByteString) => this.rowsOf.get(id)?.get(name)
+  directory = (id: number) => this.records.get(id)
+  byHandle = (handle: DirectoryHandle) =>
+    [...this.records].find(([, record]) => record.handle?.bytes.equals(handle.bytes))?.[0]
+  namesOf = (identity: string): NamePlace[] =>
+    [...this.rowsOf].flatMap(([id, rows]) =>
+      [...rows.values()]
+        .filter((row) => row.identity === identity && row.nlink > 1 && !row.isDirectory)
+        .map((row) => ({ directory: id, name: row.name })),
+    )
+
+  apply(change: IndexChange): void {
+    if (change.set === 'row') this.rowsOf.get(change.directory)?.set(change.row.name, change.row)
+    else if (change.set === 'no row') this.rowsOf.get(change.directory)?.delete(change.name)
+    else if (change.set === 'new directory') {
+      this.records.set(change.id, change)
+      this.rowsOf.set(change.id, new Map())
+    } else if (change.set === 'place') {
+      const record = this.records.get(change.id)
+      if (record !== undefined) this.records.set(change.id, { ...record, parent: change.parent, name: change.name })
+    } else if (change.set === 'no directory') this.#remove(change.id)
+  }
+
+  #remove(id: number): void {
+    for (const row of this.rowsOf.get(id)?.values() ?? []) {
+      if (row.isDirectory && this.records.get(row.ref)?.parent === id) this.#remove(row.ref)
+    }
+    this.rowsOf.delete(id)
+    this.records.delete(id)
+  }
+}
+
+function handleOf(ino: number): DirectoryHandle {
+  const bytes = Buffer.alloc(4)
+  bytes.writeUInt32LE(ino)
+  return { type: 1, bytes }
+}
+
+function rowOf(name: string, inode: Inode, nlink: number, ref = 0): Row {
+  const words = new Uint32Array(64)
+  words[4] = nlink
+  words[7] = inode.children === undefined ? 0o100644 : 0o040755
+  words[8] = inode.ino
+  words[10] = inode.content.length
+  words[24] = inode.changes
+  const image = Buffer.alloc(ROW_BYTES)
+  writeImage(image, 0, words, name.length)
+  return new Row(name as ByteString, image).with({ ref })
+}
+
+/** What an applier does, in memory. `stage` is by number. */
+function carryOut(target: Tree, stage: Map<number, Inode>, operation: Operation): void {
+  const put = (path: string, inode: Inode) => {
+    const place = target.place(path)
+    if (place === undefined) throw new Error(`no parent for ${path}`)
+    place.parent.children?.set(place.name, inode)
+  }
+  const take = (path: string): Inode | undefined => {
+    const place = target.place(path)
+    const inode = place?.parent.children?.get(place.name)
+    if (place !== undefined) place.parent.children?.delete(place.name)
+    return inode
+  }
+  switch (operation.do) {
+    case 'remove':
+      take(operation.path)
+      return
+    case 'out': {
+      if (stage.has(operation.stage)) return
+      const inode = take(operation.path)
+      if (inode === undefined) throw new Error(`nothing to take out at ${operation.path}`)
+      stage.set(operation.stage, inode)
+      return
+    }
+    case 'in': {
+      const inode = stage.get(operation.stage)
+      stage.delete(operation.stage)
+      if (inode !== undefined) put(operation.path, inode)
+      return
+    }
+    case 'rename': {
+      const inode = take(operation.from)
+      if (inode !== undefined) put(operation.to, inode)
+      else if (target.at(operation.to) === undefined) throw new Error(`nothing to rename at ${operation.from}`)
+      return
+    }
+    case 'directory':
+      if (target.at(operation.path)?.children === undefined) put(operation.path, directory(target.nextIno++))
+      return
+    case 'link': {
+      const inode = target.at(operation.to)
+      if (inode === undefined) throw new Error(`nothing to link to at ${operation.to}`)
+      put(operation.path, inode)
+      return
+    }
+    default:
+      throw new Error(`${operation.do} is not planned as an operation`)
+  }
+}
+
+type Change =
+  | { do: 'write'; path: string; content: string }
+  | { do: 'make'; path: string }
+  | { do: 'remove'; path: string }
+  | { do: 'link' | 'rename' | 'exchange'; path: string; to: string }
+
+const anyName = fc.constantFrom('a', 'b', 'c')
+const anyPath = fc.array(anyName, { minLength: 1, maxLength: 3 }).map((names) => names.join('/'))
+const anyChange: fc.Arbitrary<Change> = fc.oneof(
+  {
+    weight: 3,
+    arbitrary: fc.record({ do: fc.constant('write' as const), path: anyPath, content: fc.constantFrom('1', '2', '3') }),
+  },
+  { weight: 3, arbitrary: fc.record({ do: fc.constant('make' as const), path: anyPath }) },
+  { weight: 2, arbitrary: fc.record({ do: fc.constant('remove' as const), path: anyPath }) },
+  {
+    weight: 6,
+    arbitrary: fc.record({
+      do: fc.constantFrom('link' as const, 'rename' as const, 'exchange' as const, 'rename' as const),
+      path: anyPath,
+      to: anyPath,
+    }),
+  },
+)
+
+/** Does what a user does; tells of every name that may have changed, by directory inode. */
+function change(tree: Tree, step: Change, tell: (directory: Inode, name: string) => void): void {
+  const place = tree.place(step.path)
+  if (place === undefined) return
+  const siblings = place.parent.children as Map<string, Inode>
+  const old = siblings.get(place.name)
+  const touch = (...places: Place[]) => {
+    for (const { parent, name } of places) {
+      parent.changes = clock++
+      tell(parent, name)
+    }
+  }
+  if (step.do === 'write') {
+    if (old?.children !== undefined) return
+    if (old === undefined) siblings.set(place.name, plain(tree.nextIno++, step.content))
+    else {
+      old.content = step.content
+      old.changes = clock++
+    }
+    touch(place)
+  } else if (step.do === 'make') {
+    if (old !== undefined) return
+    siblings.set(place.name, directory(tree.nextIno++))
+    touch(place)
+  } else if (step.do === 'remove') {
+    if (old === undefined) return
+    siblings.delete(place.name)
+    old.changes = clock++
+    touch(place)
+  } else {
+    const target = tree.place(step.to)
+    if (target === undefined || old === undefined) return
+    const there = target.parent.children?.get(target.name)
+    if (there === old) return
+    if (step.do === 'link') {
+      if (old.children !== undefined || there !== undefined) return
+      target.parent.children?.set(target.name, old)
+    } else {
+      if (old.children !== undefined && tree.holds(target.parent, old)) return
+      if (there?.children !== undefined && tree.holds(place.parent, there)) return
+      if (step.do === 'exchange' && there === undefined) return
+      if (step.do === 'rename' && there !== undefined) {
+        if (there.children !== undefined && there.children.size > 0) return
+        if ((there.children === undefined) !== (old.children === undefined)) return
+      }
+      siblings.delete(place.name)
+      if (step.do === 'exchange' && there !== undefined) {
+        siblings.set(place.name, there)
+        there.changes = clock++
+      }
+      target.parent.children?.set(target.name, old)
+    }
+    old.changes = clock++
+    touch(place, target)
+  }
+}
+
+interface World {
+  readonly upper: Tree
+  readonly target: Tree
+  readonly index: Index
+  readonly stage: Map<number, Inode>
+  nextStage: number
+}
+
+function newWorld(): World {
+  const upper = new Tree()
+  return { upper, target: new Tree(), index: new Index(rowOf('', upper.root, 1, 1)), stage: new Map(), nextStage: 0 }
+}
+
+function look(world: World, inodes: ReadonlyMap<number, Inode>, place: NamePlace): Observation {
+  const { upper, index } = world
+  const ino = index.records.get(place.directory)?.handle?.bytes.readUInt32LE()
+  const parent = ino === undefined ? undefined : inodes.get(ino)
+  const inode = parent !== undefined && upper.holds(parent) ? parent.children?.get(place.name) : undefined
+  if (inode === undefined) return { ...place, seen: undefined }
+  return observe(upper, place, inode)
+}
+
+function observe(upper: Tree, place: NamePlace, inode: Inode): Observation {
+  const seen = rowOf(place.name, inode, inode.children === undefined ? upper.names(inode) : 1)
+  return { ...place, seen, handle: inode.children === undefined ? undefined : handleOf(inode.ino) }
+}
+
+/** Plans as the engine does: looks again where the planner asks for it, and for what moved into new directories. */
+function planRound(
+  world: World,
+  inodes: ReadonlyMap<number, Inode>,
+  places: readonly NamePlace[],
+): { plan: Plan; known: Map<number, number> } {
+  const { upper, index } = world
+  const observations = new Map(places.map((place) => [`${place.directory}/${place.name}`, look(world, inodes, place)]))
+  const known = new Map<number, number>()
+  let hasPeeked = false
+  for (let round = 0; round < 20; round++) {
+    const plan = planChanges({
+      observations: [...observations.values()],
+      index,
+      takeDirectoryId: () => index.nextId++,
+      takeStage: () => world.nextStage++,
+    })
+    expect(plan.isInconsistent).toBe(false)
+    if (plan.alsoLook.length > 0) {
+      for (const place of plan.alsoLook)
+        observations.set(`${place.directory}/${place.name}`, look(world, inodes, place))
+      continue
+    }
+    if (hasPeeked) return { plan, known }
+    hasPeeked = plan.leaving.size > 0 && plan.fresh.length > 0
+    let isMore = false
+    for (const { id, path } of plan.leaving.size > 0 ? plan.fresh : []) {
+      const visit = (parent: Inode, parentId: number): boolean => {
+        let found = false
+        for (const [name, child] of parent.children ?? []) {
+          const observation = observe(upper, { directory: parentId, name: name as ByteString }, child)
+          const key = `${parentId}/${name}`
+          if (plan.leaving.has(observation.seen?.identity ?? '')) {
+            observations.set(key, observation)
+            found = true
+          } else if (child.children !== undefined) {
+            const freshId = known.get(child.ino) ?? index.nextId++
+            if (visit(child, freshId)) {
+              known.set(child.ino, freshId)
+              observations.set(key, { ...observation, freshId })
+              found = true
+            }
+          }
+        }
+        return found
+      }
+      const root = upper.at(path) as Inode
+      if (visit(root, id)) {
+        isMore = true
+        known.set(root.ino, id)
+        for (const [key, observation] of observations) {
+          if (observation.seen?.identity === rowOf('x', root, 1).identity)
+            observations.set(key, { ...observation, freshId: id })
+        }
+      }
+    }
+    if (!isMore) return { plan, known }
+  }
+  throw new Error('the planner does not come to an end')
+}
+
+function apply(
+  world: World,
+  plan: Plan,
+  known: ReadonlyMap<number, number>,
+  repeat: 'first' | 'second' | 'never',
+): void {
+  const { upper, target, index, stage } = world
+  const run = (operations: readonly Operation[]) => {
+    for (const operation of operations) carryOut(target, stage, operation)
+  }
+  run(plan.first)
+  if (repeat === 'first') run(plan.first)
+  for (const changed of plan.changes) index.apply(changed)
+  run(plan.second)
+  if (repeat === 'second') {
+    // Without moves nothing needs a barrier, and all of it may be done again.
+    if (!needsBarrier(plan)) run(plan.first)
+    run(plan.second)
+  }
+  const later: NamePlace[] = []
+  const copy = (id: number, path: string) => {
+    for (const [name, child] of upper.at(path)?.children ?? []) {
+      const at = path === '' ? name : `${path}/${name}`
+      const isMoved = plan.changes.some(
+        (changed) => changed.set === 'row' && changed.directory === id && changed.row.name === name,
+      )
+      if (child.children !== undefined) {
+        const knownId = known.get(child.ino)
+        if (isMoved && knownId === undefined) continue
+        const childId = knownId ?? index.nextId++
+        if (knownId === undefined) {
+          carryOut(target, stage, { do: 'directory', path: at as never })
+          index.apply({
+            set: 'new directory',
+            id: childId,
+            parent: id,
+            name: name as ByteString,
+            handle: handleOf(child.ino),
+          })
+        }
+        index.apply({ set: 'row', directory: id, row: rowOf(name, child, 1, childId) })
+        copy(childId, at)
+      } else if (isMoved) continue
+      else if (upper.names(child) > 1) later.push({ directory: id, name: name as ByteString })
+      else {
+        target.place(at)?.parent.children?.set(name, plain(target.nextIno++, child.content))
+        index.apply({ set: 'row', directory: id, row: rowOf(name, child, 1) })
+      }
+    }
+  }
+  for (const { id, path } of plan.fresh) copy(id, path)
+  for (const task of plan.contents) {
+    const source = upper.at(task.path)
+    const there = target.at(task.path)
+    if (source === undefined || source.children !== undefined) throw new Error(`${task.path} is no file in the upper`)
+    if (task.row !== undefined) expect(there?.children === undefined && there !== undefined).toBe(true)
+    if (task.row !== undefined && (task.isShared || there?.content === source.content))
+      (there as Inode).content = source.content
+    else
+      target
+        .place(task.path)
+        ?.parent.children?.set(task.path.slice(task.path.lastIndexOf('/') + 1), plain(target.nextIno++, source.content))
+    const row = rowOf(task.name, source, upper.names(source))
+    for (const place of [task, ...task.others])
+      index.apply({ set: 'row', directory: place.directory, row: row.with({ name: place.name }) })
+  }
+  run(plan.links)
+  for (const { id, path } of plan.metas) {
+    const record = index.directory(id)
+    if (record === undefined) throw new Error(`the metadata of ${path} is of a directory that is gone`)
+    const source = upper.at(path) as Inode
+    expect(source.ino).toBe(record.handle?.bytes.readUInt32LE())
+    if (target.at(path)?.children === undefined) throw new Error(`${path} is no directory of the target`)
+    index.apply({ set: 'row', directory: record.parent, row: rowOf(record.name, source, 1, id) })
+  }
+  if (later.length > 0) {
+    const round = planRound(world, inodesOf(upper), later)
+    apply(world, round.plan, round.known, repeat)
+  }
+}
+
+function inodesOf(tree: Tree): Map<number, Inode> {
+  const inodes = new Map<number, Inode>()
+  const visit = (inode: Inode) => {
+    inodes.set(inode.ino, inode)
+    for (const child of inode.children?.values() ?? []) visit(child)
+  }
+  visit(tree.root)
+  return inodes
+}
+
+/** What an index says of a tree: the same as the tree itself. */
+function outlineOf(index: Index): string[] {
+  const lines: string[] = []
+  const visit = (id: number, path: string) => {
+    for (const row of index.rowsOf.get(id)?.values() ?? []) {
+      const at = path === '' ? row.name : `${path}/${row.name}`
+      lines.push(at)
+      if (row.isDirectory) visit(row.ref, at)
+    }
+  }
+  visit(1, '')
+  return lines.sort()
+}
+
+test.each(['never', 'first', 'second'] as const)(
+  'after each round of any changes target and index are as the upper, when %s halves are repeated',
+  (repeat) => {
+    const done = new Set<string>()
+    fc.assert(
+      fc.property(
+        fc.noBias(
+          fc.array(fc.array(anyChange, { minLength: 4, maxLength: 14, size: 'max' }), {
+            minLength: 1,
+            maxLength: 6,
+            size: 'max',
+          }),
+        ),
+        (rounds) => {
+          const world = newWorld()
+          const { upper, target, index, stage } = world
+          for (const steps of rounds) {
+            const told = new Map<string, { directory: Inode; name: string }>()
+            for (const step of steps)
+              change(upper, step, (parent, name) => told.set(`${parent.ino}/${name}`, { directory: parent, name }))
+            const inodes = inodesOf(upper)
+            const places: NamePlace[] = []
+            for (const { directory: parent, name } of told.values()) {
+              const id = index.byHandle(handleOf(parent.ino))
+              if (id !== undefined) places.push({ directory: id, name: name as ByteString })
+            }
+            const { plan, known } = planRound(world, inodes, places)
+            for (const operation of [...plan.first, ...plan.second, ...plan.links]) done.add(operation.do)
+            if (known.size > 0) done.add('moved into a new directory')
+            if (plan.contents.some(({ isShared }) => isShared)) done.add('shared content')
+            apply(world, plan, known, repeat)
+            expect(target.outline()).toEqual(upper.outline())
+            expect(outlineOf(index)).toEqual(Object.keys(upper.outline()).sort())
+            expect([...stage.keys()]).toEqual([])
+          }
+        },
+      ),
+      { numRuns: 1000 },
+    )
+    expect([...done].sort()).toEqual([
+      'directory',
+      'in',
+      'link',
+      'moved into a new directory',
+      'out',
+      'remove',
+      'rename',
+      'shared content',
+    ])
+  },
+)
