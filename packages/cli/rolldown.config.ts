@@ -80,6 +80,7 @@ export default defineConfig({
     worker: 'cached:../overlay-merge/src/worker.ts',
     'compare-worker': 'cached:../overlay-merge/src/compare-worker.ts',
     'poll-worker': 'cached:../sync/src/source/poll-worker.ts',
+    'serve-worker': 'cached:../sync/src/serve/serve-worker.ts',
   },
   platform: 'node',
   external: [/^node:/],

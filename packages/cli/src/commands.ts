@@ -26,6 +26,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: 'turn layers into other forms: tar, OCI, .wh. files',
     load: () => import('./commands/layer.ts'),
   },
+  serve: {
+    summary: 'be the other end of a sync, over standard input and output',
+    load: () => import('./commands/serve.ts'),
+  },
   probe: { summary: 'find out what a file system can do', load: () => import('./commands/probe.ts') },
   completion: { summary: 'print the completion script of a shell', load: () => import('./commands/completion.ts') },
 }

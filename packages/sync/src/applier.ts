@@ -24,6 +24,7 @@ import {
   copyData,
   errnoOf,
   getInodeFlags,
+  link,
   makeDirectory,
   makeNode,
   makeSymlink,
@@ -36,6 +37,7 @@ import {
   openBeneath,
   PosixError,
   punchHole,
+  RENAME_NOREPLACE,
   readDirents,
   removeXattr,
   S_IFBLK,
@@ -45,6 +47,7 @@ import {
   setInodeFlags,
   truncate,
   tryLink,
+  tryRename,
   tryStatAt,
   tryUnlink,
   withFd,
@@ -65,6 +68,8 @@ export interface ApplierOptions {
   readonly stageFd: number
   /** What the target cannot hold; it is left out instead of failing. */
   readonly losses?: ReadonlySet<TargetLoss['what']>
+  /** Never takes the place of anything: a name that is there makes the operation fail with EEXIST, without a race. */
+  readonly onlyNew?: boolean
 }
 
 interface Parent {
@@ -98,16 +103,18 @@ export class Applier {
   readonly #rootFd: number
   readonly #stageFd: number
   readonly #losses: ReadonlySet<TargetLoss['what']>
+  readonly #onlyNew: boolean
   readonly #parents = new Map<string, Parent>()
   readonly #tag = randomBytes(6).toString('hex')
   #count = 0
   readonly #trashed: ByteString[] = []
   readonly #trash: Trash
 
-  constructor({ rootFd, stageFd, losses = NO_LOSSES }: ApplierOptions) {
+  constructor({ rootFd, stageFd, losses = NO_LOSSES, onlyNew = false }: ApplierOptions) {
     this.#rootFd = rootFd
     this.#stageFd = stageFd
     this.#losses = losses
+    this.#onlyNew = onlyNew
     this.#trash = {
       fd: stageFd,
       next: () => {
@@ -245,6 +252,7 @@ export class Applier {
       } catch (error) {
         if (errnoOf(error) !== 'EEXIST') throw error
         if (tryStatAt(place.fd, name)?.isDirectory === true) return
+        if (this.#onlyNew) throw error
         takeAway(place.fd, name, this.#trash)
       }
     }
@@ -293,7 +301,7 @@ export class Applier {
         if (again !== undefined) throw new PosixError(again, { syscall: 'linkat', path })
       })
     }
-    if (stat === undefined) {
+    if (stat === undefined || this.#onlyNew) {
       linkTo(fd, name)
       return
     }
@@ -435,7 +443,8 @@ export class Applier {
 
   #publish(temporary: ByteString, dirfd: number, name: ByteString): void {
     try {
-      moveOver(this.#stageFd, temporary, dirfd, name, this.#trash)
+      if (this.#onlyNew) moveBeside(this.#stageFd, temporary, dirfd, name)
+      else moveOver(this.#stageFd, temporary, dirfd, name, this.#trash)
     } catch (error) {
       tryUnlink(this.#stageFd, temporary)
       throw error
@@ -641,6 +650,16 @@ function metaOf(stat: { permissions: number; uid: number; gid: number; mtimeNs: 
     xattrs: [],
     inodeFlags: 0,
   }
+}
+
+/** Gives a non-directory a name that nothing has. */
+function moveBeside(fromDir: number, from: ByteString, toDir: number, to: ByteString): void {
+  const code = tryRename(fromDir, from, toDir, to, RENAME_NOREPLACE)
+  if (code === undefined) return
+  if (code !== 'EINVAL' && code !== 'ENOSYS') throw new PosixError(code, { syscall: 'renameat2', path: to })
+  // A file system without that flag (FUSE); a new link does not replace anything either.
+  link(fromDir, from, toDir, to)
+  tryUnlink(fromDir, from)
 }
 
 function missing(what: string, path: TreePath): PosixError {

@@ -1,8 +1,30 @@
 export { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
+export { OperationTooBigError, ProtocolError, ProtocolVersionError } from './protocol/errors.ts'
+export {
+  limitExtents,
+  MAX_CONTENT_BYTES,
+  OperationDecoder,
+  OperationEncoder,
+  type OperationReceiver,
+} from './protocol/operation-codec.ts'
+export { AccessRefusedError, ServedPathError } from './serve/errors.ts'
+export { type ServeReport, type ServeRequest, serve } from './serve/server.ts'
 export { SourceUnavailableError, WatchLimitError } from './source/errors.ts'
 export type { BlindSpot, DirectoryRef, Hint, Source, SourceRequest } from './source/source.ts'
 export { OperationRefusedError } from './target-path.ts'
 export { TargetPlace, TargetStateDamagedError } from './target-state.ts'
+export {
+  formatTarget,
+  parseTarget,
+  type RemoteAddress,
+  type TargetAddress,
+  TargetAddressError,
+} from './transport/address.ts'
+export type { Connection } from './transport/client-session.ts'
+export { ConnectionLostError } from './transport/errors.ts'
+export { type RemoteOptions, remoteTarget } from './transport/open-target.ts'
+export { RemoteTarget, type RemoteTargetRequest } from './transport/remote.ts'
+export { SshConnections, type SshOptions } from './transport/ssh-connection.ts'
 export type { Target, TargetLoss, TargetState } from './transport/target.ts'

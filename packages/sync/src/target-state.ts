@@ -97,9 +97,49 @@ export class TargetPlace {
    * @throws {TargetStateDamagedError} if somebody else could have written the state
    */
   static open(path: HostPath, options: { readonly create: boolean }): TargetPlace {
+    const { parent } = placeOfState(path)
     const rootFd = openTarget(path, options.create)
+    return withFd(openRoot(parent), (parentFd) => TargetPlace.#open(rootFd, parentFd, path))
+  }
+
+  /**
+   * As `open`, for a directory that somebody else names: `name` in the directory `parentFd`, and no symlink. `path` is
+   * what messages call it.
+   */
+  static openAt(
+    parentFd: number,
+    name: ByteString,
+    path: HostPath,
+    { create }: { readonly create: boolean },
+  ): TargetPlace {
+    if (create && tryStatAt(parentFd, name) === undefined) makeDirectory(parentFd, name, 0o755)
+    return TargetPlace.#open(openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), parentFd, path)
+  }
+
+  /** What a target holds durably, without taking it, waiting for who has it, or changing anything. */
+  static peek(parentFd: number, name: ByteString, path: HostPath): Checkpoint | undefined {
+    return withFd(openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (rootFd) => {
+      const inside = namesIn(rootFd).filter((entry) => STATE_INSIDE.test(entry))
+      const places: readonly (readonly [number, ByteString])[] = [
+        [parentFd, placeOfState(path).name],
+        ...inside.map((entry) => [rootFd, entry] as const),
+      ]
+      for (const [dirfd, entry] of places) {
+        if (tryStatAt(dirfd, entry)?.isDirectory !== true) continue
+        const stateFd = openat(dirfd, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+        const found = withFd(stateFd, () => {
+          assertOwn(stateFd, `${path}/${entry}`)
+          return readCheckpoint(stateFd, `${path}/${entry}`)
+        })
+        if (found !== undefined) return found.checkpoint
+      }
+      return undefined
+    })
+  }
+
+  static #open(rootFd: number, parentFd: number, path: HostPath): TargetPlace {
     try {
-      const beside = openBeside(path, rootFd)
+      const beside = openBeside(path, rootFd, parentFd)
       if (beside !== undefined) return new TargetPlace(rootFd, beside.fd, beside.stageFd, beside.path, false)
       const inside = openInside(path, rootFd)
       return new TargetPlace(rootFd, inside.fd, inside.stageFd, inside.path, true)
@@ -155,27 +195,25 @@ interface OpenState {
   readonly path: HostPath
 }
 
-function openBeside(path: HostPath, rootFd: number): OpenState | undefined {
+function openBeside(path: HostPath, rootFd: number, parentFd: number): OpenState | undefined {
   const { parent, name } = placeOfState(path)
   const root = statFd(rootFd)
-  return withFd(openRoot(parent), (parentFd) => {
-    const around = statFd(parentFd)
-    if (root.isMountRoot || around.mountId !== root.mountId) return undefined
-    let fd: number
-    try {
-      fd = openOrMake(parentFd, name)
-    } catch (error) {
-      const code = errnoOf(error)
-      if (code === 'EACCES' || code === 'EPERM' || code === 'EROFS') return undefined
-      throw error
-    }
-    const stateAt = `${parent === '/' ? '' : parent}/${name}` as HostPath
-    const state = lockState(fd, stateAt, path)
-    if (canRename(state.stageFd, rootFd)) return state
-    close(state.stageFd)
-    close(fd)
-    return undefined
-  })
+  const around = statFd(parentFd)
+  if (root.isMountRoot || around.mountId !== root.mountId) return undefined
+  let fd: number
+  try {
+    fd = openOrMake(parentFd, name)
+  } catch (error) {
+    const code = errnoOf(error)
+    if (code === 'EACCES' || code === 'EPERM' || code === 'EROFS') return undefined
+    throw error
+  }
+  const stateAt = `${parent === '/' ? '' : parent}/${name}` as HostPath
+  const state = lockState(fd, stateAt, path)
+  if (canRename(state.stageFd, rootFd)) return state
+  close(state.stageFd)
+  close(fd)
+  return undefined
 }
 
 function openInside(path: HostPath, rootFd: number): OpenState {
@@ -187,16 +225,20 @@ function openInside(path: HostPath, rootFd: number): OpenState {
 
 function lockState(fd: number, statePath: HostPath, target: HostPath): OpenState {
   try {
-    const stat = statFd(fd)
-    // Nobody else may be able to plant a stage or a checkpoint.
-    if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) {
-      throw new TargetStateDamagedError(statePath, 'it does not belong to this user alone')
-    }
+    assertOwn(fd, statePath)
     if (!tryLock(fd, 'exclusive', statePath)) throw new TargetBusyError(target)
     return { fd, stageFd: openOrMake(fd, STAGE), path: statePath }
   } catch (error) {
     close(fd)
     throw error
+  }
+}
+
+// Nobody else may be able to plant a stage or a checkpoint.
+function assertOwn(fd: number, statePath: string): void {
+  const stat = statFd(fd)
+  if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) {
+    throw new TargetStateDamagedError(statePath, 'it does not belong to this user alone')
   }
 }
 

@@ -62,8 +62,10 @@ interface OpenRequest {
 }
 
 interface Outgoing {
-  readonly header: Omit<FrameHeader, 'payloadBytes'>
-  readonly payload: Uint8Array | Promise<Uint8Array>
+  readonly header: Omit<FrameHeader, 'payloadBytes' | 'isCompressed'>
+  readonly payload: Uint8Array
+  /** The payload compressed; `undefined` where that does not make it smaller. */
+  readonly compressed: Promise<Uint8Array | undefined> | undefined
 }
 
 /**
@@ -83,7 +85,10 @@ export class ClientSession {
   #server: Hello | undefined
   #windowBytes = 0
   #nextId = 1
+  readonly #compressing: Promise<unknown>[] = []
   #isSending = false
+  #wakeSender: (() => void) | undefined
+  #isPinging = false
   #failure: unknown
   #isEnding = false
   #heardAt = performance.now()
@@ -115,8 +120,8 @@ export class ClientSession {
    * {ConnectionLostError} if nothing answers in time
    */
   static async start(connection: Connection, options: SessionOptions): Promise<ClientSession> {
-    const session = new ClientSession(connection, options)
     options.signal?.throwIfAborted()
+    const session = new ClientSession(connection, options)
     await new Promise<Hello>((resolve, reject) => {
       session.#greeted = { resolve, reject }
       const hello = {
@@ -143,9 +148,8 @@ export class ClientSession {
     return new Promise((resolve, reject) => {
       const id = this.#nextId
       this.#nextId = id === 0xffff_ffff ? 1 : id + 1
-      if (this.#open.size === 0) this.#heardAt = performance.now()
       this.#open.set(id, { type, sentAt: performance.now(), costBytes, resolve, reject })
-      this.#outgoing.push(this.#outgoingOf({ type, isCompressed: false, lane, id }, payload))
+      this.#outgoing.push(this.#outgoingOf({ type, lane, id }, payload))
       if (!this.#isSending) void this.#send()
     })
   }
@@ -178,19 +182,17 @@ export class ClientSession {
     }
   }
 
-  #outgoingOf(header: Omit<FrameHeader, 'payloadBytes'>, payload: Uint8Array): Outgoing {
+  #outgoingOf(header: Outgoing['header'], payload: Uint8Array): Outgoing {
     const { compress: wanted } = this.#options
     const canCompress = header.type === FRAME.deliver && payload.length >= COMPRESS_FROM_BYTES
     const isKnown = ((this.#server?.capabilities ?? 0) & CAPABILITY_ZSTD) !== 0
     if (!canCompress || !isKnown || wanted === false || (wanted === 'auto' && !this.#choice.decide())) {
-      return { header, payload }
+      return { header, payload, compressed: undefined }
     }
-    return { header: { ...header, isCompressed: true }, payload: this.#compress(payload) }
+    return { header, payload, compressed: this.#compress(payload) }
   }
 
-  readonly #compressing: Promise<unknown>[] = []
-
-  async #compress(payload: Uint8Array): Promise<Uint8Array> {
+  async #compress(payload: Uint8Array): Promise<Uint8Array | undefined> {
     while (this.#compressing.length >= COMPRESSING) await Promise.race(this.#compressing)
     const start = performance.now()
     const running = compress(payload, { params: { [constants.ZSTD_c_compressionLevel]: 1 } })
@@ -198,6 +200,7 @@ export class ClientSession {
     const compressed = await running
     this.#compressing.splice(this.#compressing.indexOf(running), 1)
     this.#choice.sawZstd(payload.length, compressed.length, performance.now() - start)
+    if (4 + compressed.length >= payload.length) return undefined
     const wire = Buffer.allocUnsafe(4 + compressed.length)
     wire.writeUInt32LE(payload.length, 0)
     compressed.copy(wire, 4)
@@ -207,31 +210,21 @@ export class ClientSession {
   async #send(): Promise<void> {
     this.#isSending = true
     try {
-      let fullSince: number | undefined
-      let bytes = 0
       for (let next = this.#outgoing.shift(); next !== undefined; next = this.#outgoing.shift()) {
-        const payload = next.payload instanceof Uint8Array ? next.payload : await next.payload
+        const compressed = await next.compressed
         if (this.#failure !== undefined) return
+        const payload = compressed ?? next.payload
+        const start = performance.now()
         this.#writable.cork()
-        this.#writable.write(encodeHeader(next.header, payload))
-        const hasRoom = payload.length === 0 || this.#writable.write(payload)
+        this.#writable.write(encodeHeader({ ...next.header, isCompressed: compressed !== undefined }, payload))
+        this.#writable.write(payload)
         this.#writable.uncork()
-        bytes += HEADER_BYTES + payload.length
-        if (hasRoom && !this.#writable.writableNeedDrain) {
-          fullSince = undefined
-          bytes = 0
-          continue
-        }
-        // The time from one full buffer to the next is what the line took for what was added between them.
-        const now = performance.now()
-        if (fullSince !== undefined) this.#choice.sawLine(bytes, now - fullSince)
-        fullSince = now
-        bytes = 0
+        if (!this.#writable.writableNeedDrain) continue
         await this.#drained()
-        const drainedAt = performance.now()
-        this.#choice.sawLine(HEADER_BYTES + payload.length, drainedAt - now)
-        fullSince = drainedAt
         if (this.#failure !== undefined) return
+        // A peer that takes what is sent is alive, though it may have nothing to say yet.
+        this.#heardAt = performance.now()
+        this.#choice.sawLine(HEADER_BYTES + payload.length, this.#heardAt - start)
       }
     } catch (error) {
       this.#fail(error)
@@ -239,8 +232,6 @@ export class ClientSession {
       this.#isSending = false
     }
   }
-
-  #wakeSender: (() => void) | undefined
 
   #drained(): Promise<void> {
     return new Promise((resolve) => {
@@ -269,6 +260,7 @@ export class ClientSession {
   }
 
   #admit({ type, id, payloadBytes, isCompressed }: FrameHeader): void {
+    if (type === FRAME.failed && id === 0 && payloadBytes <= SHORT_ANSWER_BYTES) return
     const request = this.#open.get(id)
     if ((type !== FRAME.done && type !== FRAME.failed) || isCompressed) throw new ProtocolError('no answer')
     if (request === undefined) throw new ProtocolError('an answer to nothing')
@@ -280,6 +272,8 @@ export class ClientSession {
   }
 
   #receive({ type, id }: FrameHeader, payload: Buffer): void {
+    // Of the connection, not of one request: the server has ended it.
+    if (id === 0) throw decodeError(payload)
     const request = this.#open.get(id) as OpenRequest
     this.#open.delete(id)
     this.#release(request.costBytes)
@@ -288,9 +282,7 @@ export class ClientSession {
   }
 
   #watch(): void {
-    const isWaiting = this.#open.size > 0 || this.#server === undefined
     const silentMs = performance.now() - this.#heardAt
-    if (!isWaiting) return
     // A Map has its oldest entry first.
     const [oldest] = this.#open.values()
     if (oldest !== undefined && performance.now() - oldest.sentAt > this.#options.answerTimeoutMs) {
@@ -306,8 +298,6 @@ export class ClientSession {
       this.request(FRAME.ping, new Uint8Array(0)).then(done, done)
     }
   }
-
-  #isPinging = false
 
   readonly #abort = (): void => this.#fail(this.#options.signal?.reason)
 

@@ -1,0 +1,41 @@
+import type { ByteString } from '@lsync/posix'
+import { formatTarget, type RemoteAddress } from './address.ts'
+import { RemoteTarget } from './remote.ts'
+import { serveCommand, spawnRemote } from './remote-command.ts'
+import type { SshConnections } from './ssh-connection.ts'
+import type { Target } from './target.ts'
+
+/** How machines are reached. */
+export interface RemoteOptions {
+  /** Shared by all targets of a process. */
+  readonly connections: SshConnections
+  /** A program that is started instead of ssh2, with its arguments: `ssh -J jump`. */
+  readonly rsh?: string
+  /** lsync on the other machine; found by its shell if this is just a name. */
+  readonly remoteLsync?: string
+  readonly compress?: boolean | 'auto'
+  /** A silence of this long means that the connection is lost. */
+  readonly timeoutMs?: number
+  /** Longest time that one request may take there, a barrier included. */
+  readonly answerTimeoutMs?: number
+}
+
+const DEFAULT_TIMEOUT_MS = 60_000
+const DEFAULT_ANSWER_TIMEOUT_MS = 900_000
+
+/** The target at an address on another machine. Nothing is connected before it is opened. */
+export function remoteTarget(address: RemoteAddress, options: RemoteOptions): Target {
+  const { connections, rsh, remoteLsync = 'lsync', compress = 'auto' } = options
+  const command = serveCommand(remoteLsync)
+  return new RemoteTarget({
+    description: formatTarget(address),
+    path: address.path.slice(1) as ByteString,
+    connect: (signal) =>
+      rsh === undefined
+        ? connections.execute(address, command, signal)
+        : Promise.resolve(spawnRemote(rsh, address, command, signal)),
+    compress,
+    timeoutMs: options.timeoutMs ?? DEFAULT_TIMEOUT_MS,
+    answerTimeoutMs: options.answerTimeoutMs ?? DEFAULT_ANSWER_TIMEOUT_MS,
+  })
+}

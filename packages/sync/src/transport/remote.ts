@@ -1,0 +1,79 @@
+import type { ByteString } from '@lsync/posix'
+import type { Checkpoint } from '../model/checkpoint.ts'
+import type { Failure } from '../model/operation.ts'
+import { FRAME } from '../protocol/frame.ts'
+import { decodeCheckpoint, decodeFailures, decodeState, encodeCheckpoint, encodePath } from '../protocol/message.ts'
+import { ClientSession, type Connection, type SessionOptions } from './client-session.ts'
+import { ConnectionLostError } from './errors.ts'
+import type { Target, TargetState } from './target.ts'
+
+export interface RemoteTargetRequest extends Omit<SessionOptions, 'signal'> {
+  /** What messages call it. */
+  readonly description: string
+  /** Beneath what the server serves. */
+  readonly path: ByteString
+  readonly connect: (signal: AbortSignal) => Promise<Connection>
+}
+
+/**
+ * A target behind `lsync serve`. After the connection is lost every call fails with CONNECTION_LOST; `close` and a new
+ * `open` connect again.
+ */
+export class RemoteTarget implements Target {
+  readonly description: string
+  readonly delivery = { mode: 'encoded' } as const
+  readonly #request: RemoteTargetRequest
+  #session: ClientSession | undefined
+
+  constructor(request: RemoteTargetRequest) {
+    this.description = request.description
+    this.#request = request
+  }
+
+  async open(signal: AbortSignal): Promise<TargetState> {
+    const session = await this.#connect(signal)
+    this.#session = session
+    return decodeState(await session.request(FRAME.open, encodePath(this.#request.path)))
+  }
+
+  /** What the target holds durably, asked without taking it. */
+  async peek(signal: AbortSignal): Promise<Checkpoint | undefined> {
+    const session = await this.#connect(signal)
+    try {
+      return decodeCheckpoint(await session.request(FRAME.status, encodePath(this.#request.path)))
+    } finally {
+      session.end()
+    }
+  }
+
+  async deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]> {
+    return decodeFailures(await this.#opened.request(FRAME.deliver, batch, lane))
+  }
+
+  async barrier(checkpoint?: Checkpoint): Promise<void> {
+    await this.#opened.request(FRAME.barrier, encodeCheckpoint(checkpoint))
+  }
+
+  async close(): Promise<void> {
+    const session = this.#session
+    this.#session = undefined
+    if (session === undefined) return
+    try {
+      await session.request(FRAME.close, new Uint8Array(0))
+    } catch {
+      // Whatever ended the connection has freed the target, too.
+    } finally {
+      session.end()
+    }
+  }
+
+  get #opened(): ClientSession {
+    if (this.#session === undefined) throw new ConnectionLostError('it is closed')
+    return this.#session
+  }
+
+  async #connect(signal: AbortSignal): Promise<ClientSession> {
+    const connection = await this.#request.connect(signal)
+    return ClientSession.start(connection, { ...this.#request, signal })
+  }
+}
