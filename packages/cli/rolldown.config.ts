@@ -83,7 +83,8 @@ export default defineConfig({
     'serve-worker': 'cached:../sync/src/serve/serve-worker.ts',
   },
   platform: 'node',
-  external: [/^node:/],
+  // Native parts of ssh2 that are not built; it goes without them.
+  external: [/^node:/, /\.node$/],
   plugins: [builtins, workers, koffi],
   output: {
     dir: 'dist',

@@ -23,6 +23,7 @@ import {
 import { decodeError } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES } from '../protocol/operation-codec.ts'
 import { ConnectionLostError } from './errors.ts'
+import { ConnectError } from './ssh-errors.ts'
 
 const compress = promisify(zstdCompress)
 // Frames below this are not worth a try.
@@ -304,6 +305,10 @@ export class ClientSession {
   async #lose(cause?: Error): Promise<void> {
     if (this.#failure !== undefined) return
     const reason = await this.#connection.explain()
+    // What could not be reached and what was reached and lost look alike to `ssh`.
+    if (reason instanceof ConnectError && this.#server !== undefined) {
+      this.#fail(new ConnectionLostError(reason.message, { cause: reason }))
+    }
     this.#fail(reason ?? new ConnectionLostError(cause?.message ?? 'it was closed from the other side', { cause }))
   }
 

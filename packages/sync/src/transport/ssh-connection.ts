@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { homedir, userInfo } from 'node:os'
 import { printable } from '@lsync/posix'
-import ssh2, { type AnyAuthMethod, type ClientChannel, type ConnectConfig, type SFTPWrapper } from 'ssh2'
+import type { AnyAuthMethod, Client, ClientChannel, ConnectConfig, SFTPWrapper } from 'ssh2'
 import type { RemoteAddress } from './address.ts'
 import type { Connection } from './client-session.ts'
 import { ConnectionLostError } from './errors.ts'
@@ -16,8 +16,6 @@ import {
   HostKeyUnknownError,
   IdentityError,
 } from './ssh-errors.ts'
-
-const { Client, utils } = ssh2
 
 export interface SshOptions {
   /** Private keys to try before the agent's and the usual files. */
@@ -48,7 +46,7 @@ type HostKeyType = (typeof HOST_KEY_TYPES)[number]
 
 /** One connection to a machine with the channels in it. */
 interface Shared {
-  readonly client: InstanceType<typeof Client>
+  readonly client: Client
   channels: number
   failure: Error | undefined
 }
@@ -80,7 +78,7 @@ export class SshConnections {
       readable: channel,
       writable: channel,
       destroy: () => channel.destroy(),
-      explain: async () => shared.failure ?? errorOfExit(await end, whereOf(address)),
+      explain: async () => errorOfExit(await end, whereOf(address)) ?? shared.failure,
     }
   }
 
@@ -128,7 +126,10 @@ export class SshConnections {
 
   #release(shared: Shared): void {
     shared.channels--
-    if (shared.channels === 0) shared.client.end()
+    if (shared.channels > 0) return
+    // From here on nobody may take it, though it is not closed yet.
+    shared.failure ??= new ConnectionLostError('it was closed')
+    shared.client.end()
   }
 }
 
@@ -140,7 +141,9 @@ function whereOf({ host, port }: RemoteAddress): string {
   return hostName(host, port ?? 22)
 }
 
-function connect(address: RemoteAddress, options: SshOptions, signal: AbortSignal): Promise<Shared> {
+async function connect(address: RemoteAddress, options: SshOptions, signal: AbortSignal): Promise<Shared> {
+  // Loading it takes as long as starting lsync does, and only those who go over ssh need it.
+  const { default: ssh2 } = await import('ssh2')
   const { host, port = 22 } = address
   const where = whereOf(address)
   const timeoutMs = options.connectTimeoutMs ?? DEFAULT_TIMEOUT_MS
@@ -148,7 +151,7 @@ function connect(address: RemoteAddress, options: SshOptions, signal: AbortSigna
   const tried: string[] = []
   let hostKeyError: Error | undefined
   let isReady = false
-  const client = new Client()
+  const client = new ssh2.Client()
   const shared: Shared = { client, channels: 0, failure: undefined }
   const config: ConnectConfig = {
     host,
@@ -162,7 +165,7 @@ function connect(address: RemoteAddress, options: SshOptions, signal: AbortSigna
       hostKeyError = hostKeyProblem(known, address, key)
       return hostKeyError === undefined
     },
-    authHandler: authMethods(userOf(address), options, tried) as AnyAuthMethod[],
+    authHandler: authMethods(ssh2.utils.parseKey, userOf(address), options, tried) as AnyAuthMethod[],
   }
   return new Promise((resolve, reject) => {
     const fail = (error: Error) => {
@@ -235,10 +238,10 @@ function readIfThere(path: string): string {
 }
 
 /** What to try, in this order: the keys that were named, the agent's, the usual files. `tried` gets each as it comes. */
-function authMethods(username: string, options: SshOptions, tried: string[]): object[] {
+function authMethods(parse: ParseKey, username: string, options: SshOptions, tried: string[]): object[] {
   const methods: object[] = []
   for (const path of options.identities ?? []) {
-    const key = privateKey(path)
+    const key = privateKey(parse, path)
     if (key instanceof Error) throw new IdentityError(path, key.message)
     methods.push({ type: 'publickey', username, key })
     tried.push(path)
@@ -250,7 +253,7 @@ function authMethods(username: string, options: SshOptions, tried: string[]): ob
   }
   for (const name of ['id_ed25519', 'id_ecdsa', 'id_rsa']) {
     const path = `${homedir()}/.ssh/${name}`
-    const key = privateKey(path)
+    const key = privateKey(parse, path)
     if (key instanceof Error) continue
     methods.push({ type: 'publickey', username, key })
     tried.push(path)
@@ -258,7 +261,9 @@ function authMethods(username: string, options: SshOptions, tried: string[]): ob
   return methods
 }
 
-function privateKey(path: string): Buffer | Error {
+type ParseKey = typeof import('ssh2')['utils']['parseKey']
+
+function privateKey(parse: ParseKey, path: string): Buffer | Error {
   let bytes: Buffer
   try {
     bytes = readFileSync(path)
@@ -266,7 +271,7 @@ function privateKey(path: string): Buffer | Error {
     return error as Error
   }
   if (bytes.length > MAX_KEY_FILE_BYTES) return new Error('it is too large')
-  const parsed = utils.parseKey(bytes)
+  const parsed = parse(bytes)
   if (parsed instanceof Error) return parsed
   return parsed.isPrivateKey() ? bytes : new Error(`${printable(path)} is no private key`)
 }
