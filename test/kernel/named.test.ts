@@ -318,6 +318,98 @@ describe.skipIf(!canMountImages())('named cases', () => {
       { f: 'new', g: 'new', d: 'dir', 'd/e': 'e', 'd/h': 'h', p: 'p' },
     ))
 
+  test('R12: flags go along with a directory that a redirect moves, and stay behind where they do not show', async () => {
+    const view = await expectChanged(
+      [
+        dir({
+          d: dir({ sub: dir({ f: file('f', { flags: 'a' }) }, { flags: 'i' }), g: file('g', { flags: 'i' }) }),
+          e: dir({ deep: dir({ er: dir({ h: file('h') }, { flags: 'a' }) }) }),
+        }),
+      ],
+      shell('mv d r; mkdir d; mkdir d/sub; mv e/deep t; chattr +a t; chattr +i r'),
+      {
+        d: 'dir',
+        'd/sub': 'dir',
+        e: 'dir',
+        r: 'dir',
+        'r/g': 'g',
+        'r/sub': 'dir',
+        'r/sub/f': 'f',
+        t: 'dir',
+        't/er': 'dir',
+        't/er/h': 'h',
+      },
+    )
+    const flagged = [...view].filter(([, { flags }]) => flags !== '').map(([path, { flags }]) => `${path} ${flags}`)
+    expect(flagged).toEqual(['r i', 'r/g i', 'r/sub i', 'r/sub/f a', 't a', 't/er a'])
+  })
+
+  test('R12: changes below an immutable lower directory, and one that shows twice', async () => {
+    const view = await expectMerged(
+      [
+        dir({ d: dir({ s: dir({ new: file('new') }) }), x: redirected('m'), y: redirected('m') }),
+        dir({
+          d: dir({ s: dir({ old: file('old') }, { flags: 'i' }), t: file('t') }, { flags: 'i' }),
+          m: dir({ k: dir({ f: file('f', { flags: 'a' }) }, { flags: 'i' }) }),
+        }),
+      ],
+      {
+        d: 'dir',
+        'd/s': 'dir',
+        'd/s/new': 'new',
+        'd/s/old': 'old',
+        'd/t': 't',
+        m: 'dir',
+        'm/k': 'dir',
+        'm/k/f': 'f',
+        x: 'dir',
+        'x/k': 'dir',
+        'x/k/f': 'f',
+        y: 'dir',
+        'y/k': 'dir',
+        'y/k/f': 'f',
+      },
+      { diff: { links: false } },
+    )
+    expect(view.get('x/k')?.flags).toBe('i')
+    expect(view.get('d')?.flags).toBe('')
+  })
+
+  test('R12: real flags of an upper stay on what loses marks by the merge', () =>
+    expectMerged(
+      [
+        dir({
+          o: opaque(
+            { in: opaque({ f: file('f', { marks: { origin: '' }, flags: 'a' }) }, { flags: 'i' }) },
+            { flags: 'i' },
+          ),
+          g: file('g', { marks: { origin: '' }, flags: 'i' }),
+        }),
+        dir({ o: dir({ gone: file('gone') }), g: file('old') }),
+      ],
+      { g: 'g', o: 'dir', 'o/in': 'dir', 'o/in/f': 'f' },
+    ))
+
+  test.each(['i', 'a'] as const)(
+    'R12: the root is immutable or append-only (+%s) where the upper root is',
+    async (flags) => {
+      const view = await expectMerged(
+        [dir({ e: redirected('d'), d: whiteout() }, { flags }), dir({ f: file('f'), d: dir({ g: file('g') }) })],
+        { e: 'dir', 'e/g': 'g', f: 'f' },
+      )
+      expect(view.get('')?.flags).toBe(flags)
+    },
+  )
+
+  test('R12: the kernel forgets the emulated flags of a root, and a lower root has no say', async () => {
+    const view = await expectChanged(
+      [dir({ f: file('f') }, { flags: 'a' }), dir({ h: file('h') }, { flags: 'i' })],
+      shell('mv f g; chattr +i .'),
+      { g: 'f', h: 'h' },
+    )
+    expect(view.get('')?.flags).toBe('')
+  })
+
   // What the random histories found in the engine, as small as it gets.
 
   test('a metacopy that is linked to a second name keeps its data under both', () =>

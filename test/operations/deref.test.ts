@@ -192,6 +192,18 @@ describe('deref', () => {
     removeTree(directory)
   })
 
+  test('makes real flags of the upper into that mark as well, and names those of the root', async () => {
+    const { directory, request, view } = build(
+      dir({ f: file('1', { flags: 'i', marks: { protattr: 'a' } }), d: dir({}, { flags: 'a' }) }, { flags: 'a' }),
+      dir({ g: file('g') }),
+    )
+    const { inexact } = await deref(request)
+    expect(inexact.map(({ path }) => path)).toEqual([''])
+    const tree = view(request.output)
+    expect([tree.get('f')?.flags, tree.get('d')?.flags, tree.get('')?.flags]).toEqual(['ia', 'a', ''])
+    removeTree(directory)
+  })
+
   test('refuses an output that exists, one inside a layer, and an upper that the kernel fails on', async () => {
     const { directory, request } = build(dir({ d: redirected('..') }), dir({ d: dir({}) }))
     await expect(deref(request)).rejects.toMatchObject({ code: 'LAYER_INVALID' })

@@ -53,7 +53,7 @@ const layers: readonly DirectorySpec[] = [
       file: file('new content', { mode: 0o4755, xattrs: { 'user.k': 'v', 'security.capability': capability() } }),
       'name\nwith \xff': file('bytes'),
       deleted: whiteout(),
-      closed: opaque({ only: file('only') }, { mode: 0o700 }),
+      closed: opaque({ only: file('only', { flags: 'i' }) }, { mode: 0o700 }),
       changed: dir({ kept2: file('2') }, { uid: 7, xattrs: { 'user.new': '1' } }),
       data: metacopy(9, { mode: 0o600, uid: 3 }),
       linked: file('one inode'),
@@ -65,7 +65,7 @@ const layers: readonly DirectorySpec[] = [
       holes: sparse(200_000, [[131_072, 'x']]),
       alias1: file('changed alias'),
     },
-    { mode: 0o750, gid: 9 },
+    { mode: 0o750, gid: 9, flags: 'a' },
   ),
   dir({
     a: dir({ fa: file('fa') }),

@@ -24,18 +24,20 @@ import {
   withFd,
 } from '@lsync/posix'
 import {
-  addFlags,
   copyObject,
   despiteProtection,
+  fileProtection,
   fillMetacopy,
   moveOver,
+  protectionOf,
   removeFile,
   removeTree,
   resultMeta,
   type Trash,
   takeAway,
+  withoutProtection,
 } from './effects.ts'
-import { finishDirectory, inheritsAcls, readMeta, writeMeta } from './encodings/inode.ts'
+import { addFlags, finishDirectory, inheritsAcls, readMeta, writeMeta } from './encodings/inode.ts'
 import type { Xattr } from './model/entry.ts'
 import { MARKS, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, split } from './model/path.ts'
@@ -155,7 +157,14 @@ function cleanDirectory(context: ApplyContext, record: CleanRecord): void {
 
 function dropAttributes(dirfd: number, name: ByteString | '', attributes: readonly string[]): void {
   for (const attribute of attributes) {
-    despiteProtection([{ dirfd, name }], () => removeXattr(dirfd, name, planName(attribute)))
+    const drop = () => removeXattr(dirfd, name, planName(attribute))
+    try {
+      drop()
+    } catch (error) {
+      // An upper that lsync made, or somebody's hand, has real flags, which go along.
+      if (errnoOf(error) !== 'EPERM') throw error
+      withoutProtection(dirfd, name, drop)
+    }
   }
 }
 
@@ -286,7 +295,7 @@ class RecordWork {
     const present = tryStatAt(this.#targetFd, name)
     if (present?.isWhiteoutDevice !== true) {
       if (step.was !== 'nothing' || present !== undefined) takeAway(this.#targetFd, name, trash)
-      makeNode(this.#targetFd, name, S_IFCHR, 0)
+      despiteProtection([{ dirfd: this.#targetFd, name: '' }], () => makeNode(this.#targetFd, name, S_IFCHR, 0))
     }
     if (this.#consumesByRename) this.#dropUpper(name)
   }
@@ -357,7 +366,10 @@ class RecordWork {
           // Nobody sees this tree yet, so there is nothing to replace atomically.
           if (step.was !== 'nothing') takeAway(this.#targetFd, name, trash)
           this.#inherits ??= inheritsAcls(this.#targetFd)
-          copyObject(whole, this.#targetFd, name, { dropInheritedAcls: this.#inherits })
+          const options = { dropInheritedAcls: this.#inherits }
+          despiteProtection([{ dirfd: this.#targetFd, name: '' }], () =>
+            copyObject(whole, this.#targetFd, name, options),
+          )
         } else {
           const temporary = trash.next()
           copyObject(whole, stageFd, temporary, {})
@@ -457,7 +469,9 @@ class RecordWork {
       const flags = 'flags' in step ? step.flags : undefined
       if (flags !== undefined) addFlags(fd, planName(step.name), flags)
     }
-    if (this.#record.flags !== undefined) addFlags(fd, '', this.#record.flags)
+    // An immutable root could not be published any more: it becomes one after that.
+    const isUnpublished = this.#path === '' && this.#context.header.publish !== undefined
+    if (this.#record.flags !== undefined && !isUnpublished) addFlags(fd, '', this.#record.flags)
   }
 
   // What was moved is gone from the upper; what was copied goes now, after the target is durable.
@@ -527,9 +541,11 @@ export function copyTree(fromDir: number, from: ByteString, toDir: number, to: B
   const rootStat = statAt(fromDir, from)
   if (!rootStat.isDirectory) {
     const meta = readMeta(fromDir, from, rootStat)
-    copyObject({ fromDir, from, stat: rootStat, meta, reflink }, toDir, to, {})
+    const inodeFlags = fileProtection(fromDir, from, rootStat)
+    copyObject({ fromDir, from, stat: rootStat, meta, reflink }, toDir, to, { inodeFlags })
     return
   }
+  const flagged: [EntryPath, number][] = []
   makeDirectory(toDir, to, 0o700)
   const links = new Map<string, EntryPath>()
   withFd(openat(fromDir, from, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fromRoot) =>
@@ -562,10 +578,19 @@ export function copyTree(fromDir: number, from: ByteString, toDir: number, to: B
                 name,
                 {},
               )
+              const flags = fileProtection(source, name, stat)
+              if (flags !== 0) flagged.push([join(current, name), flags])
             }
-            finishDirectory(target, readMeta(source, '', statFd(source)), { removeOthers: () => true })
+            const stat = statFd(source)
+            finishDirectory(target, readMeta(source, '', stat), { removeOthers: () => true })
+            if (stat.isProtected && current !== '') flagged.push([current, protectionOf(source)])
           }),
         )
+      }
+      // Not before all is linked and filled. The root's own are those of the directory that it is for.
+      for (const [path, flags] of flagged) {
+        const at = split(path)
+        withFd(openBeneath(toRoot, at.parent, O_DIRECTORY | O_NOFOLLOW), (dirfd) => addFlags(dirfd, at.name, flags))
       }
     }),
   )

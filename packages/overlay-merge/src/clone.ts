@@ -5,7 +5,6 @@ import {
   DT_DIR,
   DT_REG,
   DT_UNKNOWN,
-  errnoOf,
   listXattrs,
   makeDirectory,
   O_DIRECTORY,
@@ -22,8 +21,8 @@ import {
   tryLink,
   withFd,
 } from '@lsync/posix'
-import { addFlags, copyObject, fileProtection, protectionOf, resultMeta } from './effects.ts'
-import { finishDirectory, inheritsAcls, readMeta, type WriteMetaOptions } from './encodings/inode.ts'
+import { copyObject, fileProtection, protectionOf, resultMeta } from './effects.ts'
+import { addFlags, finishDirectory, inheritsAcls, readMeta, type WriteMetaOptions } from './encodings/inode.ts'
 import type { Meta } from './model/entry.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, type Name, split } from './model/path.ts'
@@ -49,7 +48,7 @@ export interface ClonePart {
   readonly next: EntryPath[]
   /** Names of files with several names, where they are copied: one inode each for `key`. */
   readonly groups: [key: string, path: string][]
-  /** Immutable and append-only directories, which become so when nothing in them changes any more. */
+  /** Immutable and append-only directories, which become so when the clone is whole. */
   readonly flagged: [path: EntryPath, flags: number][]
   readonly counts: { directories: number; objects: number; bytes: number }
 }
@@ -164,19 +163,7 @@ export function copyLinked(context: CloneContext, path: EntryPath): number {
   )
 }
 
-/** Sets the inode flags of a cloned directory, unless the merge has put something else there. */
-export function protectDirectory(targetFd: number, path: EntryPath, flags: number): void {
-  let fd: number
-  try {
-    fd = openBeneath(targetFd, path, O_DIRECTORY | O_NOFOLLOW)
-  } catch (error) {
-    if (['ENOENT', 'ENOTDIR', 'ELOOP'].includes(errnoOf(error) ?? '')) return
-    throw error
-  }
-  withFd(fd, () => addFlags(fd, '', flags))
-}
-
-/** Sets inode flags (chattr) of a file of the clone. */
+/** Sets inode flags (chattr) of a file or directory of the clone. */
 export function protect(context: CloneContext, path: EntryPath, flags: number): void {
   const { parent, name } = split(path)
   withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) => addFlags(to, name, flags))

@@ -30,7 +30,7 @@ import { finishDirectory } from './encodings/inode.ts'
 import { Journal, placeOf, TREE } from './journal.ts'
 import { OutputExistsError, publish, realTarget } from './merge.ts'
 import type { Meta, Xattr } from './model/entry.ts'
-import { type EntryPath, join, type Name, split } from './model/path.ts'
+import { type EntryPath, join, type Name, ROOT, split } from './model/path.ts'
 import type { Problem } from './plan.ts'
 import type { Progress } from './planning.ts'
 import { LayerInvalidError } from './problems.ts'
@@ -169,7 +169,11 @@ class Unfolding {
   async run({ signal, onProgress }: Pick<DerefRequest, 'signal' | 'onProgress'>): Promise<void> {
     const root = rootFrom(this.#stack, 0)
     const upper = layerAt(this.#stack, 0)
-    const meta = resultMeta(upper.fd, '', statFd(upper.fd), upper.marks, false)
+    const stat = statFd(upper.fd)
+    if (stat.isProtected) {
+      this.#inexact.push({ path: ROOT, why: 'its flags (chattr) would be in the way of the mount of an upper' })
+    }
+    const meta = resultMeta(upper.fd, '', stat, upper.marks, false)
     const frames: Frame[] = [this.#enter({ directory: root, isClosed: false, meta, children: [] })]
     let turn = performance.now()
     for (let frame = frames.at(-1); frame !== undefined; frame = frames.at(-1)) {
@@ -275,13 +279,12 @@ class Unfolding {
     const { protattr } = layerAt(this.#stack, 0).marks
     const inode = view.shown(found)
     const { source, dirfd, name } = view.locate(found)
-    if (source.layer === 0) {
-      const value = found.top.attributes.includes(protattr) ? getXattr(dirfd, name, protattr) : undefined
-      return value === undefined ? [] : [{ name: protattr, value }]
-    }
-    if (!inode.stat.isProtected) return []
-    const flags = inode.flags
-    const letters = `${flags & FS_IMMUTABLE_FL ? 'i' : ''}${flags & FS_APPEND_FL ? 'a' : ''}`
+    const hasMark = source.layer === 0 && found.top.attributes.includes(protattr)
+    const mark = hasMark ? (getXattr(dirfd, name, protattr)?.toString('latin1') ?? '') : ''
+    const flags = inode.stat.isProtected ? inode.flags : 0
+    const isImmutable = mark.includes('i') || (flags & FS_IMMUTABLE_FL) !== 0
+    const isAppendOnly = mark.includes('a') || (flags & FS_APPEND_FL) !== 0
+    const letters = `${isImmutable ? 'i' : ''}${isAppendOnly ? 'a' : ''}`
     return letters === '' ? [] : [{ name: protattr, value: Buffer.from(letters) }]
   }
 

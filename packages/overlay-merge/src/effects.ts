@@ -111,13 +111,13 @@ export interface Trash {
 }
 
 /**
- * Runs a change that takes `name` away. Where its own flags forbid that, they come off for the moment: other names of
- * the inode keep it as protected as it was.
+ * Runs a change of `name` that its own flags forbid: they come off for the moment. An inode that goes on under this or
+ * another name is as protected afterwards as it was.
  */
-export function withoutProtection<T>(dirfd: number, name: ByteString, change: () => T): T {
+export function withoutProtection<T>(dirfd: number, name: ByteString | '', change: () => T): T {
   let fd: number
   try {
-    fd = openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
+    fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
   } catch (error) {
     if (UNFLAGGED.includes(errnoOf(error) ?? '')) return change()
     throw error
@@ -190,12 +190,6 @@ export function protectionOf(fd: number): number {
 export function fileProtection(dirfd: number, name: ByteString, stat: Stat): number {
   if (!stat.isFile || !stat.isProtected) return 0
   return withFd(openat(dirfd, name, O_NOFOLLOW | O_NONBLOCK), protectionOf)
-}
-
-/** Adds inode flags (chattr) to an entry that is a file or a directory. */
-export function addFlags(dirfd: number, name: ByteString | '', flags: number): void {
-  const fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
-  withFd(fd, () => setInodeFlags(fd, getInodeFlags(fd) | flags, name))
 }
 
 /** What is copied, and where its parts come from. */

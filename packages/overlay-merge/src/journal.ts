@@ -284,6 +284,11 @@ export class Journal {
     if (tryStatAt(targetFd, name) !== undefined) removeTree(targetFd, name)
   }
 
+  /** Whether the places for what is moved aside were made, so that the tree that they are for was there. */
+  get wasPrepared(): boolean {
+    return tryStatAt(this.fd, STAGE) !== undefined || this.isInside
+  }
+
   /** Whether stage and trash lie inside the target. */
   get isInside(): boolean {
     return this.#insideName() !== undefined

@@ -24,8 +24,10 @@ import {
   tryStatAt,
   withFd,
 } from '@lsync/posix'
-import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect, protectDirectory } from './clone.ts'
+import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect } from './clone.ts'
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
+import { despiteProtection } from './effects.ts'
+import { addFlags } from './encodings/inode.ts'
 import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt, setFlags } from './executing.ts'
 import { type Alias, findAliases, openIndex } from './index-aliases.ts'
 import { Journal, PlanWriter, placeOf, planLines, type SealedPlan, TREE } from './journal.ts'
@@ -327,7 +329,12 @@ export async function finishInPlace(execution: Execution): Promise<void> {
 function leaveTarget(journal: Journal, plan: SealedPlan, targetFd: number): void {
   journal.removeInside(targetFd)
   const meta = recordAt(journal, plan, '')?.meta
-  if (meta !== undefined) setTimes(targetFd, '', BigInt(meta.atimeNs), BigInt(meta.mtimeNs))
+  if (meta !== undefined) {
+    // An earlier run may have made it immutable already.
+    despiteProtection([{ dirfd: targetFd, name: '' }], () =>
+      setTimes(targetFd, '', BigInt(meta.atimeNs), BigInt(meta.mtimeNs)),
+    )
+  }
   fsync(targetFd, plan.header.target)
 }
 
@@ -340,6 +347,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
   }
   const journal = Journal.open(target, { create: true }) as Journal
   let treeFd: number | undefined
+  let isUnprotected = false
   try {
     let losses: readonly Loss[] = []
     const planned = await planStack({
@@ -363,7 +371,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
     else makeDirectory(journal.fd, TREE, 0o700)
     treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    const flagged = clone === 'moosefs' || clone === 'btrfs' ? [] : await cloneBase(request, stack, treeFd, pool, clone)
+    if (clone !== 'moosefs' && clone !== 'btrfs') await cloneBase(request, stack, treeFd, pool, clone)
     journal.prepare(treeFd)
     const execution: Execution = {
       stack,
@@ -379,16 +387,16 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     await executePlan(execution)
     if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
     await setFlags(execution)
-    const visited = new Set(
-      planned.plan.lines.filter(({ type }) => type === 'directory').map(({ path }) => planPath(path)),
-    )
-    for (const [path, flags] of flagged) if (!visited.has(path)) protectDirectory(treeFd, path, flags)
     publish(journal, target)
+    isUnprotected = true
+    protectRoot(journal, planned.plan, treeFd)
+    isUnprotected = false
     journal.remove()
     return { mode: request.mode, target, clone, counts: planned.counts, losses }
   } catch (error) {
-    // Nobody has seen any of it: the old state is the only state.
-    journal.remove()
+    // Nobody has seen any of it: the old state is the only state. Or all is there but the flags of the root, which
+    // recovering adds.
+    if (!isUnprotected) journal.remove()
     throw error
   } finally {
     if (treeFd !== undefined) close(treeFd)
@@ -405,6 +413,17 @@ export function isOneFileSystem(left: number, right: number): boolean {
 // Whether the journal is on the file system of the target, as it is unless that is a mount point or a subvolume.
 function isBeside(journal: Journal, targetFd: number): boolean {
   return statFd(journal.fd).dev === statFd(targetFd).dev
+}
+
+/**
+ * Makes the root of a published tree immutable or append-only where it has to be, which no rename would have moved any
+ * more. May be repeated.
+ */
+export function protectRoot(journal: Journal, plan: SealedPlan, treeFd: number): void {
+  const flags = recordAt(journal, plan, '')?.flags
+  if (flags === undefined) return
+  addFlags(treeFd, '', flags)
+  fsync(treeFd, plan.header.target)
 }
 
 /** Gives the finished tree its name, which nothing may have taken meanwhile. */
@@ -431,7 +450,7 @@ async function cloneBase(
   toFd: number,
   pool: Pool,
   method: CloneContext['method'],
-): Promise<ClonePart['flagged']> {
+): Promise<void> {
   const base = stack.layers.at(-1) as OpenStack['layers'][number]
   const clone = { fromFd: base.fd, toFd, method, below: stack.below, plain: request.plain === true }
   pool.prepare({ stack: stackInit(stack), clone })
@@ -453,8 +472,10 @@ async function cloneBase(
       request.onProgress?.({ phase: 'clone', done })
     },
   )
-  linkGroups({ ...clone, marks: base.marks }, [...groups.values()])
-  return flagged
+  const context = { ...clone, marks: base.marks }
+  linkGroups(context, [...groups.values()])
+  // As in the base itself, they go along with what is moved and come off what is changed. The root is to be renamed yet.
+  for (const [path, flags] of flagged) if (path !== ROOT) protect(context, path, flags)
 }
 
 function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {

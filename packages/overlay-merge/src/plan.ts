@@ -551,10 +551,12 @@ class DirectoryPlanner {
       const { opaque, redirect } = emission(directory.open, parentOrigin, name)
       if (opaque) record.opaque = true
       if (redirect !== undefined) record.redirect = textOf(redirect)
-      const emulated = top.layer === 0 ? protectedFlags(fd, '', [marks.protattr], marks) : 0
-      const flags = emulated | (stat.isProtected ? protectionOf(fd) : 0)
-      if (flags !== 0) record.flags = flags
     }
+    // The kernel does not look for emulated flags of the root when it mounts.
+    const isEmulated = top.layer === 0 && directory.path !== ''
+    const emulated = isEmulated ? protectedFlags(fd, '', [marks.protattr], marks) : 0
+    const flags = emulated | (stat.isProtected ? protectionOf(fd) : 0)
+    if (flags !== 0) record.flags = flags
     return record
   }
 }

@@ -5,14 +5,16 @@ import {
   type HostPath,
   hostPath,
   LsyncError,
+  openRoot,
   printable,
   realPath,
   statFd,
   tryStatAt,
+  withFd,
 } from '@lsync/posix'
 import { openIndex } from './index-aliases.ts'
 import { Journal, JournalDamagedError, journalPathOf, type SealedPlan, TREE } from './journal.ts'
-import { defaultWorkers, finishInPlace, realTarget } from './merge.ts'
+import { defaultWorkers, finishInPlace, protectRoot, realTarget } from './merge.ts'
 import type { Progress } from './planning.ts'
 import { Pool } from './pool.ts'
 import { closeStack, openStack, stackInit } from './stack.ts'
@@ -93,6 +95,9 @@ export async function recoverJournal(journal: Journal, options: RecoverOptions):
   if (plan.header.publish !== undefined) {
     // Published by a rename of the tree: then only the journal was left behind.
     const wasPublished = tryStatAt(journal.fd, TREE) === undefined && isDirectory(hostPath(target))
+    if (act && wasPublished && journal.wasPrepared) {
+      withFd(openRoot(hostPath(target)), (fd) => protectRoot(journal, plan, fd))
+    }
     if (act) journal.remove()
     return { outcome: wasPublished ? 'finished' : 'rolled-back', target }
   }

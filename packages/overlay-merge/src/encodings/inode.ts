@@ -3,6 +3,7 @@ import {
   close,
   copyData,
   errnoOf,
+  getInodeFlags,
   getXattr,
   LsyncError,
   listsAcls,
@@ -143,7 +144,7 @@ export interface WriteMetaOptions {
   readonly dropInheritedAcls?: boolean
   /** The inode is old: attributes that `meta` lacks are removed, those that this names excepted. */
   readonly removeOthers?: (attribute: ByteString) => boolean
-  /** chattr flags (FS_IMMUTABLE_FL | FS_APPEND_FL), set after everything else. Files and directories only. */
+  /** chattr flags (FS_IMMUTABLE_FL | FS_APPEND_FL), added after everything else. Files and directories only. */
   readonly inodeFlags?: number
   /** What the inode is like, if that is known: owner and mode that are right are not set again. */
   readonly old?: Stat
@@ -190,7 +191,7 @@ export function writeMeta(
     setXattrs(dirfd, name, kind, xattrs, isCapability)
   }
   if (options.withoutTimes !== true) setTimes(dirfd, name, meta.atimeNs, meta.mtimeNs)
-  if (options.inodeFlags !== undefined && options.inodeFlags !== 0) setFlags(dirfd, name, options.inodeFlags)
+  if (options.inodeFlags !== undefined && options.inodeFlags !== 0) addFlags(dirfd, name, options.inodeFlags)
 }
 
 // XFS lists its own storage of an ACL beside the ACL itself; copied, it would stand for an ACL on any other XFS.
@@ -241,9 +242,14 @@ function removeOtherXattrs(
   return removed
 }
 
-function setFlags(dirfd: number, name: ByteString | '', flags: number): void {
-  if (name === '') setInodeFlags(dirfd, flags)
-  else withFd(openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK), (fd) => setInodeFlags(fd, flags, name))
+/**
+ * Adds inode flags (chattr) to a file or a directory. The file system's own flags stay: without the one that says so,
+ * ext4 would rewrite the file without extents.
+ */
+export function addFlags(dirfd: number, name: ByteString | '', flags: number): void {
+  const add = (fd: number) => setInodeFlags(fd, getInodeFlags(fd) | flags, name)
+  if (name === '') add(dirfd)
+  else withFd(openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK), add)
 }
 
 /** What to create. A directory gets no times and no mode but 0700 before its children are there: `finishDirectory`. */
