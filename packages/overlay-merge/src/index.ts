@@ -27,6 +27,7 @@ export {
   type InodeKind,
   inheritsAcls,
   NotAFileError,
+  openDirectory,
   openNew,
   openRegular,
   readXattrs,

@@ -66,7 +66,8 @@ export function openIndexTables(path: string, readOnly: boolean) {
   }
 }
 
-type Tables = ReturnType<typeof openIndexTables>
+/** The open tables of an index. */
+export type IndexTables = ReturnType<typeof openIndexTables>
 
 /**
  * What a target holds of an upper, by directory id and name, so that moving a directory changes one record. Reads see
@@ -74,10 +75,10 @@ type Tables = ReturnType<typeof openIndexTables>
  */
 export class IndexStore {
   readonly path: string
-  readonly #tables: Tables
+  readonly #tables: IndexTables
   #meta: IndexMeta
 
-  private constructor(path: string, tables: Tables, meta: IndexMeta) {
+  private constructor(path: string, tables: IndexTables, meta: IndexMeta) {
     this.path = path
     this.#tables = tables
     this.#meta = meta
@@ -371,7 +372,7 @@ export class IndexStore {
 }
 
 /** The pages of a directory that are not empty, for whoever has the tables open. */
-export function pagesOf(tables: Pick<Tables, 'pages'>, directory: number): Buffer[] {
+export function pagesOf(tables: Pick<IndexTables, 'pages'>, directory: number): Buffer[] {
   return [...tables.pages.getRange(rangeOf(directory)).map(({ value }) => value)]
 }
 

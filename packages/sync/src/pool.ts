@@ -1,0 +1,168 @@
+import { Worker } from 'node:worker_threads'
+import { LsyncError } from '@lsync/posix'
+import type { FromWorker, ToWorker, TravellingError } from './sync-worker.ts'
+import type { Job, JobResults, SessionInit } from './work.ts'
+
+/** How many threads all roots of a process share. */
+const WIDTH = 2
+/** Encoded bytes of one worker that the target has not taken yet. */
+const CREDIT_BYTES = 4 << 20
+
+interface Member {
+  readonly lane: number
+  readonly worker: Worker
+  readonly credit: Int32Array
+  task: Task | undefined
+  readonly closing: Map<number, () => void>
+}
+
+interface Task {
+  readonly session: number
+  readonly job: Job
+  readonly deliver: Deliver
+  readonly resolve: (done: JobDone<Job['do']>) => void
+  readonly reject: (error: unknown) => void
+  readonly deliveries: Promise<void>[]
+}
+
+/** Hands a worker's encoded operations to a target; resolves when it has carried them out. */
+export type Deliver = (lane: number, batch: Uint8Array) => Promise<void>
+
+export interface JobDone<K extends Job['do']> {
+  readonly result: JobResults[K]
+}
+
+/**
+ * Threads that do the work of all sessions of this process: system calls are synchronous, and none is made in the
+ * thread that embeds this. They start with the first session and end with the last.
+ */
+class WorkerPool {
+  readonly #members: Member[] = []
+  readonly #queue: Task[] = []
+  readonly #sessions = new Map<number, SessionInit>()
+  #nextSession = 1
+  #failure: unknown
+
+  get width(): number {
+    return WIDTH
+  }
+
+  open(init: Omit<SessionInit, 'session'>): number {
+    const session = this.#nextSession++
+    const whole = { ...init, session }
+    this.#sessions.set(session, whole)
+    while (this.#members.length < WIDTH) this.#start(this.#members.length)
+    for (const { worker } of this.#members) worker.postMessage({ open: whole } satisfies ToWorker)
+    return session
+  }
+
+  /** Ends a session; its fds may be closed when it resolves. */
+  async close(session: number): Promise<void> {
+    if (!this.#sessions.delete(session)) return
+    await Promise.all(
+      this.#members.map(
+        (member) =>
+          new Promise<void>((resolve) => {
+            member.closing.set(session, resolve)
+            member.worker.postMessage({ close: session } satisfies ToWorker)
+          }),
+      ),
+    )
+    if (this.#sessions.size === 0) {
+      await Promise.all(this.#members.splice(0).map(({ worker }) => worker.terminate()))
+    }
+  }
+
+  /** Does a job in the next free thread. Resolves when its operations have been carried out by the target, too. */
+  run<K extends Job['do']>(session: number, job: Extract<Job, { do: K }>, deliver: Deliver): Promise<JobResults[K]> {
+    return new Promise((resolve, reject) => {
+      this.#queue.push({
+        session,
+        job,
+        deliver,
+        resolve: ({ result }) => resolve(result as JobResults[K]),
+        reject,
+        deliveries: [],
+      })
+      this.#next()
+    })
+  }
+
+  #start(lane: number): void {
+    const worker = new Worker(new URL('./sync-worker.ts', import.meta.url))
+    const credit = new Int32Array(new SharedArrayBuffer(4))
+    credit[0] = CREDIT_BYTES
+    const member: Member = { lane, worker, credit, task: undefined, closing: new Map() }
+    worker.on('message', (message: FromWorker) => this.#receive(member, message))
+    worker.on('error', (error) => this.#fail(error))
+    worker.on('exit', (code) => {
+      if (code !== 0 && this.#sessions.size > 0) this.#fail(new Error(`a worker ended with code ${code}`))
+    })
+    // The process may end while nothing is under way.
+    worker.unref()
+    this.#members.push(member)
+  }
+
+  #next(): void {
+    for (const member of this.#members) {
+      if (member.task !== undefined) continue
+      const task = this.#queue.shift()
+      if (task === undefined) return
+      if (this.#failure !== undefined) {
+        task.reject(this.#failure)
+        continue
+      }
+      member.task = task
+      member.worker.ref()
+      const { session, job } = task
+      member.worker.postMessage({ session, job, credit: member.credit } satisfies ToWorker)
+    }
+  }
+
+  #receive(member: Member, message: FromWorker): void {
+    if ('closed' in message) {
+      member.closing.get(message.closed)?.()
+      member.closing.delete(message.closed)
+      return
+    }
+    const { task } = member
+    if (task === undefined) return
+    if ('batch' in message) {
+      const { length } = message.batch
+      const delivery = task.deliver(member.lane, message.batch).finally(() => {
+        Atomics.add(member.credit, 0, length)
+        Atomics.notify(member.credit, 0)
+      })
+      // Its failure is the job's, which waits for it; until then it must not count as unhandled.
+      delivery.catch(() => undefined)
+      task.deliveries.push(delivery)
+      return
+    }
+    member.task = undefined
+    member.worker.unref()
+    if ('error' in message) task.reject(unpacked(message.error))
+    else {
+      const { result } = message
+      Promise.all(task.deliveries).then(() => task.resolve({ result }), task.reject)
+    }
+    this.#next()
+  }
+
+  #fail(error: unknown): void {
+    this.#failure = error
+    for (const { task } of this.#members) task?.reject(error)
+    for (const task of this.#queue.splice(0)) task.reject(error)
+  }
+}
+
+function unpacked(error: TravellingError): Error {
+  const { name, message, stack, code, path, syscall, hint } = error
+  const detail = Object.fromEntries(Object.entries({ path, syscall, hint }).filter(([, value]) => value !== undefined))
+  const thrown = code === undefined ? new Error(message) : new LsyncError(code, message, detail)
+  thrown.name = name
+  if (stack !== undefined) thrown.stack = stack
+  return thrown
+}
+
+/** The threads of this process. */
+export const workers = new WorkerPool()

@@ -1,0 +1,100 @@
+import { readAt } from '@lsync/posix'
+import { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
+import { MAX_CONTENT_BYTES, OperationEncoder } from './protocol/operation-codec.ts'
+
+/** Where a worker's operations go. */
+export interface Sink {
+  /** Throws where the target refuses, if that is known at once. */
+  run(operation: PlainOperation): void
+  /** Begins a file; its content follows, extent by extent. */
+  open(operation: ContentOperation): ContentSink
+  /** Between stretches of work, in which others may have moved directories. */
+  forget(): void
+  /** Everything was handed over when it returns. */
+  flush(): void
+}
+
+/** A file that is being sent. Exactly one of `finish` and `discard` ends it. */
+export interface ContentSink {
+  /** The next bytes, which belong at `offset`. */
+  write(offset: number, bytes: Uint8Array): void
+  finish(): void
+  discard(): void
+}
+
+/** Carries operations out in this thread. */
+export class DirectSink implements Sink {
+  readonly applier: Applier
+
+  constructor(options: ApplierOptions) {
+    this.applier = new Applier(options)
+  }
+
+  run(operation: PlainOperation): void {
+    this.applier.apply(operation)
+  }
+
+  open(operation: ContentOperation): FileWriter {
+    return this.applier.open(operation)
+  }
+
+  forget(): void {
+    this.applier.forget()
+  }
+
+  flush(): void {}
+}
+
+/** Writes operations down and hands them over in batches; `emit` waits when too much is under way. */
+export class EncodedSink implements Sink {
+  readonly #encoder = new OperationEncoder(600 << 10)
+  readonly #emit: (batch: Uint8Array<ArrayBuffer>) => void
+
+  constructor(emit: (batch: Uint8Array<ArrayBuffer>) => void) {
+    this.#emit = emit
+  }
+
+  run(operation: PlainOperation): void {
+    this.#encoder.operation(operation)
+    this.#flushIfFull()
+  }
+
+  open(operation: ContentOperation): ContentSink {
+    this.#encoder.operation(operation)
+    return {
+      write: (_, bytes) => {
+        for (let at = 0; at < bytes.length; at += MAX_CONTENT_BYTES) {
+          this.#encoder.content(bytes.subarray(at, at + MAX_CONTENT_BYTES))
+          this.#flushIfFull()
+        }
+      },
+      finish: () => {
+        this.#encoder.finish()
+        this.#flushIfFull()
+      },
+      discard: () => this.#encoder.abort(),
+    }
+  }
+
+  forget(): void {}
+
+  flush(): void {
+    if (this.#encoder.sizeBytes > 0) this.#emit(this.#encoder.take())
+  }
+
+  #flushIfFull(): void {
+    if (this.#encoder.isFull) this.flush()
+  }
+}
+
+/** Sends the extents of an open file. */
+export function sendExtents(fd: number, operation: ContentOperation, to: ContentSink, pieceBytes: number): void {
+  for (const [offset, length] of operation.extents) {
+    for (let at = offset; at < offset + length; at += pieceBytes) {
+      const want = Math.min(pieceBytes, offset + length - at)
+      const bytes = readAt(fd, at, want)
+      // A file that has become shorter is noticed by its change time; what was promised is sent nonetheless.
+      to.write(at, bytes.length === want ? bytes : Buffer.concat([bytes], want))
+    }
+  }
+}

@@ -1,0 +1,755 @@
+import { type Namespace, openDirectory } from '@lsync/overlay-merge'
+import {
+  type ByteString,
+  close,
+  DT_REG,
+  errnoOf,
+  handleAt,
+  LsyncError,
+  O_DIRECTORY,
+  O_NOFOLLOW,
+  O_RDONLY,
+  openBeneath,
+  openByHandle,
+  printable,
+  rawStatFd,
+  readDirents,
+  syncFileSystem,
+  tryRawStatAt,
+  withFd,
+} from '@lsync/posix'
+import type { PlainOperation } from './applier.ts'
+import { compilePatterns, type IsExcluded, type Patterns } from './filter.ts'
+import { type IndexTables, openIndexTables, pageRows, pagesOf } from './index-store.ts'
+import type { DirectoryHandle, NamePlace } from './model/index-change.ts'
+import type { Operation, TreePath } from './model/operation.ts'
+import { eachRow, isUnchanged, type Row, rowAt, rowBytes } from './model/row.ts'
+import { isRacy, keptAttributes, metaOf, rowOf, type SendContext, type Sent, sendFile, sendOther } from './send.ts'
+import { DirectSink, EncodedSink, type Sink } from './sink.ts'
+import type { Target, TargetLoss } from './transport/target.ts'
+
+/** What a worker knows of one session: an upper and a target. */
+export interface SessionInit {
+  readonly session: number
+  readonly upperFd: number
+  readonly delivery: Target['delivery']
+  readonly losses: readonly TargetLoss['what'][]
+  readonly indexPath: string
+  readonly namespace: Namespace
+  readonly patterns: Patterns
+}
+
+/** A directory that is to be carried over. */
+export interface FreshDirectory {
+  readonly id: number
+  readonly path: TreePath
+  /** The target may hold names in it that the upper does not. */
+  readonly isDirty: boolean
+}
+
+export type Job =
+  /** Carries over whole directories, with what is beneath them, within a budget. */
+  | {
+      readonly do: 'fresh'
+      readonly directories: readonly FreshDirectory[]
+      /** Ids for directories and block lists that are found. */
+      readonly directoryIds: readonly [first: number, count: number]
+      readonly blocksIds: readonly [first: number, count: number]
+      /** Directories that have an id already, by identity. */
+      readonly known: readonly (readonly [identity: string, id: number])[]
+      /** Inodes that are not to be copied, since they are moved to their places. */
+      readonly moved: readonly string[]
+      readonly budgetMs: number
+      readonly budgetBytes: number
+    }
+  | { readonly do: 'look'; readonly directories: readonly LookDirectory[] }
+  /** Compares directories with the index, with what is beneath them, within a budget. */
+  | { readonly do: 'scan'; readonly directories: readonly ScanDirectory[]; readonly budgetMs: number }
+  /** Looks for inodes beneath new directories. */
+  | { readonly do: 'peek'; readonly path: TreePath; readonly identities: readonly string[] }
+  | { readonly do: 'operations'; readonly operations: readonly PlainOperation[] }
+  | { readonly do: 'contents'; readonly tasks: readonly SendTask[] }
+  | { readonly do: 'metas'; readonly tasks: readonly { readonly id: number; readonly path: TreePath }[] }
+  | { readonly do: 'sync' }
+
+export interface LookDirectory {
+  readonly id: number
+  readonly path: TreePath
+  readonly handle: DirectoryHandle | undefined
+  /** Of the directory, where it cannot be opened by its handle. */
+  readonly identity: string
+  readonly names: readonly ByteString[]
+}
+
+export interface ScanDirectory {
+  readonly id: number
+  readonly path: TreePath
+}
+
+export interface SendTask extends NamePlace {
+  readonly path: TreePath
+  readonly identity: string
+  readonly row: Uint8Array | undefined
+  readonly isShared: boolean
+}
+
+/** Something about one name went wrong; the others went on. */
+export interface NameFailure extends NamePlace {
+  readonly path: TreePath
+  readonly code: string
+  readonly message: string
+}
+
+export interface Tally {
+  files: number
+  bytes: number
+}
+
+export interface FreshResult extends Tally {
+  readonly directories: readonly {
+    readonly id: number
+    readonly parent: number
+    readonly name: ByteString
+    readonly path: TreePath
+    readonly handle: DirectoryHandle | undefined
+    /** Its rows, where it was carried over; else it was only made. */
+    readonly pages: readonly Uint8Array[] | undefined
+  }[]
+  readonly rest: readonly FreshDirectory[]
+  /** A directory has more directories in it than ids were given. */
+  readonly needsIds: number
+  readonly again: readonly NamePlace[]
+  readonly blocks: readonly { readonly id: number; readonly hashes: Uint8Array }[]
+  readonly failures: readonly NameFailure[]
+  /** Of the directories themselves. */
+  readonly rows: readonly { readonly id: number; readonly row: Uint8Array }[]
+}
+
+export interface LookResult {
+  readonly seen: readonly (NamePlace & {
+    readonly row: Uint8Array | undefined
+    readonly handle: DirectoryHandle | undefined
+  })[]
+  /** Directories that are not where the index says. */
+  readonly displaced: readonly number[]
+  readonly failures: readonly NameFailure[]
+}
+
+export interface ScanResult {
+  readonly dirty: readonly NamePlace[]
+  readonly rest: readonly ScanDirectory[]
+  readonly failures: readonly NameFailure[]
+  readonly entries: number
+}
+
+export interface PeekResult {
+  /** From the top down, without those that lead nowhere. */
+  readonly found: readonly {
+    readonly path: TreePath
+    readonly row: Uint8Array
+    readonly handle: DirectoryHandle | undefined
+    readonly isHit: boolean
+  }[]
+}
+
+export interface OperationsResult {
+  readonly failures: readonly { readonly index: number; readonly code: string; readonly message: string }[]
+}
+
+export interface ContentsResult extends Tally {
+  readonly sent: readonly (NamePlace & {
+    readonly row: Uint8Array
+    readonly blocks: Uint8Array | undefined
+    readonly isUnsettled: boolean
+    readonly how: Sent['how']
+  })[]
+  /** Something else has the name by now. */
+  readonly again: readonly NamePlace[]
+  readonly failures: readonly NameFailure[]
+}
+
+export interface MetasResult {
+  readonly rows: readonly { readonly id: number; readonly row: Uint8Array; readonly isUnsettled: boolean }[]
+  readonly again: readonly number[]
+  readonly failures: readonly NameFailure[]
+}
+
+export interface JobResults {
+  fresh: FreshResult
+  look: LookResult
+  scan: ScanResult
+  peek: PeekResult
+  operations: OperationsResult
+  contents: ContentsResult
+  metas: MetasResult
+  sync: undefined
+}
+
+/** Gone, or something else, while it was looked at. */
+const VANISHED: ReadonlySet<string> = new Set(['ENOENT', 'ENOTDIR', 'ELOOP', 'ESTALE', 'NOT_A_FILE'])
+const EMPTY_NAME = '' as ByteString
+
+/** Does the jobs of one session in one thread, with synchronous system calls. */
+export class Workshop {
+  readonly #init: SessionInit
+  readonly #sink: Sink
+  readonly #context: SendContext
+  readonly #isExcluded: IsExcluded | undefined
+  #tables: IndexTables | undefined
+
+  constructor(init: SessionInit, emit: (batch: Uint8Array<ArrayBuffer>) => void) {
+    this.#init = init
+    const { delivery } = init
+    this.#sink =
+      delivery.mode === 'direct' ? new DirectSink({ ...delivery, losses: new Set(init.losses) }) : new EncodedSink(emit)
+    this.#context = { sink: this.#sink, keeps: keptAttributes(init.namespace) }
+    this.#isExcluded = compilePatterns(init.patterns)
+  }
+
+  run<K extends Job['do']>(job: Extract<Job, { do: K }>): JobResults[K]
+  run(job: Job): JobResults[keyof JobResults] {
+    try {
+      switch (job.do) {
+        case 'fresh':
+          return new FreshCopy(this.#init.upperFd, this.#context, this.#isExcluded, job).run()
+        case 'look':
+          return this.#look(job.directories)
+        case 'scan':
+          return this.#scan(job.directories, job.budgetMs)
+        case 'peek':
+          return this.#peek(job.path, new Set(job.identities))
+        case 'operations':
+          return this.#operations(job.operations)
+        case 'contents':
+          return this.#contents(job.tasks)
+        case 'metas':
+          return this.#metas(job.tasks)
+        case 'sync':
+          if (this.#init.delivery.mode === 'direct') syncFileSystem(this.#init.delivery.rootFd)
+          return undefined
+      }
+    } finally {
+      this.#sink.flush()
+      this.#sink.forget()
+    }
+  }
+
+  async close(): Promise<void> {
+    this.#sink.forget()
+    await this.#tables?.env.close()
+  }
+
+  #look(directories: readonly LookDirectory[]): LookResult {
+    const seen: LookResult['seen'][number][] = []
+    const displaced: number[] = []
+    const failures: NameFailure[] = []
+    for (const directory of directories) {
+      const { id, path, names } = directory
+      if (id === 0) {
+        const row = rowOf(EMPTY_NAME, rawStatFd(this.#init.upperFd))
+        seen.push({ directory: 0, name: EMPTY_NAME, row: row.image, handle: handleAt(this.#init.upperFd, '') })
+        continue
+      }
+      let fd: number | undefined
+      try {
+        fd = this.#openDirectory(directory)
+      } catch (error) {
+        for (const name of names) failures.push(failureOf({ directory: id, name }, join(path, name), error))
+        continue
+      }
+      if (fd === undefined) {
+        displaced.push(id)
+        for (const name of names) seen.push({ directory: id, name, row: undefined, handle: undefined })
+        continue
+      }
+      withFd(fd, (dirfd) => {
+        for (const name of names) {
+          try {
+            seen.push({ directory: id, name, ...this.#lookAt(dirfd, name, join(path, name)) })
+          } catch (error) {
+            failures.push(failureOf({ directory: id, name }, join(path, name), error))
+          }
+        }
+      })
+    }
+    return { seen, displaced, failures }
+  }
+
+  #lookAt(dirfd: number, name: ByteString, path: TreePath) {
+    const words = tryRawStatAt(dirfd, name)
+    if (words === undefined) return { row: undefined, handle: undefined }
+    const row = rowOf(name, words)
+    if (this.#isExcluded?.(path, name, row.isDirectory) === true) return { row: undefined, handle: undefined }
+    return { row: row.image, handle: row.isDirectory ? handleOf(dirfd, name) : undefined }
+  }
+
+  // By its handle it is found wherever it has moved to; its names are looked at where they really are.
+  #openDirectory({ path, handle, identity }: LookDirectory): number | undefined {
+    if (handle !== undefined) {
+      try {
+        const plain = { type: handle.type, bytes: Buffer.from(handle.bytes) }
+        return openByHandle(this.#init.upperFd, plain, O_RDONLY | O_DIRECTORY)
+      } catch (error) {
+        const code = errnoOf(error)
+        if (code !== 'EPERM' && code !== 'ENOTSUP' && code !== 'ESTALE') throw error
+        if (code === 'ESTALE') return undefined
+      }
+    }
+    let fd: number
+    try {
+      fd = openBeneath(this.#init.upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    } catch (error) {
+      if (VANISHED.has(errnoOf(error) ?? '')) return undefined
+      throw error
+    }
+    if (rowOf(EMPTY_NAME, rawStatFd(fd)).identity === identity) return fd
+    close(fd)
+    return undefined
+  }
+
+  #scan(directories: readonly ScanDirectory[], budgetMs: number): ScanResult {
+    const start = performance.now()
+    const queue = [...directories]
+    const dirty: NamePlace[] = []
+    const failures: NameFailure[] = []
+    let entries = 0
+    for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
+      const { id, path } = next
+      try {
+        entries += this.#scanDirectory(id, path, dirty, queue)
+      } catch (error) {
+        // The directory above tells that it is gone.
+        if (!VANISHED.has(codeOf(error))) failures.push(failureOf({ directory: id, name: EMPTY_NAME }, path, error))
+      }
+      if (performance.now() - start > budgetMs) break
+    }
+    return { dirty, rest: queue, failures, entries }
+  }
+
+  #scanDirectory(id: number, path: TreePath, dirty: NamePlace[], queue: ScanDirectory[]): number {
+    const tables = this.#openTables()
+    const fd = openBeneath(this.#init.upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    return withFd(fd, () => {
+      const places = new Map<string, number>()
+      const pages = pagesOf(tables, id)
+      for (const [number, page] of pages.entries())
+        eachRow(page, (name, at) => places.set(name, number * PAGE_SPAN + at))
+      let entries = 0
+      readDirents(fd, (name) => {
+        entries++
+        const words = tryRawStatAt(fd, name)
+        if (words === undefined) return
+        const place = places.get(name)
+        if (place === undefined) {
+          const isDirectory = ((words[7] as number) & 0o170000) === 0o040000
+          if (this.#isExcluded?.(join(path, name), name, isDirectory) !== true) dirty.push({ directory: id, name })
+          return
+        }
+        places.delete(name)
+        const page = pages[Math.floor(place / PAGE_SPAN)] as Buffer
+        const at = place % PAGE_SPAN
+        const isSame = isUnchanged(page, at, words)
+        if (!isSame) dirty.push({ directory: id, name })
+        const row = page.readUInt16LE(at + 12) >> 12 === 4 ? rowAt(page, at) : undefined
+        if (row !== undefined && (isSame || rowOf(name, words).identity === row.identity)) {
+          queue.push({ id: row.ref, path: join(path, name) })
+        }
+      })
+      for (const name of places.keys()) dirty.push({ directory: id, name: name as ByteString })
+      return entries
+    })
+  }
+
+  #peek(root: TreePath, identities: ReadonlySet<string>): PeekResult {
+    const found: PeekResult['found'][number][] = []
+    const visit = (fd: number, path: TreePath): boolean => {
+      let leads = false
+      const names: ByteString[] = []
+      readDirents(fd, (name) => names.push(name))
+      for (const name of names) {
+        const words = tryRawStatAt(fd, name)
+        if (words === undefined) continue
+        const row = rowOf(name, words)
+        const at = join(path, name)
+        if (this.#isExcluded?.(at, name, row.isDirectory) === true) continue
+        const handle = row.isDirectory ? handleOf(fd, name) : undefined
+        if (identities.has(row.identity)) found.push({ path: at, row: row.image, handle, isHit: true })
+        else if (row.isDirectory) {
+          const place = found.length
+          let leadsOn = false
+          try {
+            leadsOn = withFd(openDirectory(fd, name), (child) => visit(child, at))
+          } catch (error) {
+            if (!VANISHED.has(errnoOf(error) ?? '')) throw error
+          }
+          if (!leadsOn) continue
+          found.splice(place, 0, { path: at, row: row.image, handle, isHit: false })
+        } else continue
+        leads = true
+      }
+      return leads
+    }
+    try {
+      withFd(openBeneath(this.#init.upperFd, root, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => visit(fd, root))
+    } catch (error) {
+      if (!VANISHED.has(errnoOf(error) ?? '')) throw error
+    }
+    return { found }
+  }
+
+  #operations(operations: readonly Operation[]): OperationsResult {
+    const failures: OperationsResult['failures'][number][] = []
+    for (const [index, operation] of operations.entries()) {
+      try {
+        this.#sink.run(operation as PlainOperation)
+      } catch (error) {
+        failures.push({ index, code: codeOf(error), message: messageOf(error) })
+      }
+    }
+    return { failures }
+  }
+
+  #contents(tasks: readonly SendTask[]): ContentsResult {
+    const sent: ContentsResult['sent'][number][] = []
+    const again: NamePlace[] = []
+    const failures: NameFailure[] = []
+    const tally: Tally = { files: 0, bytes: 0 }
+    for (const task of tasks) {
+      const { directory, path } = task
+      const name = path.slice(path.lastIndexOf('/') + 1) as ByteString
+      const place = { directory, name }
+      try {
+        const result = this.#send(task, name)
+        if (result === undefined) {
+          again.push(place)
+          continue
+        }
+        const { row, blocks, isUnsettled, how } = result
+        sent.push({ ...place, row: row.image, blocks, isUnsettled, how })
+        if (how !== 'nothing') tally.files++
+        tally.bytes += result.bytes
+      } catch (error) {
+        if (VANISHED.has(codeOf(error)) && !this.#isThere(path, task.identity)) again.push(place)
+        else failures.push(failureOf(place, path, error))
+      }
+    }
+    return { sent, again, failures, ...tally }
+  }
+
+  #isThere(path: TreePath, identity: string): boolean {
+    const slash = path.lastIndexOf('/')
+    try {
+      return withFd(this.#openParent(path), (fd) => {
+        const words = tryRawStatAt(fd, path.slice(slash + 1) as ByteString)
+        return words !== undefined && rowOf(EMPTY_NAME, words).identity === identity
+      })
+    } catch {
+      return false
+    }
+  }
+
+  #openParent(path: TreePath): number {
+    const slash = path.lastIndexOf('/')
+    const parent = (slash < 0 ? '' : path.slice(0, slash)) as TreePath
+    return openBeneath(this.#init.upperFd, parent, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+  }
+
+  #send(task: SendTask, name: ByteString): Sent | undefined {
+    return withFd(this.#openParent(task.path), (fd) => {
+      const words = tryRawStatAt(fd, name)
+      if (words === undefined) return undefined
+      const seen = rowOf(name, words)
+      if (seen.isDirectory || (seen.identity !== task.identity && !seen.isWhiteout)) return undefined
+      const known = task.row === undefined ? undefined : rowAt(Buffer.concat([task.row]), 0)
+      if (!seen.isFile) return sendOther(this.#context, fd, seen, task.path, known)
+      return sendFile(
+        this.#context,
+        fd,
+        name,
+        task.path,
+        known && { row: known, blocks: this.#blocksOf(known), isShared: task.isShared },
+      )
+    })
+  }
+
+  #blocksOf(row: Row): Uint8Array | undefined {
+    if (row.ref === 0) return undefined
+    const key = Buffer.allocUnsafe(6)
+    key.writeUIntBE(row.ref, 0, 6)
+    return this.#openTables().blocks.get(key)
+  }
+
+  #openTables(): IndexTables {
+    this.#tables ??= openIndexTables(this.#init.indexPath, true)
+    return this.#tables
+  }
+
+  #metas(tasks: readonly { readonly id: number; readonly path: TreePath }[]): MetasResult {
+    const rows: MetasResult['rows'][number][] = []
+    const again: number[] = []
+    const failures: NameFailure[] = []
+    for (const { id, path } of tasks) {
+      try {
+        withFd(openBeneath(this.#init.upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => {
+          const { row, isUnsettled } = sendDirectoryMeta(this.#context, fd, nameOf(path), path)
+          rows.push({ id, row: row.image, isUnsettled })
+        })
+      } catch (error) {
+        if (VANISHED.has(codeOf(error))) again.push(id)
+        else failures.push(failureOf({ directory: id, name: EMPTY_NAME }, path, error))
+      }
+    }
+    return { rows, again, failures }
+  }
+}
+
+// Larger than any page.
+const PAGE_SPAN = 1 << 28
+
+/** Gives a directory its metadata, after everything in it. */
+function sendDirectoryMeta(
+  { sink, keeps }: SendContext,
+  fd: number,
+  name: ByteString,
+  path: TreePath,
+): { row: Row; isUnsettled: boolean } {
+  const row = rowOf(name, rawStatFd(fd))
+  sink.run({ do: 'meta', path, kind: 'directory', meta: metaOf(row, fd, '', keeps) })
+  const isUnsettled = isRacy(row)
+  return { row: isUnsettled ? row.with({ settled: false }) : row, isUnsettled }
+}
+
+/** Carries over directories that the target does not have. */
+class FreshCopy {
+  readonly #upperFd: number
+  readonly #context: SendContext
+  readonly #isExcluded: IsExcluded | undefined
+  readonly #job: Extract<Job, { do: 'fresh' }>
+  readonly #known: ReadonlyMap<string, number>
+  readonly #moved: ReadonlySet<string>
+  #nextDirectory: number
+  #nextBlocks: number
+  readonly #tally: Tally = { files: 0, bytes: 0 }
+  readonly #directories = new Map<number, FreshResult['directories'][number]>()
+  readonly #again: NamePlace[] = []
+  readonly #blocks: { id: number; hashes: Uint8Array }[] = []
+  readonly #failures: NameFailure[] = []
+  readonly #rows: { id: number; row: Uint8Array }[] = []
+  #needsIds = 0
+
+  constructor(
+    upperFd: number,
+    context: SendContext,
+    isExcluded: IsExcluded | undefined,
+    job: Extract<Job, { do: 'fresh' }>,
+  ) {
+    this.#upperFd = upperFd
+    this.#context = context
+    this.#isExcluded = isExcluded
+    this.#job = job
+    this.#known = new Map(job.known)
+    this.#moved = new Set(job.moved)
+    ;[this.#nextDirectory] = job.directoryIds
+    ;[this.#nextBlocks] = job.blocksIds
+  }
+
+  run(): FreshResult {
+    const start = performance.now()
+    const { budgetMs, budgetBytes } = this.#job
+    const queue = [...this.#job.directories]
+    for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
+      const children: FreshDirectory[] = []
+      if (!this.#carry(next, children)) {
+        queue.push(next)
+        break
+      }
+      queue.push(...children.reverse())
+      if (performance.now() - start > budgetMs || this.#tally.bytes > budgetBytes) break
+    }
+    return {
+      directories: [...this.#directories.values()],
+      rest: queue,
+      needsIds: this.#needsIds,
+      again: this.#again,
+      blocks: this.#blocks,
+      failures: this.#failures,
+      rows: this.#rows,
+      ...this.#tally,
+    }
+  }
+
+  /** `false` when there are not enough ids for what is in it. */
+  #carry({ id, path, isDirty }: FreshDirectory, children: FreshDirectory[]): boolean {
+    let fd: number
+    try {
+      fd = openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    } catch (error) {
+      // Whatever took its place tells of itself where it was found.
+      this.#failures.push(failureOf({ directory: id, name: EMPTY_NAME }, path, error))
+      return true
+    }
+    return withFd(fd, () => {
+      const names: ByteString[] = []
+      const types: number[] = []
+      readDirents(fd, (name, type) => {
+        names.push(name)
+        types.push(type)
+      })
+      const [first, count] = this.#job.directoryIds
+      if (this.#nextDirectory + names.length > first + count) {
+        const directories = types.filter((type) => type !== DT_REG).length
+        if (this.#nextDirectory + directories > first + count) {
+          this.#needsIds = directories
+          return false
+        }
+      }
+      const rows: Buffer[] = []
+      const before = rawStatFd(fd)
+      const own = rowOf(nameOf(path), before)
+      if (isDirty) {
+        this.#context.sink.run({ do: 'directory', path })
+        this.#context.sink.run({
+          do: 'keep',
+          path,
+          names: names.filter((name) => !this.#isOut(fd, join(path, name), name)),
+        })
+      }
+      for (const [index, name] of names.entries()) {
+        try {
+          this.#carryName(
+            fd,
+            { directory: id, name },
+            join(path, name),
+            types[index] as number,
+            isDirty,
+            rows,
+            children,
+          )
+        } catch (error) {
+          if (!VANISHED.has(codeOf(error))) {
+            this.#failures.push(failureOf({ directory: id, name }, join(path, name), error))
+          }
+          this.#again.push({ directory: id, name })
+        }
+      }
+      this.#finish(fd, id, path, own, rows)
+      return true
+    })
+  }
+
+  #isOut(fd: number, path: TreePath, name: ByteString): boolean {
+    if (this.#isExcluded === undefined) return false
+    const words = tryRawStatAt(fd, name)
+    return words === undefined || this.#isExcluded(path, name, rowOf(name, words).isDirectory)
+  }
+
+  #finish(fd: number, id: number, path: TreePath, own: Row, rows: Buffer[]): void {
+    const { row, isUnsettled } = sendDirectoryMeta(this.#context, fd, own.name, path)
+    const isSame = !isUnsettled && row.change === own.change
+    // Names may have come while they were carried over: all of it is compared again.
+    if (!isSame) this.#again.push({ directory: id, name: '.' as ByteString })
+    const pages = pageRows([Buffer.concat(rows)])
+    const made = this.#directories.get(id)
+    this.#directories.set(id, {
+      id,
+      parent: made?.parent ?? -1,
+      name: made?.name ?? own.name,
+      path,
+      handle: made?.handle,
+      pages,
+    })
+    this.#rows.push({ id, row: (isSame ? row : row.with({ settled: false })).image })
+  }
+
+  #carryName(
+    fd: number,
+    place: NamePlace,
+    path: TreePath,
+    type: number,
+    isDirty: boolean,
+    rows: Buffer[],
+    children: FreshDirectory[],
+  ): void {
+    const { name } = place
+    if (type === DT_REG && this.#moved.size === 0) {
+      if (this.#isExcluded?.(path, name, false) === true) return
+      this.#carryFile(fd, place, path, rows)
+      return
+    }
+    const words = tryRawStatAt(fd, name)
+    if (words === undefined) return
+    const row = rowOf(name, words)
+    if (this.#isExcluded?.(path, name, row.isDirectory) === true || this.#moved.has(row.identity)) return
+    if (row.isDirectory) {
+      const id = this.#known.get(row.identity) ?? this.#nextDirectory++
+      this.#context.sink.run({ do: 'directory', path })
+      this.#directories.set(id, {
+        id,
+        parent: place.directory,
+        name,
+        path,
+        handle: handleOf(fd, name),
+        pages: undefined,
+      })
+      rows.push(rowBytes(row.with({ ref: id, settled: false })))
+      children.push({ id, path, isDirty })
+      return
+    }
+    if (row.nlink > 1 && !row.isWhiteout) {
+      this.#again.push(place)
+      return
+    }
+    if (row.isFile) this.#carryFile(fd, place, path, rows)
+    else this.#keep(place, sendOther(this.#context, fd, row, path, undefined), rows)
+  }
+
+  #carryFile(fd: number, place: NamePlace, path: TreePath, rows: Buffer[]): void {
+    const sent = sendFile(this.#context, fd, place.name, path, undefined, 'single')
+    if (sent === undefined) this.#again.push(place)
+    else this.#keep(place, sent, rows)
+  }
+
+  #keep(place: NamePlace, { row, blocks, isUnsettled, bytes }: Sent, rows: Buffer[]): void {
+    this.#tally.files++
+    this.#tally.bytes += bytes
+    if (isUnsettled) this.#again.push(place)
+    const [first, count] = this.#job.blocksIds
+    if (blocks === undefined || this.#nextBlocks >= first + count) {
+      rows.push(rowBytes(row))
+      return
+    }
+    const id = this.#nextBlocks++
+    this.#blocks.push({ id, hashes: blocks })
+    rows.push(rowBytes(row.with({ ref: id })))
+  }
+}
+
+function handleOf(fd: number, name: ByteString): DirectoryHandle | undefined {
+  try {
+    return handleAt(fd, name)
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT') return undefined
+    throw error
+  }
+}
+
+function join(parent: TreePath, name: ByteString): TreePath {
+  return (parent === '' ? name : `${parent}/${name}`) as TreePath
+}
+
+function nameOf(path: TreePath): ByteString {
+  return path.slice(path.lastIndexOf('/') + 1) as ByteString
+}
+
+function codeOf(error: unknown): string {
+  return error instanceof LsyncError ? error.code : (errnoOf(error) ?? 'UNKNOWN')
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error)
+}
+
+function failureOf(place: NamePlace, path: TreePath, error: unknown): NameFailure {
+  if (!(error instanceof LsyncError)) throw error
+  return { ...place, path, code: codeOf(error), message: `${printable(path)}: ${messageOf(error)}` }
+}
