@@ -4,26 +4,30 @@ import { parseArgs } from 'node:util'
 import { isolation, runIsolated } from './isolate.ts'
 import { describeMachine } from './machine.ts'
 import { type MergeOptions, mergeRows } from './merge.ts'
-import { peerVersions } from './peers.ts'
+import { type MissingPeer, peerVersions } from './peers.ts'
 import { drawRow } from './plot.ts'
 import { compilePrograms } from './program.ts'
-import { formatHead, formatJson, formatRow, formatSummary, type Report } from './report.ts'
+import type { Context, Rows } from './question.ts'
+import { formatHead, formatJson, formatRow, formatSummary, type Report, type Row } from './report.ts'
 import { Scratch } from './scratch.ts'
 import type { Fs } from './state.ts'
+import { type SyncOptions, syncNeedsNetwork, syncRows } from './sync.ts'
+import { carrierVersions } from './sync-peers.ts'
 
 const help = `Measures lsync against other ways to do the same job, side by side in one run.
 
   pnpm bench merge --quick                      every row at a small size, in half a minute
   pnpm bench merge --target /srv/data --only in-place    on your own file system
+  pnpm bench sync --only local,ssh              a first sync beside rsync, cp, tar and unison
 
 Usage: bench QUESTION [options]      bench list      bench --help
 
 What is run
   --only ROW[,ROW]       only these rows (see bench list)
   --fs FS[,FS]           ext4, xfs, btrfs: images of its own in memory; tmpfs; moosefs: a server of its own
-                         (default: ext4, and btrfs, moosefs, xfs for the row growth)
+                         (default: ext4, and btrfs, moosefs, xfs for the row growth; sync takes one)
   --target DIR           in a folder of this directory instead, which is removed afterwards
-  --files N              files of the lower (50,000)
+  --files N              files of the lower (50,000), or of what is synced (100,000)
   --changes N            changes made to them through a kernel overlay mount (10,000)
   --overlay OPTION[,…]   options of that mount, such as redirect_dir=on,metacopy=on
   --seed N               another seed makes another workload (1)
@@ -34,6 +38,9 @@ What is run
   --growth-changes N     changes in the row growth (1,000)
   --curve N,N,…          files below in the row curve (1000,10000,100000,1000000)
   --entries N            entries in the row memory (1,000,000)
+  --moosefs-files N      files of a sync to MooseFS (3,000)
+  --directories N        directories of the row rest (100,000)
+  --rest-seconds N       how long that row looks at each program (10)
   --quick                small sizes and three runs, in half a minute
 
 Against what
@@ -68,6 +75,9 @@ const options = {
   'growth-changes': { type: 'string' },
   curve: { type: 'string' },
   entries: { type: 'string' },
+  'moosefs-files': { type: 'string' },
+  directories: { type: 'string' },
+  'rest-seconds': { type: 'string' },
   quick: { type: 'boolean' },
   lsync: { type: 'string' },
   peer: { type: 'string', multiple: true },
@@ -139,13 +149,39 @@ function readFs(values: Values): readonly Fs[] {
   })
 }
 
-function readOptions(values: Values): MergeOptions {
+function readLsync(values: Values): string {
+  return resolve(values.lsync ?? join(import.meta.dirname, '..', 'node_modules', '.bin', 'lsync'))
+}
+
+const readWords = (text: string | undefined): string[] => (text ?? '').split(',').filter((word) => word !== '')
+
+function readSyncOptions(values: Values): SyncOptions {
   const quick = values.quick === true
-  const overlayOptions = (values.overlay ?? '').split(',').filter((option) => option !== '')
+  const [fs = 'ext4', ...more] = readFs(values)
+  if (more.length > 0 || fs === 'moosefs') throw new UsageError('sync takes one file system of ext4, xfs, btrfs, tmpfs')
+  return {
+    lsync: readLsync(values),
+    runs: Math.max(1, readCount(values, 'runs', 3)),
+    files: readCount(values, 'files', quick ? 2000 : 100_000),
+    moosefsFiles: readCount(values, 'moosefs-files', quick ? 100 : 3000),
+    seed: readCount(values, 'seed', 1),
+    fs,
+    ...(values.target === undefined ? {} : { target: resolve(values.target) }),
+    directories: readCount(values, 'directories', quick ? 2000 : 100_000),
+    restSeconds: readCount(values, 'rest-seconds', quick ? 1 : 10),
+    curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
+    check: values.check === true,
+    skip: readWords(values.skip),
+  }
+}
+
+function readMergeOptions(values: Values): MergeOptions {
+  const quick = values.quick === true
+  const overlayOptions = readWords(values.overlay)
   // In a user namespace, the kernel keeps its marks in user.overlay.*.
   if (isolation()?.privileged === false && !overlayOptions.includes('userxattr')) overlayOptions.push('userxattr')
   return {
-    lsync: resolve(values.lsync ?? join(import.meta.dirname, '..', 'node_modules', '.bin', 'lsync')),
+    lsync: readLsync(values),
     given: (values.peer ?? []).map((text) => {
       const [name = '', ...path] = text.split('=')
       if (name === '' || path.length === 0) throw new UsageError(`--peer needs NAME=PATH, not ${text}`)
@@ -167,23 +203,77 @@ function readOptions(values: Values): MergeOptions {
     memoryEntries: readCount(values, 'entries', quick ? 20_000 : 1_000_000),
     content: readChoice(values, 'content', ['full', 'empty', 'auto'], 'auto'),
     cache: readChoice(values, 'cache', ['warm', 'cold'], 'warm'),
-    skip: (values.skip ?? '').split(',').filter((word) => word !== ''),
+    skip: readWords(values.skip),
     check: values.check === true,
   }
 }
 
-function readRows(values: Values): string[] {
-  const known = Object.keys(mergeRows)
-  if (values.only === undefined) return known
-  const chosen = values.only.split(',')
+/** One question with the options that were given: everything that does not depend on which one it is. */
+type Asked = {
+  name: string
+  options: Record<string, unknown>
+  /** Each row that is to be measured, ready to run. */
+  rows: { id: string; run: (surroundings: Surroundings) => AsyncGenerator<Row> }[]
+  needsNetwork: boolean
+  versions: Record<string, string>
+  /** What was left out before anything began. */
+  leftOut: MissingPeer[]
+}
+
+type Surroundings = Omit<Context<unknown>, 'options'>
+
+function chooseRows<Options>(values: Values, rows: Rows<Options>, options: Options): Asked['rows'] {
+  const known = Object.keys(rows)
+  const chosen = values.only?.split(',') ?? known
   const unknown = chosen.find((row) => !known.includes(row))
   if (unknown !== undefined) throw new UsageError(`no row ${unknown}; there are ${known.join(', ')}`)
-  return known.filter((row) => chosen.includes(row))
+  return Object.entries(rows)
+    .filter(([id]) => chosen.includes(id))
+    .map(([id, { rows: measureRows }]) => ({ id, run: (surroundings) => measureRows({ ...surroundings, options }) }))
+}
+
+const questions: Record<string, { rows: Rows<never>; ask: (values: Values) => Asked }> = {
+  merge: {
+    rows: mergeRows,
+    ask(values) {
+      const options = readMergeOptions(values)
+      const rows = chooseRows(values, mergeRows, options)
+      const hasGrowth = rows.some(({ id }) => id === 'growth')
+      const growsOnMoosefs = !options.fsWasChosen && hasGrowth && options.growthFs.includes('moosefs')
+      const reason = 'not with --quick, unless --fs names it'
+      return {
+        name: 'merge',
+        options,
+        rows,
+        needsNetwork: options.fs.includes('moosefs') || growsOnMoosefs,
+        versions: peerVersions(options),
+        leftOut:
+          values.quick === true && !options.fsWasChosen && hasGrowth ? [{ name: 'row growth on moosefs', reason }] : [],
+      }
+    },
+  },
+  sync: {
+    rows: syncRows,
+    ask(values) {
+      const options = readSyncOptions(values)
+      const rows = chooseRows(values, syncRows, options)
+      return {
+        name: 'sync',
+        options,
+        rows,
+        needsNetwork: syncNeedsNetwork(rows.map(({ id }) => id)),
+        versions: carrierVersions(options.lsync),
+        leftOut: [],
+      }
+    },
+  },
 }
 
 function printList(): void {
-  process.stdout.write('merge\n')
-  for (const [row, { question }] of Object.entries(mergeRows)) process.stdout.write(`  ${row.padEnd(10)} ${question}\n`)
+  for (const [name, { rows }] of Object.entries(questions)) {
+    process.stdout.write(`${name}\n`)
+    for (const [row, { question }] of Object.entries(rows)) process.stdout.write(`  ${row.padEnd(10)} ${question}\n`)
+  }
 }
 
 async function main(): Promise<number> {
@@ -201,29 +291,26 @@ async function main(): Promise<number> {
     process.stderr.write(help)
     return 2
   }
-  if (question !== 'merge' || surplus.length > 0)
+  const chosen = questions[question]
+  if (chosen === undefined || surplus.length > 0)
     throw new UsageError(`no question ${positionals.join(' ')}; bench list names them`)
-  const mergeOptions = readOptions(values)
-  const rows = readRows(values)
-  const usesMoosefs =
-    mergeOptions.fs.includes('moosefs') ||
-    (!mergeOptions.fsWasChosen && rows.includes('growth') && mergeOptions.growthFs.includes('moosefs'))
-  if (isolation() === undefined) return await runIsolated({ network: usesMoosefs })
-  return await measure(values, mergeOptions, rows)
+  const asked = chosen.ask(values)
+  if (isolation() === undefined) return await runIsolated({ network: asked.needsNetwork })
+  return await measure(values, asked)
 }
 
-async function measure(values: Values, mergeOptions: MergeOptions, rows: readonly string[]): Promise<number> {
+async function measure(values: Values, asked: Asked): Promise<number> {
   const scratch = new Scratch(resolve(values.scratch ?? '/dev/shm'))
   const startedAt = new Date()
   const report: Report = {
     tool: 'lsync bench',
     formatVersion: 1,
-    question: 'merge',
+    question: asked.name,
     startedAt: startedAt.toISOString(),
     elapsedMs: 0,
     machine: describeMachine(),
-    options: { ...mergeOptions, rows },
-    versions: peerVersions(mergeOptions),
+    options: { ...asked.options, rows: asked.rows.map(({ id }) => id) },
+    versions: asked.versions,
     missing: [],
     rows: [],
   }
@@ -243,13 +330,10 @@ async function measure(values: Values, mergeOptions: MergeOptions, rows: readonl
       clearProgress()
       process.stdout.write(`without ${absent.name}: ${absent.reason}\n`)
     }
-    if (values.quick === true && !mergeOptions.fsWasChosen && rows.includes('growth'))
-      missing({ name: 'row growth on moosefs', reason: 'not with --quick, unless --fs names it' })
-    for (const id of rows) {
-      const entry = mergeRows[id]
-      if (entry === undefined) continue
+    for (const absent of asked.leftOut) missing(absent)
+    for (const { id, run } of asked.rows) {
       try {
-        for await (const row of entry.rows({ scratch, programs, options: mergeOptions, progress, missing })) {
+        for await (const row of run({ scratch, programs, progress, missing })) {
           clearProgress()
           report.rows.push(row)
           process.stdout.write(`\n${formatRow(row)}`)

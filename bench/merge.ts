@@ -1,13 +1,13 @@
 import { existsSync } from 'node:fs'
 import { findProgram, startCommand } from './command.ts'
+import { compare, compareOthers, count, find } from './compare.ts'
 import { compareFingerprints, type Fingerprint, takeFingerprint } from './fingerprint.ts'
 import { type ImageFs, makers } from './image.ts'
 import { measureCommand } from './measure.ts'
 import { moosefsPrograms } from './moosefs.ts'
-import { cloneCommand, inPlacePeers, type MissingPeer, outputPeers, type Peer, type PeerRequest } from './peers.ts'
-import type { Programs } from './program.ts'
-import { type Comparison, type Goal, type Row, ratioOf, type Series, spreadOf, succeeded } from './report.ts'
-import type { Scratch } from './scratch.ts'
+import { cloneCommand, inPlacePeers, outputPeers, type Peer, type PeerRequest } from './peers.ts'
+import type { Context, Rows } from './question.ts'
+import { type Comparison, type Goal, type Row, type Series, spreadOf } from './report.ts'
 import {
   type Fs,
   keepsWholeSeconds,
@@ -50,21 +50,10 @@ export type MergeOptions = {
   skip: readonly string[]
 }
 
-/** What a row needs to run. */
-export type MergeContext = {
-  scratch: Scratch
-  programs: Programs
-  options: MergeOptions
-  /** Says what is being done, on stderr. */
-  progress: (text: string) => void
-  /** Names what this run has to do without. */
-  missing: (missing: MissingPeer) => void
-}
-
-type MakeRows = (context: MergeContext) => AsyncGenerator<Row>
+type MergeContext = Context<MergeOptions>
 
 /** The rows of `bench merge` by id, in the order in which they run. */
-export const mergeRows: Record<string, { question: string; rows: MakeRows }> = {
+export const mergeRows: Rows<MergeOptions> = {
   'start-up': { question: 'what does it cost to start lsync?', rows: measureStartUp },
   'in-place': { question: 'what does folding an upper into its lower cost, with real changes?', rows: measureInPlace },
   output: { question: 'what does a new tree cost, made of hard links to the lower?', rows: measureOutput },
@@ -115,8 +104,6 @@ function availableFs(context: MergeContext, list: readonly Fs[], row: string): F
     return reason === undefined
   })
 }
-
-const count = (value: number): string => value.toLocaleString('en')
 
 function describeWorkload(fs: Fs, workload: Workload, options: MergeOptions, least = workload.files): string {
   const where = fs === 'target' ? `${options.target}` : fs === 'tmpfs' ? 'tmpfs' : `${fs} in memory`
@@ -213,38 +200,6 @@ async function runContests(context: MergeContext, contests: readonly Contest[], 
       await runPeer(context, { ...entry, round, kernelView })
     }
   return entries.map(({ series }) => series)
-}
-
-const find = (series: readonly Series[], peer: string, x = 0): Series | undefined =>
-  series.find((candidate) => candidate.peer === peer && candidate.x === x)
-
-/** A ratio of two peers as a figure, with the reason where it cannot be had. */
-function compare(
-  label: string,
-  dividend: Series | undefined,
-  divisor: Series | undefined,
-  names: readonly [string, string],
-  goal?: Goal,
-): Comparison {
-  const comparison: Comparison = { label, unit: '×', ...(goal === undefined ? {} : { goal }) }
-  const measured = ratioOf(dividend, divisor)
-  if (measured !== undefined) return { ...comparison, measured }
-  const absent = [dividend, divisor].flatMap((series, index) =>
-    series === undefined
-      ? [`${names[index]} is missing`]
-      : succeeded(series).length === 0
-        ? [`${names[index]} failed`]
-        : [],
-  )
-  return { ...comparison, remark: [...new Set(absent)].join(', ') || 'no common round' }
-}
-
-/** How often each other peer's time holds lsync's. */
-function compareOthers(series: readonly Series[], except: readonly string[]): Comparison[] {
-  const lsync = find(series, 'lsync')
-  return series
-    .filter(({ peer }) => peer !== 'lsync' && !except.includes(peer))
-    .map((other) => compare(`${other.peer} ÷ lsync`, other, lsync, [other.peer, 'lsync']))
 }
 
 async function* measureInPlace(context: MergeContext): AsyncGenerator<Row> {

@@ -12,7 +12,7 @@ export type Series = {
   /** What the workload was varied in, with `Row.variable`; 0 without. */
   x: number
   samples: Sample[]
-  /** Against the kernel's view, with `--check`. */
+  /** What `--check` found. */
   difference?: Difference
 }
 
@@ -39,6 +39,8 @@ export type Row = {
   /** What `Series.x` counts, where the workload is varied. */
   variable?: string
   series: Series[]
+  /** What `--check` compares results with; the kernel's view where this is absent. */
+  checkedAgainst?: string
   comparisons: Comparison[]
   notes: string[]
 }
@@ -113,6 +115,8 @@ function formatTable(lines: readonly (readonly string[])[]): string {
   return lines.map((line) => `  ${line.map(align).join('  ')}`.trimEnd()).join('\n')
 }
 
+const checkedAgainst = (row: Row): string => row.checkedAgainst ?? "the kernel's view"
+
 function formatSeries(row: Row): string {
   const varied = row.variable !== undefined
   const checked = row.series.some(({ difference }) => difference !== undefined)
@@ -143,7 +147,7 @@ function formatSeries(row: Row): string {
       ...(failure === '' ? [] : [failure]),
     ]
   })
-  return formatTable([[...head, ...(checked ? ["the kernel's view?"] : [])], ...lines])
+  return formatTable([[...head, ...(checked ? [`${checkedAgainst(row)}?`] : [])], ...lines])
 }
 
 function formatDifference(difference: Difference | undefined): string {
@@ -183,7 +187,7 @@ export function formatRow(row: Row): string {
   const examples = row.series.flatMap(({ peer, difference }) =>
     difference === undefined || difference.entries === 0
       ? []
-      : [`${peer} differs from the kernel's view, for example in ${difference.examples.slice(0, 3).join('; ')}`],
+      : [`${peer} differs from ${checkedAgainst(row)}, for example in ${difference.examples.slice(0, 3).join('; ')}`],
   )
   const notes = [...row.notes, ...complaints, ...examples].map((note) => `  - ${note}`)
   const parts = [

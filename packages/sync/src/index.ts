@@ -1,6 +1,7 @@
 export { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
+
 export { OperationTooBigError, ProtocolError, ProtocolVersionError } from './protocol/errors.ts'
 export {
   limitExtents,
@@ -11,6 +12,9 @@ export {
 } from './protocol/operation-codec.ts'
 export { AccessRefusedError, ServedPathError } from './serve/errors.ts'
 export { type ServeReport, type ServeRequest, serve } from './serve/server.ts'
+
+export { openSource } from './source/choose.ts'
+
 export { SourceUnavailableError, WatchLimitError } from './source/errors.ts'
 export type { BlindSpot, DirectoryRef, Hint, Source, SourceRequest } from './source/source.ts'
 export { OperationRefusedError } from './target-path.ts'
