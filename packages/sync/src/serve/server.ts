@@ -142,7 +142,8 @@ class Server {
       await new Promise<void>((resolve, reject) => {
         this.#end = (error) => (error === undefined ? resolve() : reject(error))
         input.on('data', (chunk: Buffer) => this.#push(chunk))
-        input.on('end', () => this.#end?.())
+        // What came whole is carried out before the end.
+        input.on('end', () => void Promise.all(this.#batches).then(() => this.#end?.()))
         // Both mean that the client has gone, and that is no failure of the server.
         input.on('error', () => this.#end?.())
         output.on('error', () => this.#end?.())
