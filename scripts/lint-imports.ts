@@ -96,7 +96,7 @@ function checkImport(file: string, { from, names }: Import): string | undefined 
       ? undefined
       : 'this file decides, and that one does not'
   }
-  if (other === 'posix' && names?.every((name) => PURE_NAMES.has(name))) return undefined
+  if (other === 'posix' && names?.every((name) => PURE_NAMES.has(name) || name.startsWith('S_IF'))) return undefined
   return 'this file decides, so it reads and writes nothing'
 }
 

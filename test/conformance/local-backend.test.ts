@@ -1,12 +1,11 @@
 import { mkdirSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
 import { hostPath } from '@lsync/posix'
 import { LocalBackend } from '@lsync/snapshot'
 import { expect, onTestFinished, test } from 'vitest'
 import { describeBackend } from './backend.ts'
 
 function temporaryDirectory(): string {
-  return mkdtempSync(`${tmpdir()}/lsync-backend-`)
+  return mkdtempSync('/dev/shm/lsync-backend-')
 }
 
 describeBackend('a repository in a directory', () => {

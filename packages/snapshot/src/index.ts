@@ -1,2 +1,6 @@
 export * from './backend/backend.ts'
 export { LocalBackend } from './backend/local.ts'
+export * from './create.ts'
+export * from './lock.ts'
+export type { Snapshot } from './model/snapshot.ts'
+export * from './repository.ts'

@@ -39,6 +39,8 @@ export interface Backend {
   readonly location: string
   /** How many calls are worth having in flight. */
   readonly concurrency: number
+  /** How long after a put it may take until every client's listing shows the file. */
+  readonly settleMs: number
   /** Makes what files can be put into, where that is needed; nothing happens when it is there. */
   create(call?: BackendCall): Promise<void>
   /** Every file of a kind, each once, in any order. Names that no repository has (temporary files) are left out. */

@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto'
-import { constants } from 'node:fs'
+import { constants, statfsSync } from 'node:fs'
 import { type FileHandle, link, mkdir, open, readdir, rename, stat, unlink } from 'node:fs/promises'
 import { errnoOf, type HostPath, printable } from '@lsync/posix'
 import {
@@ -19,6 +19,9 @@ const DIRECTORY_MODE = 0o700
 // As restic has them: nobody changes a file of a repository.
 const FILE_MODE = 0o400
 const NO_LINKS: ReadonlySet<string> = new Set(['EPERM', 'ENOTSUP', 'ENOSYS', 'EMLINK'])
+const SHARED_SETTLE_MS = 200
+// ext4, xfs, btrfs, tmpfs, overlay (statfs(2)).
+const LOCAL_FILE_SYSTEMS: ReadonlySet<number> = new Set([0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x794c_7630])
 const TEMPORARY_PREFIX = '.lsync-'
 
 /**
@@ -28,11 +31,13 @@ const TEMPORARY_PREFIX = '.lsync-'
 export class LocalBackend implements Backend {
   readonly location: string
   readonly concurrency = 4
+  readonly settleMs: number
   readonly #root: Buffer
 
   constructor(root: HostPath) {
     this.#root = Buffer.from(root, 'latin1')
     this.location = printable(root)
+    this.settleMs = isShared(this.#root) ? SHARED_SETTLE_MS : 0
   }
 
   async create({ signal }: BackendCall = {}): Promise<void> {
@@ -195,6 +200,17 @@ export class LocalBackend implements Backend {
 
   #path(path: string): Buffer {
     return path === '.' ? this.#root : Buffer.concat([this.#root, Buffer.from(`/${path}`)])
+  }
+}
+
+/** Whether other machines may write to the file system: then what they do shows late. */
+function isShared(root: Buffer): boolean {
+  try {
+    const { type } = statfsSync(root)
+    return !LOCAL_FILE_SYSTEMS.has(type)
+  } catch {
+    // Not there yet.
+    return true
   }
 }
 

@@ -1,0 +1,514 @@
+import { readFileSync } from 'node:fs'
+import { hostname } from 'node:os'
+import { type ByteString, close, type HostPath, LsyncError, openRoot, printable, withFd } from '@lsync/posix'
+import { userName } from './key-file.ts'
+import { RepositoryLock } from './lock.ts'
+import { type Accounts, parseAccounts } from './model/accounts.ts'
+import { parsePatterns } from './model/exclude.ts'
+import { formatTime, parseTime } from './model/go-text.ts'
+import type { Snapshot } from './model/snapshot.ts'
+import type { ObjectId } from './model/tree.ts'
+import { PackStore } from './pack-store.ts'
+import type { Repository } from './repository.ts'
+import {
+  closeNode,
+  emptyCounts,
+  joinShown,
+  type SaveCounts,
+  type SavedDirectory,
+  type SaveProblem,
+  type SaveResult,
+  type SaveTask,
+  type Subdirectory,
+} from './save.ts'
+import { SavePool, type SaveWork } from './save-pool.ts'
+import type { SourceInit } from './source/source.ts'
+
+/** One tree to save. */
+export interface SnapshotTarget {
+  /** Absolute, and what the snapshot calls it. */
+  readonly path: HostPath
+  /** What lies there. Absent: the directory at `path`, as it is on disk. */
+  readonly source?: SourceInit
+}
+
+export interface CreateRequest {
+  readonly targets: readonly SnapshotTarget[]
+  readonly tags?: readonly string[]
+  /** Whose snapshot it is; by default this machine's. */
+  readonly hostname?: string
+  /** When it was taken, in ns since 1970; by default now. */
+  readonly timeNs?: bigint
+  /** As `restic backup --exclude`; matched against absolute paths. */
+  readonly excludes?: readonly string[]
+  /** The snapshot whose files need not be read again; by default the latest of this host and these paths. */
+  readonly parent?: ObjectId | 'none'
+  /** Read every file, whatever its times say. */
+  readonly force?: boolean
+  /** Worker threads. */
+  readonly workers?: number
+  readonly signal?: AbortSignal | undefined
+  readonly onProgress?: (progress: { phase: string; done: number }) => void
+}
+
+export interface CreateReport {
+  readonly snapshotId: ObjectId
+  readonly tree: ObjectId
+  readonly parent: ObjectId | undefined
+  readonly counts: SaveCounts
+  /** What is not in the snapshot, or not for certain; by path. */
+  readonly problems: readonly SaveProblem[]
+  /** Where another file system is mounted: what lies there is not in the snapshot. */
+  readonly skipped: readonly ByteString[]
+  readonly elapsedMs: number
+}
+
+/** There is nothing to make a snapshot of. */
+export class SourceUnreadableError extends LsyncError {
+  constructor(problem: SaveProblem) {
+    super('SOURCE_UNREADABLE', `nothing was saved: ${problem.message}`, {
+      path: problem.path,
+      hint: 'name a directory that can be read',
+    })
+  }
+}
+
+/** A snapshot to make cannot be as asked. */
+export class CreateInvalidError extends LsyncError {
+  constructor(why: string) {
+    super('REQUEST_INVALID', why, { hint: 'see `lsync snapshot create --help`' })
+  }
+}
+
+const DEFAULT_WORKERS = 2
+
+/**
+ * Makes a snapshot. Everything that it refers to is durable before it is there, so that a crash at any moment leaves the
+ * repository as it was, at most with packs that nothing refers to.
+ *
+ * One file that cannot be read is a problem in the report, and the rest is saved.
+ * @throws {RepositoryLockedError} {SourceUnreadableError} and what the backend throws
+ */
+export async function createSnapshot(repository: Repository, request: CreateRequest): Promise<CreateReport> {
+  const startMs = performance.now()
+  const targets = checkedTargets(request.targets)
+  const excludes = parsePatterns(request.excludes ?? [])
+  const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
+  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const opened: number[] = []
+  try {
+    const sources = targets.map(({ path, source }): SourceInit => {
+      if (source !== undefined) return source
+      const fd = openRoot(path)
+      opened.push(fd)
+      return { kind: 'directory', fd }
+    })
+    const host = request.hostname ?? hostname()
+    const parent = await findParent(repository, request, targets, host, signal)
+    await repository.loadIndex(signal)
+    const store = new PackStore(repository, signal)
+    const init = {
+      sources,
+      key: repository.key,
+      compresses: repository.compresses,
+      polynomial: repository.config.chunker_polynomial,
+      segments: repository.table.segments,
+      accounts: readAccounts(),
+      excludes,
+      force: request.force === true,
+    }
+    const pool = new SavePool(init, repository.table, { workers: request.workers ?? DEFAULT_WORKERS, signal })
+    try {
+      const work = new TreeWork(repository, store, pool, request.onProgress, signal)
+      await work.begin(targets, parent?.tree)
+      await pool.run(work)
+      const tree = work.rootTree
+      for (const { content, objects } of await pool.takeRest()) {
+        for (const object of objects) {
+          store.addSealed(object, content.subarray(object.offset, object.offset + object.length))
+        }
+      }
+      await store.flush()
+      await lock.settled()
+      const snapshotId = await repository.writeSnapshot(
+        {
+          time: formatTime(request.timeNs ?? BigInt(Date.now()) * 1_000_000n),
+          parent: parent?.id,
+          tree,
+          paths: targets.map(({ path }) => path),
+          hostname: host,
+          username: userName(),
+          uid: process.getuid?.() ?? 0,
+          gid: process.getgid?.() ?? 0,
+          excludes: request.excludes ?? [],
+          tags: request.tags ?? [],
+          original: undefined,
+          others: {},
+        },
+        signal,
+      )
+      const problems = [...work.problems].sort(byPath)
+      const { counts, skipped } = work
+      const elapsedMs = performance.now() - startMs
+      return { snapshotId, tree, parent: parent?.id, counts, problems, skipped: [...skipped].sort(), elapsedMs }
+    } finally {
+      await store.settle()
+      await pool.close()
+    }
+  } finally {
+    for (const fd of opened) close(fd)
+    await lock.release()
+  }
+}
+
+function byPath(left: SaveProblem, right: SaveProblem): number {
+  return left.path < right.path ? -1 : left.path > right.path ? 1 : 0
+}
+
+function checkedTargets(targets: readonly SnapshotTarget[]): SnapshotTarget[] {
+  if (targets.length === 0) throw new CreateInvalidError('no path is named')
+  const sorted = targets
+    .map((target) => ({ ...target, path: normalized(target.path) }))
+    .sort((left, right) => (left.path < right.path ? -1 : 1))
+  for (const [i, { path }] of sorted.entries()) {
+    const inside = sorted.find((other, j) => i !== j && (other.path === path || isBeneath(path, other.path)))
+    if (inside !== undefined) throw new CreateInvalidError(`${printable(path)} lies in ${printable(inside.path)}`)
+  }
+  return sorted
+}
+
+function isBeneath(path: string, above: string): boolean {
+  return path !== above && path.startsWith(above === '/' ? '/' : `${above}/`)
+}
+
+function normalized(path: HostPath): HostPath {
+  if (!path.startsWith('/')) throw new CreateInvalidError(`${printable(path)} is not absolute`)
+  const components = path.split('/').filter((part) => part !== '' && part !== '.')
+  if (components.includes('..')) throw new CreateInvalidError(`${printable(path)} has a .. in it`)
+  return `/${components.join('/')}` as HostPath
+}
+
+/** The latest snapshot of the same host and paths. Source: restic's choice of a parent. */
+async function findParent(
+  repository: Repository,
+  request: CreateRequest,
+  targets: readonly SnapshotTarget[],
+  host: string,
+  signal: AbortSignal,
+): Promise<Snapshot | undefined> {
+  if (request.parent === 'none') return undefined
+  if (request.parent !== undefined) return repository.readSnapshot(request.parent, signal)
+  const paths = targets.map(({ path }) => path).join('\0')
+  let latest: Snapshot | undefined
+  for (const id of await repository.listIds('snapshot', signal)) {
+    const snapshot = await repository.readSnapshot(id, signal)
+    if (snapshot.hostname !== host || [...snapshot.paths].sort().join('\0') !== paths) continue
+    if (latest === undefined || timeOf(snapshot) > timeOf(latest)) latest = snapshot
+  }
+  return latest
+}
+
+function timeOf({ time }: Snapshot): bigint {
+  return parseTime(time) as bigint
+}
+
+function readAccounts(): Accounts {
+  const read = (path: string) => {
+    try {
+      return parseAccounts(readFileSync(path, 'latin1'))
+    } catch {
+      return new Map<number, string>()
+    }
+  }
+  return { users: read('/etc/passwd'), groups: read('/etc/group') }
+}
+
+/** A directory of the snapshot that is not complete yet. */
+interface Frame {
+  readonly id: number
+  readonly parent: Frame | undefined
+  /** The place of its node among those of its parent: which part, and where in it. */
+  readonly place: readonly [part: number, index: number]
+  readonly source: number
+  readonly path: ByteString | ''
+  readonly shownPath: ByteString
+  /** Its own node, up to where its tree belongs, when the parent does not have it. */
+  node: string | undefined
+  /** Lists of nodes, in order. */
+  readonly parts: string[][]
+  /** Tasks and subdirectories that are not done. */
+  pending: number
+  /** What could not be read is left out of the parent. */
+  isLost: boolean
+}
+
+/** A task and where its result goes. */
+interface Ticket {
+  readonly frame: Frame
+  readonly part: number
+  readonly task: SaveTask
+  readonly olderTree: ObjectId | undefined
+}
+
+const PREFETCH = 8
+
+/** The tree of one snapshot as it grows: hands out directories, depth first, and closes those that are complete. */
+class TreeWork implements SaveWork {
+  readonly problems: SaveProblem[] = []
+  readonly skipped: ByteString[] = []
+  readonly counts = emptyCounts()
+  readonly #repository: Repository
+  readonly #store: PackStore
+  readonly #pool: SavePool
+  readonly #onProgress: CreateRequest['onProgress']
+  readonly #signal: AbortSignal
+  readonly #tickets = new Map<number, Ticket>()
+  /** Ready to be handed out, and waiting for the parent snapshot's tree. */
+  readonly #ready: Ticket[] = []
+  readonly #waiting: Ticket[] = []
+  #reading = 0
+  #nextId = 0
+  #root: ObjectId | undefined
+  #targets = 0
+  #lostTargets = 0
+  #wake: (() => void) | undefined
+  #failure: unknown
+  #failed = false
+
+  constructor(
+    repository: Repository,
+    store: PackStore,
+    pool: SavePool,
+    onProgress: CreateRequest['onProgress'],
+    signal: AbortSignal,
+  ) {
+    this.#repository = repository
+    this.#store = store
+    this.#pool = pool
+    this.#onProgress = onProgress
+    this.#signal = signal
+  }
+
+  /**
+   * The tree of the snapshot, when the work is complete.
+   * @throws {SourceUnreadableError} when none of the targets could be read
+   */
+  get rootTree(): ObjectId {
+    const [problem] = this.problems
+    if (problem !== undefined && this.#lostTargets === this.#targets) throw new SourceUnreadableError(problem)
+    return this.#root as ObjectId
+  }
+
+  get isComplete(): boolean {
+    return this.#tickets.size === 0 && this.#ready.length === 0 && this.#waiting.length === 0 && this.#reading === 0
+  }
+
+  /** Makes the directories above the targets, and the first tasks. */
+  async begin(targets: readonly SnapshotTarget[], olderTree: ObjectId | undefined): Promise<void> {
+    this.#targets = targets.length
+    await this.#addAbove(
+      undefined,
+      [0, 0],
+      '/' as ByteString,
+      targets.map((target, source) => ({ ...target, source })),
+      olderTree,
+    )
+  }
+
+  /** The frame of a directory that only leads to targets, from the root of the host on. */
+  async #addAbove(
+    parent: Frame | undefined,
+    place: readonly [number, number],
+    path: ByteString,
+    targets: readonly { readonly path: HostPath; readonly source: number }[],
+    olderTree: ObjectId | undefined,
+  ): Promise<void> {
+    const [only] = targets
+    if (only !== undefined && only.path === path) {
+      const frame = this.#frame(parent, place, only.source, '', path)
+      this.#enqueue(frame, 0, olderTree, parent === undefined ? {} : { rootName: lastOf(path) })
+      return
+    }
+    const frame = this.#frame(parent, place, -1, '', path)
+    if (parent !== undefined) frame.node = this.#nodeAbove(path)
+    const older = await this.#olderNodes(olderTree)
+    const names = [...new Set(targets.map((target) => nextOf(path, target.path)))].sort()
+    frame.parts.push(names.map(() => ''))
+    frame.pending = names.length
+    for (const [index, name] of names.entries()) {
+      const beneath = targets.filter((target) => nextOf(path, target.path) === name)
+      await this.#addAbove(frame, [0, index], joinShown(path, name), beneath, older.get(name))
+    }
+  }
+
+  #nodeAbove(path: ByteString): string {
+    // A symlink on the way is followed: the user named it.
+    return withFd(openRoot(path as HostPath), (fd) => this.#pool.own.describeDirectory(lastOf(path), fd))
+  }
+
+  async #olderNodes(tree: ObjectId | undefined): Promise<ReadonlyMap<ByteString, ObjectId>> {
+    if (tree === undefined) return new Map()
+    try {
+      const nodes = await this.#repository.readTree(tree, this.#signal)
+      return new Map(nodes.flatMap(({ name, subtree }) => (subtree === undefined ? [] : [[name, subtree] as const])))
+    } catch (error) {
+      if (!(error instanceof LsyncError) || this.#signal.aborted) throw error
+      return new Map()
+    }
+  }
+
+  #frame(
+    parent: Frame | undefined,
+    place: readonly [number, number],
+    source: number,
+    path: ByteString | '',
+    shownPath: ByteString,
+  ): Frame {
+    const id = this.#nextId++
+    return { id, parent, place, source, path, shownPath, node: undefined, parts: [], pending: 0, isLost: false }
+  }
+
+  #enqueue(
+    frame: Frame,
+    part: number,
+    olderTree: ObjectId | undefined,
+    extra: Pick<SaveTask, 'rootName' | 'names'> = {},
+  ): void {
+    const { source, path, shownPath } = frame
+    const ticket = { frame, part, task: { id: this.#nextId++, source, path, shownPath, ...extra }, olderTree }
+    frame.pending++
+    if (olderTree === undefined) this.#ready.push(ticket)
+    else this.#waiting.push(ticket)
+    this.#read()
+  }
+
+  next(limit: number): readonly SaveTask[] {
+    if (this.#failed) throw this.#failure
+    if (this.#store.isCongested) return []
+    // With few directories known, each thread gets few, so that all have some.
+    const share = Math.min(limit, Math.max(1, this.#ready.length >> 2))
+    const tickets = this.#ready.splice(-share)
+    for (const ticket of tickets) this.#tickets.set(ticket.task.id, ticket)
+    this.#read()
+    return tickets.map(({ task }) => task)
+  }
+
+  async wait(): Promise<void> {
+    const woken = new Promise<void>((resolve) => {
+      this.#wake = resolve
+    })
+    await (this.#store.isCongested ? Promise.race([this.#store.wait(), woken]) : woken)
+    if (this.#failed) throw this.#failure
+  }
+
+  done(result: SaveResult): void {
+    for (const pack of result.packs) this.#store.add(pack)
+    this.problems.push(...result.problems)
+    this.skipped.push(...result.skipped)
+    for (const [name, count] of Object.entries(result.counts)) this.counts[name as keyof SaveCounts] += count
+    for (const directory of result.directories) this.#take(directory)
+    const { filesNew, filesChanged, filesUnmodified } = this.counts
+    this.#onProgress?.({ phase: 'save', done: filesNew + filesChanged + filesUnmodified })
+  }
+
+  /** Reads trees of the parent snapshot ahead of the tasks that need them. */
+  #read(): void {
+    while (this.#waiting.length > 0 && this.#reading < PREFETCH && this.#ready.length < PREFETCH * 8) {
+      const ticket = this.#waiting.pop() as Ticket
+      this.#reading++
+      this.#repository
+        .readObject('tree', ticket.olderTree as ObjectId, this.#signal)
+        .then(
+          (older) => this.#ready.push({ ...ticket, task: { ...ticket.task, older } }),
+          (error: unknown) => {
+            // A parent that is damaged costs time, and nothing else: its files are read again.
+            if (error instanceof LsyncError && this.#signal.aborted === false) this.#ready.push(ticket)
+            else this.#fail(error)
+          },
+        )
+        .finally(() => {
+          this.#reading--
+          this.#awake()
+        })
+    }
+  }
+
+  #take(saved: SavedDirectory): void {
+    const { frame, part } = this.#tickets.get(saved.id) as Ticket
+    this.#tickets.delete(saved.id)
+    if (saved.rootNode !== undefined) frame.node = saved.rootNode
+    if (saved.tree !== undefined) {
+      this.#close(frame, saved.tree)
+      return
+    }
+    if (saved.slices.length > 0) {
+      frame.pending--
+      for (const [i, names] of saved.slices.entries()) {
+        frame.parts.push([])
+        this.#enqueue(frame, part + i, undefined, { names })
+      }
+      return
+    }
+    frame.isLost ||= saved.isLost
+    frame.parts[part] = [...saved.nodes]
+    for (const subdirectory of saved.subdirectories) this.#addSubdirectory(frame, part, subdirectory)
+    this.#finishOne(frame)
+  }
+
+  #addSubdirectory(parent: Frame, part: number, { name, index, olderTree }: Subdirectory): void {
+    const path = (parent.path === '' ? name : `${parent.path}/${name}`) as ByteString
+    const frame = this.#frame(parent, [part, index], parent.source, path, joinShown(parent.shownPath, name))
+    parent.pending++
+    this.#enqueue(frame, 0, olderTree)
+  }
+
+  /** One of the things that a directory waits for is there. The last one completes it, and maybe those above it. */
+  #finishOne(frame: Frame): void {
+    frame.pending--
+    if (frame.pending > 0) return
+    if (frame.isLost) this.#drop(frame)
+    else this.#close(frame, this.#pool.own.storeTree(frame.parts.flat().filter((node) => node !== '')))
+  }
+
+  #close(frame: Frame, tree: ObjectId): void {
+    const { parent } = frame
+    if (parent === undefined) {
+      this.#root = tree
+      return
+    }
+    const [part, index] = frame.place
+    const nodes = parent.parts[part] as string[]
+    nodes[index] = closeNode(frame.node ?? (nodes[index] as string), tree)
+    this.#finishOne(parent)
+  }
+
+  #drop(frame: Frame): void {
+    const { parent } = frame
+    if (frame.path === '') this.#lostTargets++
+    if (parent === undefined) return
+    const [part, index] = frame.place
+    ;(parent.parts[part] as string[])[index] = ''
+    this.#finishOne(parent)
+  }
+
+  #fail(error: unknown): void {
+    if (!this.#failed) this.#failure = error
+    this.#failed = true
+  }
+
+  #awake(): void {
+    const wake = this.#wake
+    this.#wake = undefined
+    wake?.()
+  }
+}
+
+function lastOf(path: ByteString): ByteString {
+  return path.slice(path.lastIndexOf('/') + 1) as ByteString
+}
+
+/** The component of `target` right beneath `path`. */
+function nextOf(path: string, target: string): ByteString {
+  const rest = target.slice(path === '/' ? 1 : path.length + 1)
+  return rest.split('/')[0] as ByteString
+}

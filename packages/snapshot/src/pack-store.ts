@@ -1,0 +1,104 @@
+import { encodeIndex, INDEX_OBJECTS, type IndexedPack } from './index-file.ts'
+import type { ObjectId } from './model/tree.ts'
+import { type ObjectKind, type Pack, type PackedObject, PackWriter } from './pack.ts'
+import type { Repository } from './repository.ts'
+
+const INDEX_AFTER_MS = 5 * 60_000
+
+/** Writes packs and the indexes that name them, several at a time. A pack is durable before an index names it. */
+export class PackStore {
+  readonly #repository: Repository
+  readonly #signal: AbortSignal | undefined
+  readonly #running = new Set<Promise<void>>()
+  readonly #writers: Readonly<Record<ObjectKind, PackWriter>>
+  #failure: unknown
+  #failed = false
+  #stored: IndexedPack[] = []
+  #storedObjects = 0
+  #indexedMs = performance.now()
+  #listeners: (() => void)[] = []
+
+  constructor(repository: Repository, signal?: AbortSignal) {
+    this.#repository = repository
+    this.#signal = signal
+    const { engine, compresses } = repository
+    this.#writers = {
+      data: new PackWriter('data', engine, { compresses }),
+      tree: new PackWriter('tree', engine, { compresses }),
+    }
+  }
+
+  /** Whether no more packs should come for the moment: those in memory are many already. */
+  get isCongested(): boolean {
+    return this.#running.size >= this.#repository.backend.concurrency
+  }
+
+  /** Resolves when a pack has been written. At once when none is under way. */
+  async wait(): Promise<void> {
+    if (this.#running.size > 0) await new Promise<void>((resolve) => this.#listeners.push(resolve))
+    this.#throwFailure()
+  }
+
+  /** Begins to write a pack. */
+  add(pack: Pack): void {
+    const job: Promise<void> = this.#write(pack).then(
+      () => this.#ended(job),
+      (error: unknown) => {
+        if (!this.#failed) this.#failure = error
+        this.#failed = true
+        this.#ended(job)
+      },
+    )
+    this.#running.add(job)
+  }
+
+  /** Adds an object that is sealed already, to a pack of this store's own. */
+  addSealed(object: PackedObject, sealed: Uint8Array): void {
+    const writer = this.#writers[object.kind]
+    writer.addSealed(object, sealed)
+    if (writer.isFull) this.add(writer.finish())
+  }
+
+  /** Writes what waits, and the indexes of all. When it resolves, every object that was added is durable and indexed. */
+  async flush(): Promise<void> {
+    for (const writer of Object.values(this.#writers)) if (writer.sizeBytes > 0) this.add(writer.finish())
+    await Promise.all(this.#running)
+    this.#throwFailure()
+    await this.#writeIndex()
+  }
+
+  /** Waits for what is under way, whatever came of it. */
+  async settle(): Promise<void> {
+    await Promise.allSettled(this.#running)
+  }
+
+  async #write({ id, content, objects }: Pack): Promise<void> {
+    await this.#repository.backend.put({ kind: 'pack', name: id }, content, { signal: this.#signal })
+    this.#stored.push({ id, objects })
+    this.#storedObjects += objects.length
+    const isDue = this.#storedObjects >= INDEX_OBJECTS || performance.now() - this.#indexedMs > INDEX_AFTER_MS
+    if (isDue) await this.#writeIndex()
+  }
+
+  async #writeIndex(): Promise<ObjectId | undefined> {
+    const packs = this.#stored
+    if (packs.length === 0) return undefined
+    this.#stored = []
+    this.#storedObjects = 0
+    this.#indexedMs = performance.now()
+    const id = await this.#repository.writeFile('index', encodeIndex(packs), this.#signal)
+    this.#repository.addPacks(packs)
+    return id
+  }
+
+  #ended(job: Promise<void>): void {
+    this.#running.delete(job)
+    const listeners = this.#listeners
+    this.#listeners = []
+    for (const listener of listeners) listener()
+  }
+
+  #throwFailure(): void {
+    if (this.#failed) throw this.#failure
+  }
+}

@@ -1,0 +1,242 @@
+import { allocate, LsyncError, type Memory } from '@lsync/posix'
+import { compressBound, type Engine, SEAL_BYTES } from './crypto/engine.ts'
+import { isId, type ObjectId } from './model/tree.ts'
+
+/** What an object is: a piece of a file's content, or the list of a directory's nodes. */
+export type ObjectKind = 'data' | 'tree'
+
+/** One object as a pack has it. */
+export interface PackedObject {
+  readonly kind: ObjectKind
+  readonly id: ObjectId
+  readonly offset: number
+  /** Sealed, as it lies in the pack. */
+  readonly length: number
+  /** Of the content; `undefined` when it is not compressed. */
+  readonly uncompressedLength: number | undefined
+}
+
+/** A finished pack. */
+export interface Pack {
+  readonly id: ObjectId
+  readonly content: Uint8Array
+  readonly objects: readonly PackedObject[]
+}
+
+/** Packs are finished when they have this much. Source: restic's default since its version 0.14. */
+export const PACK_BYTES = 16 * 1024 * 1024
+
+/** Nothing in a repository that a restic wrote is larger: its chunks end at 8 MiB. */
+export const MAX_DATA_BYTES = 64 * 1024 * 1024
+/** A directory of a million names is a tree of 400 MB. */
+export const MAX_TREE_BYTES = 1024 * 1024 * 1024
+/** A pack has its header at the end; no header of a sane pack is larger. */
+const MAX_HEADER_BYTES = 64 * 1024 * 1024
+
+const LENGTH_BYTES = 4
+const ID_BYTES = 32
+const TYPES = { data: 0, tree: 1 } as const
+const COMPRESSED = 2
+
+/** A pack, or what is in one, is not what it must be. */
+export class PackDamagedError extends LsyncError {
+  constructor(packId: ObjectId, why: string) {
+    super('PACK_DAMAGED', `pack ${packId.slice(0, 8)} is damaged: ${why}`, {
+      path: packId,
+      hint: 'see `lsync snapshot check --read-data`',
+    })
+  }
+}
+
+/** Puts objects of one kind into packs: compressed where that makes them smaller, then sealed. */
+export class PackWriter {
+  readonly kind: ObjectKind
+  readonly #engine: Engine
+  readonly #compresses: boolean
+  #memory: Memory
+  #length = 0
+  #objects: PackedObject[] = []
+  #frame = allocate(64 * 1024)
+
+  constructor(kind: ObjectKind, engine: Engine, options: { readonly compresses: boolean }) {
+    this.kind = kind
+    this.#engine = engine
+    this.#compresses = options.compresses
+    this.#memory = allocate(64 * 1024)
+  }
+
+  /** Bytes of the objects so far. */
+  get sizeBytes(): number {
+    return this.#length
+  }
+
+  get isFull(): boolean {
+    return this.#length >= PACK_BYTES
+  }
+
+  /** Adds an object by its content. Returns how many bytes it takes. */
+  add(id: ObjectId, from: Memory, at: number, length: number): number {
+    const bound = compressBound(length)
+    if (this.#frame.buffer.length < bound) this.#frame = allocate(bound)
+    const frameLength = this.#compresses ? this.#engine.compress(from, at, length, this.#frame, 0) : length
+    const isCompressed = frameLength < length
+    const [source, sourceAt, size] = isCompressed ? [this.#frame, 0, frameLength] : [from, at, length]
+    const offset = this.#reserve(size + SEAL_BYTES)
+    this.#engine.seal(source, sourceAt, size, this.#memory, offset)
+    const uncompressedLength = isCompressed ? length : undefined
+    this.#objects.push({ kind: this.kind, id, offset, length: size + SEAL_BYTES, uncompressedLength })
+    return size + SEAL_BYTES
+  }
+
+  /** Adds an object that is sealed already, with the same keys. */
+  addSealed(object: PackedObject, sealed: Uint8Array): void {
+    const offset = this.#reserve(sealed.length)
+    this.#memory.buffer.set(sealed, offset)
+    this.#objects.push({ ...object, offset, length: sealed.length })
+  }
+
+  /** Takes out what is there, without a header, for another writer's `addSealed`. */
+  takeSealed(): { readonly content: Buffer; readonly objects: readonly PackedObject[] } {
+    const taken = { content: this.#memory.buffer.subarray(0, this.#length), objects: this.#objects }
+    this.#begin()
+    return taken
+  }
+
+  /** Ends the pack and begins another one. There must be an object in it. */
+  finish(): Pack {
+    const header = headerOf(this.#objects)
+    const objects = this.#objects
+    const at = this.#reserve(header.length + SEAL_BYTES + LENGTH_BYTES)
+    const plain = allocate(header.length)
+    plain.buffer.set(header)
+    this.#engine.seal(plain, 0, header.length, this.#memory, at)
+    this.#memory.buffer.writeUInt32LE(header.length + SEAL_BYTES, this.#length - LENGTH_BYTES)
+    const digest = allocate(ID_BYTES)
+    this.#engine.hash(this.#memory, 0, this.#length, digest, 0)
+    const pack = { id: digest.buffer.toString('hex'), content: this.#memory.buffer.subarray(0, this.#length), objects }
+    this.#begin()
+    return pack
+  }
+
+  #begin(): void {
+    // The memory goes with the pack: copying it would cost more than allocating.
+    this.#memory = allocate(64 * 1024)
+    this.#length = 0
+    this.#objects = []
+  }
+
+  #reserve(length: number): number {
+    const at = this.#length
+    this.#length += length
+    if (this.#length > this.#memory.buffer.length) {
+      // Small snapshots have small packs, so the room doubles up to that of a full one.
+      const room =
+        this.#memory.buffer.length * 2 > PACK_BYTES / 2 ? PACK_BYTES + 512 * 1024 : this.#memory.buffer.length * 2
+      const larger = allocate(Math.max(room, this.#length))
+      this.#memory.buffer.copy(larger.buffer, 0, 0, at)
+      this.#memory = larger
+    }
+    return at
+  }
+}
+
+/** The plain header of a pack. Source: restic's design document, "Pack Format". */
+function headerOf(objects: readonly PackedObject[]): Buffer {
+  const header = Buffer.alloc(objects.reduce((sum, object) => sum + headerEntryBytes(object), 0))
+  let at = 0
+  for (const { kind, id, length, uncompressedLength } of objects) {
+    header[at] = TYPES[kind] + (uncompressedLength === undefined ? 0 : COMPRESSED)
+    at = header.writeUInt32LE(length, at + 1)
+    if (uncompressedLength !== undefined) at = header.writeUInt32LE(uncompressedLength, at)
+    header.write(id, at, 'hex')
+    at += ID_BYTES
+  }
+  return header
+}
+
+/** What an object takes in a pack's header. */
+function headerEntryBytes({ uncompressedLength }: Pick<PackedObject, 'uncompressedLength'>): number {
+  return 1 + LENGTH_BYTES + ID_BYTES + (uncompressedLength === undefined ? 0 : LENGTH_BYTES)
+}
+
+/** The size of a pack's file with these objects in it and nothing else. */
+export function packSizeBytes(objects: readonly PackedObject[]): number {
+  return objects.reduce((sum, object) => sum + object.length + headerEntryBytes(object), SEAL_BYTES + LENGTH_BYTES)
+}
+
+/** Reads a part of a file: as `Backend.get` does. */
+export type ReadRange = (offset: number, length: number) => Promise<Buffer>
+
+/**
+ * The objects of a pack by its own header.
+ * @throws {PackDamagedError}
+ */
+export async function readPackHeader(
+  packId: ObjectId,
+  sizeBytes: number,
+  read: ReadRange,
+  open: (sealed: Buffer) => Buffer | undefined,
+): Promise<PackedObject[]> {
+  const damaged = (why: string) => new PackDamagedError(packId, why)
+  if (sizeBytes < SEAL_BYTES + LENGTH_BYTES) throw damaged('it is too short')
+  // One read brings most headers whole.
+  const guess = Math.min(sizeBytes, 16 * 1024)
+  let tail = await read(sizeBytes - guess, guess)
+  if (tail.length !== guess) throw damaged('it is shorter than it was')
+  const headerLength = tail.readUInt32LE(guess - LENGTH_BYTES)
+  if (headerLength < SEAL_BYTES || headerLength > Math.min(MAX_HEADER_BYTES, sizeBytes - LENGTH_BYTES)) {
+    throw damaged('the length of its header is absurd')
+  }
+  if (headerLength + LENGTH_BYTES > guess) {
+    const length = headerLength + LENGTH_BYTES
+    tail = await read(sizeBytes - length, length)
+  }
+  const sealed = tail.subarray(tail.length - LENGTH_BYTES - headerLength, tail.length - LENGTH_BYTES)
+  const header = open(sealed)
+  if (header === undefined) throw damaged('the MAC of its header is wrong')
+  return parseHeader(packId, header, sizeBytes - LENGTH_BYTES - headerLength)
+}
+
+function parseHeader(packId: ObjectId, header: Buffer, contentBytes: number): PackedObject[] {
+  const objects: PackedObject[] = []
+  let offset = 0
+  for (let at = 0; at < header.length; ) {
+    const type = header[at] as number
+    const isCompressed = type >= COMPRESSED
+    const entryBytes = headerEntryBytes({ uncompressedLength: isCompressed ? 0 : undefined })
+    if (type > 3 || at + entryBytes > header.length) throw new PackDamagedError(packId, 'its header is none')
+    const length = header.readUInt32LE(at + 1)
+    const uncompressedLength = isCompressed ? header.readUInt32LE(at + 5) : undefined
+    const id = header.toString('hex', at + entryBytes - ID_BYTES, at + entryBytes)
+    objects.push({ kind: type % 2 === 0 ? 'data' : 'tree', id, offset, length, uncompressedLength })
+    at += entryBytes
+    offset += length
+  }
+  if (offset !== contentBytes) throw new PackDamagedError(packId, 'its objects do not fill it')
+  return objects
+}
+
+/** Whether lengths of an object, from an index or a header, are such that memory may be taken for it. */
+export function isPlausible({ kind, offset, length, uncompressedLength }: PackedObject): boolean {
+  const limit = kind === 'data' ? MAX_DATA_BYTES : MAX_TREE_BYTES
+  return (
+    Number.isSafeInteger(offset) &&
+    offset >= 0 &&
+    Number.isSafeInteger(length) &&
+    length >= SEAL_BYTES &&
+    length <= limit + SEAL_BYTES &&
+    (uncompressedLength === undefined || (uncompressedLength >= 0 && uncompressedLength <= limit))
+  )
+}
+
+/** Reads what an index says of an object; `undefined` when it cannot be one. */
+export function parseObject(raw: unknown): PackedObject | undefined {
+  const { id, type, offset, length, uncompressed_length } = (raw ?? {}) as Readonly<Record<string, unknown>>
+  if (!isId(id) || (type !== 'data' && type !== 'tree')) return undefined
+  if (typeof offset !== 'number' || typeof length !== 'number') return undefined
+  // Go leaves a zero out, so that 0 and nothing are the same.
+  const size = uncompressed_length ?? 0
+  if (typeof size !== 'number' || !Number.isInteger(size)) return undefined
+  const object = { kind: type, id, offset, length, uncompressedLength: size === 0 ? undefined : size } as const
+  return isPlausible(object) ? object : undefined
+}

@@ -1,0 +1,181 @@
+import { Worker } from 'node:worker_threads'
+import { LsyncError } from '@lsync/posix'
+import type { ObjectTable } from './object-table.ts'
+import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
+import type { FromSaveWorker, ToSaveWorker, TravellingError } from './snapshot-worker.ts'
+
+// Starting a worker costs some 50 ms, so a small tree is saved by the calling thread alone.
+const ALONE_MS = 25
+// One list of tasks at work and one that waits, so that a thread is not idle while results are looked at.
+const IN_FLIGHT = 2
+const BATCH = 16
+
+interface Member {
+  readonly worker: Worker
+  ready: boolean
+  inFlight: number
+}
+
+/** What hands out work to a pool, and takes the results. */
+export interface SaveWork {
+  /** The next tasks, at most so many; none: nothing to do at the moment. */
+  next(limit: number): readonly SaveTask[]
+  done(result: SaveResult): void
+  /** Whether results may come that make more work, or nothing is left. */
+  readonly isComplete: boolean
+  /** Resolves when there is something to do again although no thread is at work: something was read, or written. */
+  wait(): Promise<void>
+}
+
+/** Saves directories in the calling thread at first, and in worker threads when there is more to do. */
+export class SavePool {
+  readonly own: Saver
+  readonly #init: SaveInit
+  readonly #table: ObjectTable
+  readonly #width: number
+  readonly #signal: AbortSignal | undefined
+  readonly #members: Member[] = []
+  /** How many segments of the table all threads know. */
+  #segments: number
+  #aloneMs = 0
+  #failure: unknown
+  #wake: (() => void) | undefined
+  #deliver: (result: SaveResult) => void = () => undefined
+  #rests: SealedRest[] = []
+
+  constructor(
+    init: SaveInit,
+    table: ObjectTable,
+    options: { readonly workers: number; readonly signal: AbortSignal | undefined },
+  ) {
+    this.#init = init
+    this.#table = table
+    this.#width = Math.max(1, options.workers)
+    this.#signal = options.signal
+    this.own = new Saver(init)
+    this.#segments = init.segments.length
+  }
+
+  /** Runs until the work is complete. Stops at the first error, which it throws when no thread is at work any more. */
+  async run(work: SaveWork): Promise<void> {
+    this.#deliver = (result) => work.done(result)
+    for (;;) {
+      if (this.#signal?.aborted === true) this.#failure ??= this.#signal.reason
+      if (this.#failure === undefined) this.#handOut(work)
+      if (this.#failure === undefined && this.#worksItself && this.#runOwn(work)) {
+        // Reads, writes and messages of workers get their turn.
+        await new Promise(setImmediate)
+        continue
+      }
+      const isBusy = this.#members.some(({ inFlight }) => inFlight > 0)
+      if (this.#failure !== undefined && !isBusy) throw this.#failure
+      if (work.isComplete && !isBusy) return
+      await (isBusy || this.#isStarting ? Promise.race([this.#message(), work.wait()]) : work.wait())
+    }
+  }
+
+  /** What lies in all threads and fills no pack. No work may be under way. */
+  async takeRest(): Promise<SealedRest[]> {
+    for (const { worker, ready } of this.#members) {
+      if (ready) worker.postMessage({ takeRest: true } satisfies ToSaveWorker)
+    }
+    const expected = this.#members.filter(({ ready }) => ready).length * 2
+    while (this.#rests.length < expected && this.#failure === undefined) await this.#message()
+    if (this.#failure !== undefined) throw this.#failure
+    return [...this.own.takeRest(), ...this.#rests]
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#members.map(({ worker }) => worker.terminate()))
+    this.own.close()
+  }
+
+  get #worksItself(): boolean {
+    return !this.#members.some(({ ready }) => ready)
+  }
+
+  get #isStarting(): boolean {
+    return this.#members.some(({ ready }) => !ready)
+  }
+
+  #handOut(work: SaveWork): void {
+    this.#table.grow()
+    for (const segment of this.#table.segments.slice(this.#segments)) {
+      this.own.attach(segment)
+      for (const { worker } of this.#members) worker.postMessage({ segment } satisfies ToSaveWorker)
+      this.#segments++
+    }
+    for (let load = 0; load < IN_FLIGHT; load++) {
+      for (const member of this.#members) {
+        if (!member.ready || member.inFlight > load) continue
+        const tasks = work.next(BATCH)
+        if (tasks.length === 0) return
+        member.inFlight++
+        member.worker.postMessage({ tasks } satisfies ToSaveWorker)
+      }
+    }
+  }
+
+  #runOwn(work: SaveWork): boolean {
+    const tasks = work.next(1)
+    if (tasks.length === 0) return false
+    const start = performance.now()
+    work.done(this.own.save(tasks))
+    this.#aloneMs += performance.now() - start
+    if (this.#width > 1 && this.#aloneMs > ALONE_MS && this.#members.length === 0) this.#start()
+    return true
+  }
+
+  #message(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#wake = resolve
+    })
+  }
+
+  #start(): void {
+    while (this.#members.length < this.#width) {
+      const worker = new Worker(new URL('./snapshot-worker.ts', import.meta.url))
+      const member: Member = { worker, ready: false, inFlight: 0 }
+      worker.on('message', (message: FromSaveWorker) => this.#receive(member, message))
+      worker.on('error', (error) => {
+        member.inFlight = 0
+        this.#failure ??= error
+        this.#awake()
+      })
+      const segments = this.#table.segments.slice(0, this.#segments)
+      worker.postMessage({ init: { ...this.#init, segments } } satisfies ToSaveWorker)
+      this.#members.push(member)
+    }
+  }
+
+  #receive(member: Member, message: FromSaveWorker): void {
+    if ('ready' in message) member.ready = true
+    else if ('rest' in message) this.#rests.push(...message.rest)
+    else {
+      member.inFlight--
+      if ('error' in message) this.#failure ??= unpacked(message.error)
+      else {
+        try {
+          this.#deliver(message.result)
+        } catch (error) {
+          this.#failure ??= error
+        }
+      }
+    }
+    this.#awake()
+  }
+
+  #awake(): void {
+    const wake = this.#wake
+    this.#wake = undefined
+    wake?.()
+  }
+}
+
+function unpacked({ name, message, stack, code, path, hint }: TravellingError): Error {
+  const detail = { ...(path === undefined ? {} : { path }), ...(hint === undefined ? {} : { hint }) }
+  const error = code === undefined ? new Error(message) : new LsyncError(code, message, detail)
+  error.name = name
+  if (stack !== undefined) error.stack = stack
+  return error
+}

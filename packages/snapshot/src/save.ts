@@ -1,0 +1,505 @@
+import {
+  allocate,
+  type ByteString,
+  errnoOf,
+  LsyncError,
+  type Memory,
+  makeDevice,
+  printable,
+  readInto,
+  S_IFBLK,
+  S_IFCHR,
+  S_IFDIR,
+  S_IFLNK,
+  S_IFMT,
+  S_IFREG,
+  statFd,
+} from '@lsync/posix'
+import { Chunker, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES } from './chunk/chunker.ts'
+import { parsePolynomial } from './chunk/polynomial.ts'
+import { type CipherKey, createEngine, type Engine } from './crypto/engine.ts'
+import type { Accounts } from './model/accounts.ts'
+import { isMatched, type Pattern } from './model/exclude.ts'
+import { formatTime } from './model/go-text.ts'
+import { nodeTypeOf } from './model/mode.ts'
+import {
+  decodeTree,
+  encodeNode,
+  encodeTree,
+  isUnchanged,
+  type ObjectId,
+  type TreeNode,
+  type Xattr,
+} from './model/tree.ts'
+import { ObjectTable, type TableSegment } from './object-table.ts'
+import { type ObjectKind, type Pack, type PackedObject, PackWriter } from './pack.ts'
+import { readXattrs } from './source/directory.ts'
+import {
+  type EntryState,
+  openSource,
+  type Source,
+  type SourceDirectory,
+  type SourceFile,
+  type SourceInit,
+} from './source/source.ts'
+
+/** Everything that a thread needs to save directories, in a form that travels. */
+export interface SaveInit {
+  readonly sources: readonly SourceInit[]
+  readonly key: CipherKey
+  readonly compresses: boolean
+  readonly polynomial: string
+  readonly segments: readonly TableSegment[]
+  readonly accounts: Accounts
+  readonly excludes: readonly Pattern[]
+  /** Read every file, whatever its times say. */
+  readonly force: boolean
+}
+
+/** One directory to save, or some names of one. */
+export interface SaveTask {
+  readonly id: number
+  /** Index into `SaveInit.sources`. */
+  readonly source: number
+  /** Beneath the source's root, `''` for the root. */
+  readonly path: ByteString | ''
+  /** Absolute, as the snapshot shows it: for patterns and messages. */
+  readonly shownPath: ByteString
+  /** Only these; absent: all that the directory has. */
+  readonly names?: readonly ByteString[]
+  /** The root of a source has no directory that could hold its node: under this name it is given back. */
+  readonly rootName?: ByteString
+  /** The content of the tree that the parent snapshot has here. */
+  readonly older?: Uint8Array
+}
+
+/** A directory in a directory, whose tree is not known yet. */
+export interface Subdirectory {
+  readonly name: ByteString
+  /** Where its node stands in the list. */
+  readonly index: number
+  /** The tree that the parent snapshot has of it. */
+  readonly olderTree: ObjectId | undefined
+}
+
+/** Something that could not be saved, or not be saved for certain. */
+export interface SaveProblem {
+  /** Absolute, as the snapshot would show it. */
+  readonly path: ByteString
+  readonly code: string
+  readonly message: string
+}
+
+/** How much was seen and stored. */
+export interface SaveCounts {
+  filesNew: number
+  filesChanged: number
+  filesUnmodified: number
+  directories: number
+  others: number
+  /** Content that was read. */
+  readBytes: number
+  /** All files' sizes. */
+  totalBytes: number
+  /** Objects that were stored, and what they take. */
+  objectsAdded: number
+  addedBytes: number
+}
+
+/** What became of one task. */
+export interface SavedDirectory {
+  readonly id: number
+  /** Nodes in order of their names; those of subdirectories lack their tree and the closing brace. */
+  readonly nodes: readonly string[]
+  readonly subdirectories: readonly Subdirectory[]
+  /** The tree, where nothing is missing from it. */
+  readonly tree: ObjectId | undefined
+  /** The node of a source's root, without its tree and closing brace. */
+  readonly rootNode: string | undefined
+  /** Slices of a directory that is too large for one task: these are to be saved instead. */
+  readonly slices: readonly (readonly ByteString[])[]
+  /** Whether it could not be read at all. */
+  readonly isLost: boolean
+}
+
+/** What a thread gives back for a list of tasks. */
+export interface SaveResult {
+  readonly directories: readonly SavedDirectory[]
+  readonly packs: readonly Pack[]
+  readonly problems: readonly SaveProblem[]
+  /** Absolute paths where something else is mounted. */
+  readonly skipped: readonly ByteString[]
+  readonly counts: SaveCounts
+}
+
+/** Objects that wait for a pack to fill, sealed. */
+export interface SealedRest {
+  readonly kind: ObjectKind
+  readonly content: Uint8Array
+  readonly objects: readonly PackedObject[]
+}
+
+const READ_BYTES = 2 * MAX_CHUNK_BYTES
+const ATTEMPTS = 3
+const SLICE_NAMES = 1024
+// Directories up to this many names are one task.
+const WHOLE_NAMES = 2 * SLICE_NAMES
+
+/** Saves directories with synchronous calls, in a worker thread or in the calling one. */
+export class Saver {
+  readonly #init: SaveInit
+  readonly #sources: readonly Source[]
+  readonly #engine: Engine
+  readonly #table: ObjectTable
+  readonly #writers: Readonly<Record<ObjectKind, PackWriter>>
+  readonly #digest = allocate(32)
+  readonly #digestWords = new Int32Array(this.#digest.buffer.buffer)
+  readonly #links = new Map<string, { readonly ctimeNs: bigint; readonly content: readonly ObjectId[] }>()
+  #small: Memory = allocate(64 * 1024)
+  #chunker: Chunker | undefined
+  #packs: Pack[] = []
+  #problems: SaveProblem[] = []
+  #skipped: ByteString[] = []
+  #counts = emptyCounts()
+
+  constructor(init: SaveInit) {
+    this.#init = init
+    this.#sources = init.sources.map(openSource)
+    // Buffers arrive as plain arrays from another thread.
+    const { encrypt, macK, macR } = init.key
+    this.#engine = createEngine({ encrypt: Buffer.from(encrypt), macK: Buffer.from(macK), macR: Buffer.from(macR) })
+    this.#table = new ObjectTable(init.segments)
+    const options = { compresses: init.compresses }
+    this.#writers = {
+      data: new PackWriter('data', this.#engine, options),
+      tree: new PackWriter('tree', this.#engine, options),
+    }
+  }
+
+  /** A segment that the table got in another thread. */
+  attach(segment: TableSegment): void {
+    this.#table.attach(segment)
+  }
+
+  /** Saves all of these. A directory that cannot be read at all is a problem, and its task gives no tree. */
+  save(tasks: readonly SaveTask[]): SaveResult {
+    const directories = tasks.map((task) => this.#saveTask(task))
+    const result = {
+      directories,
+      packs: this.#packs,
+      problems: this.#problems,
+      skipped: this.#skipped,
+      counts: this.#counts,
+    }
+    this.#packs = []
+    this.#problems = []
+    this.#skipped = []
+    this.#counts = emptyCounts()
+    return result
+  }
+
+  /** Stores a tree of which all nodes are known. */
+  storeTree(nodes: readonly string[]): ObjectId {
+    const content = encodeTree(nodes)
+    const memory = allocate(content.length)
+    content.copy(memory.buffer)
+    return this.#store('tree', memory, 0, content.length)
+  }
+
+  /** The node of an open directory, up to where its tree belongs. */
+  describeDirectory(name: ByteString, fd: number): string {
+    return openNode(this.#describe(name, statFd(fd), readXattrs(fd, '')))
+  }
+
+  /** What does not fill a pack yet, taken out. */
+  takeRest(): SealedRest[] {
+    return Object.values(this.#writers).map((writer) => ({ kind: writer.kind, ...writer.takeSealed() }))
+  }
+
+  close(): void {
+    this.#engine.close()
+  }
+
+  #saveTask(task: SaveTask): SavedDirectory {
+    let directory: SourceDirectory
+    try {
+      directory = (this.#sources[task.source] as Source).openDirectory(task.path)
+    } catch (error) {
+      this.#problem(task.shownPath, error)
+      return nothingOf(task.id)
+    }
+    try {
+      return this.#saveDirectory(task, directory)
+    } catch (error) {
+      this.#problem(task.shownPath, error)
+      return nothingOf(task.id)
+    } finally {
+      directory.close()
+    }
+  }
+
+  #saveDirectory(task: SaveTask, directory: SourceDirectory): SavedDirectory {
+    const names = task.names ?? directory.names().sort()
+    if (task.names === undefined && names.length > WHOLE_NAMES && task.older === undefined) {
+      const slices: ByteString[][] = []
+      for (let at = 0; at < names.length; at += SLICE_NAMES) slices.push(names.slice(at, at + SLICE_NAMES))
+      return { ...nothingOf(task.id), rootNode: this.#rootNodeOf(task, directory), slices, isLost: false }
+    }
+    const older = task.older === undefined ? undefined : olderNodes(task.older)
+    const nodes: string[] = []
+    const subdirectories: Subdirectory[] = []
+    for (const name of names) {
+      const shownPath = joinShown(task.shownPath, name)
+      if (isMatched(this.#init.excludes, shownPath)) continue
+      try {
+        const before = older?.get(name)
+        const node = this.#nodeOf(directory, name, shownPath, before)
+        if (node === undefined) continue
+        if (node.type === 'dir' && node.subtree === undefined) {
+          subdirectories.push({ name, index: nodes.length, olderTree: before?.subtree })
+          nodes.push(openNode(node))
+        } else nodes.push(encodeNode(node))
+      } catch (error) {
+        this.#problem(shownPath, error)
+      }
+    }
+    const isWhole = subdirectories.length === 0 && task.names === undefined
+    if (task.names === undefined) this.#counts.directories++
+    return {
+      id: task.id,
+      nodes: isWhole ? [] : nodes,
+      subdirectories,
+      tree: isWhole ? this.storeTree(nodes) : undefined,
+      rootNode: this.#rootNodeOf(task, directory),
+      slices: [],
+      isLost: false,
+    }
+  }
+
+  #rootNodeOf({ rootName }: SaveTask, directory: SourceDirectory): string | undefined {
+    if (rootName === undefined) return undefined
+    return openNode(this.#describe(rootName, directory.state, directory.ownXattrs))
+  }
+
+  #nodeOf(
+    directory: SourceDirectory,
+    name: ByteString,
+    shownPath: ByteString,
+    older: TreeNode | undefined,
+  ): TreeNode | undefined {
+    const state = directory.stateOf(name)
+    if (state === undefined) return undefined
+    if (state.isMountRoot === true) {
+      this.#skipped.push(shownPath)
+      // A directory stays, so that there is something to mount on.
+      if ((state.mode & S_IFMT) !== S_IFDIR) return undefined
+      return { ...this.#describe(name, state, []), subtree: this.storeTree([]) }
+    }
+    if ((state.mode & S_IFMT) === S_IFREG) return this.#fileOf(directory, name, shownPath, state, older)
+    const node = this.#describe(name, state, directory.xattrs(name))
+    if (node.type === 'dir') return node
+    this.#counts.others++
+    return node.type === 'symlink' ? { ...node, linkTarget: directory.readLink(name) } : node
+  }
+
+  #describe(name: ByteString, state: EntryState, xattrs: readonly Xattr[]): TreeNode {
+    const { mode, nlink, uid, gid, ino, dev, rdev, mtimeNs, ctimeNs } = state
+    const mtime = formatTime(mtimeNs)
+    const format = mode & S_IFMT
+    const isDevice = format === S_IFCHR || format === S_IFBLK
+    const { users, groups } = this.#init.accounts
+    return {
+      name,
+      type: nodeTypeOf(mode),
+      mode,
+      mtime,
+      // As restic without --with-atime: reading would change the tree.
+      atime: mtime,
+      ctime: ctimeNs === mtimeNs ? mtime : formatTime(ctimeNs),
+      uid,
+      gid,
+      user: users.get(uid) ?? '',
+      group: groups.get(gid) ?? '',
+      inode: ino,
+      deviceId: makeDevice(Math.floor(dev / 0x1_0000_0000), dev % 0x1_0000_0000),
+      sizeBytes: format === S_IFREG ? state.sizeBytes : 0,
+      links: format === S_IFREG || format === S_IFLNK || isDevice ? nlink : 0,
+      linkTarget: '' as ByteString,
+      xattrs,
+      device: isDevice ? rdev : 0,
+      content: format === S_IFREG ? [] : undefined,
+      subtree: undefined,
+    }
+  }
+
+  #fileOf(
+    directory: SourceDirectory,
+    name: ByteString,
+    shownPath: ByteString,
+    state: EntryState,
+    older: TreeNode | undefined,
+  ): TreeNode {
+    if (older !== undefined && !this.#init.force) {
+      const node = this.#describe(name, state, older.xattrs)
+      if (isUnchanged(node, older) && older.content?.every((id) => this.#table.has('data', id)) === true) {
+        this.#counts.filesUnmodified++
+        this.#counts.totalBytes += state.sizeBytes
+        return { ...node, content: older.content }
+      }
+    }
+    const file = directory.openFile(name)
+    try {
+      return this.#readFile(file, name, shownPath, older)
+    } finally {
+      file.close()
+    }
+  }
+
+  #readFile(file: SourceFile, name: ByteString, shownPath: ByteString, older: TreeNode | undefined): TreeNode {
+    for (let attempt = 1; ; attempt++) {
+      const before = file.state()
+      if ((before.mode & S_IFMT) !== S_IFREG) throw new FileReplacedError(shownPath)
+      const xattrs = file.xattrs()
+      const { content, sizeBytes } = this.#contentOf(file.fd, before)
+      const after = file.state()
+      const isStill = after.ctimeNs === before.ctimeNs && after.sizeBytes === sizeBytes
+      if (!isStill && attempt < ATTEMPTS) continue
+      if (!isStill) this.#problem(shownPath, new FileChangingError(shownPath))
+      this.#counts[older === undefined ? 'filesNew' : 'filesChanged']++
+      this.#counts.totalBytes += sizeBytes
+      return { ...this.#describe(name, { ...stateOf(before), sizeBytes }, xattrs), content }
+    }
+  }
+
+  #contentOf(fd: number, state: EntryState): { content: readonly ObjectId[]; sizeBytes: number } {
+    if (state.nlink < 2) return this.#chunksOf(fd, state.sizeBytes)
+    // Another name of a file that was read a moment ago.
+    const key = `${state.dev}:${state.ino}`
+    const known = this.#links.get(key)
+    if (known !== undefined && known.ctimeNs === state.ctimeNs) {
+      return { content: known.content, sizeBytes: state.sizeBytes }
+    }
+    const read = this.#chunksOf(fd, state.sizeBytes)
+    if (read.sizeBytes === state.sizeBytes) this.#links.set(key, { ctimeNs: state.ctimeNs, content: read.content })
+    return read
+  }
+
+  /** Reads exactly as much as the file had: one that grows is noticed by its ctime. */
+  #chunksOf(fd: number, sizeBytes: number): { content: ObjectId[]; sizeBytes: number } {
+    if (sizeBytes >= MIN_CHUNK_BYTES) return this.#cutChunks(fd, sizeBytes)
+    if (sizeBytes === 0) return { content: [], sizeBytes: 0 }
+    if (this.#small.buffer.length < sizeBytes) this.#small = allocate(MIN_CHUNK_BYTES)
+    const length = readInto(fd, 0, this.#small, 0, sizeBytes)
+    this.#counts.readBytes += length
+    return { content: length === 0 ? [] : [this.#store('data', this.#small, 0, length)], sizeBytes: length }
+  }
+
+  #cutChunks(fd: number, sizeBytes: number): { content: ObjectId[]; sizeBytes: number } {
+    this.#chunker ??= new Chunker(parsePolynomial(this.#init.polynomial), READ_BYTES)
+    const { memory, start, end } = this.#chunker
+    const content: ObjectId[] = []
+    let read = 0
+    let filled = start
+    let isLast = false
+    while (!isLast) {
+      const wanted = Math.min(end - filled, sizeBytes - read)
+      const length = readInto(fd, read, memory, filled, wanted)
+      read += length
+      filled += length
+      isLast = read === sizeBytes || length < wanted
+      let at = start
+      for (;;) {
+        const cut = this.#chunker.nextCut(at, filled - at, isLast)
+        if (cut === undefined) break
+        content.push(this.#store('data', memory, at, cut))
+        at += cut
+      }
+      memory.buffer.copyWithin(start, at, filled)
+      filled -= at - start
+    }
+    this.#counts.readBytes += read
+    return { content, sizeBytes: read }
+  }
+
+  #store(kind: ObjectKind, memory: Memory, at: number, length: number): ObjectId {
+    this.#engine.hash(memory, at, length, this.#digest, 0)
+    const id = this.#digest.buffer.toString('hex')
+    if (!this.#table.claimWords(kind, this.#digestWords)) return id
+    const writer = this.#writers[kind]
+    this.#counts.addedBytes += writer.add(id, memory, at, length)
+    this.#counts.objectsAdded++
+    if (writer.isFull) this.#packs.push(writer.finish())
+    return id
+  }
+
+  #problem(path: ByteString, error: unknown): void {
+    // Whatever else goes wrong is a mistake of this program's, and no reason to leave a file out.
+    if (!(error instanceof LsyncError) && errnoOf(error) === undefined) throw error
+    const { code, message } = error as LsyncError
+    this.#problems.push({ path, code, message })
+  }
+}
+
+/** A file was written to during each of the attempts to read it. */
+export class FileChangingError extends LsyncError {
+  constructor(path: ByteString) {
+    super(
+      'FILE_CHANGING',
+      `${printable(path)} changed while it was read, ${ATTEMPTS} times; what was read last is saved`,
+      {
+        path,
+        hint: 'save it again when nobody writes to it',
+      },
+    )
+  }
+}
+
+/** Something else stood under a file's name when it was opened. */
+export class FileReplacedError extends LsyncError {
+  constructor(path: ByteString) {
+    super('FILE_REPLACED', `${printable(path)} became something else while it was saved`, { path, hint: 'save again' })
+  }
+}
+
+/** `Stat` has getters, which a spread would lose. */
+function stateOf({ mode, nlink, uid, gid, ino, sizeBytes, dev, rdev, mtimeNs, ctimeNs }: EntryState): EntryState {
+  return { mode, nlink, uid, gid, ino, sizeBytes, dev, rdev, mtimeNs, ctimeNs }
+}
+
+/** A directory's node up to where its tree belongs. */
+export function openNode(node: TreeNode): string {
+  return encodeNode(node).slice(0, -1)
+}
+
+/** An open node with its tree. */
+export function closeNode(node: string, tree: ObjectId): string {
+  return `${node},"subtree":"${tree}"}`
+}
+
+/** The path of a name in a directory that a snapshot shows. */
+export function joinShown(directory: ByteString, name: ByteString): ByteString {
+  return `${directory === '/' ? '' : directory}/${name}` as ByteString
+}
+
+function olderNodes(content: Uint8Array): ReadonlyMap<ByteString, TreeNode> {
+  const nodes = decodeTree(Buffer.from(content.buffer, content.byteOffset, content.byteLength))
+  return new Map(nodes.map((node) => [node.name, node]))
+}
+
+function nothingOf(id: number): SavedDirectory {
+  return { id, nodes: [], subdirectories: [], tree: undefined, rootNode: undefined, slices: [], isLost: true }
+}
+
+export function emptyCounts(): SaveCounts {
+  return {
+    filesNew: 0,
+    filesChanged: 0,
+    filesUnmodified: 0,
+    directories: 0,
+    others: 0,
+    readBytes: 0,
+    totalBytes: 0,
+    objectsAdded: 0,
+    addedBytes: 0,
+  }
+}
