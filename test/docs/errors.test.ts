@@ -47,6 +47,11 @@ test('every code in docs/errors.md is in the sources', () => {
   expect(documented.filter((code) => !inCode.has(code) && !named.has(code))).toEqual([])
 })
 
+test('one class has one code, and one code has one class', () => {
+  const codes = sources.flatMap((source) => codesOf(source, [/super\(\s*'([A-Z][A-Z0-9_]*)'/g]))
+  expect(codes.filter((code, index) => codes.indexOf(code) !== index)).toEqual([])
+})
+
 test('docs/errors.md names each code once', () => {
   expect(documented.filter((code, index) => documented.indexOf(code) !== index)).toEqual([])
 })

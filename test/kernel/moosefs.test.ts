@@ -2,9 +2,9 @@ import { mkdirSync, readdirSync } from 'node:fs'
 import { verify } from '@lsync/overlay-merge'
 import type { HostPath } from '@lsync/posix'
 import fc from 'fast-check'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, onTestFinished, test } from 'vitest'
 import { buildTree, dir, file, linkTo, opaque, redirected, removeTree, symlink, whiteout } from '../support/build.ts'
-import { engine } from '../support/engine.ts'
+import { engine, type MergeCase } from '../support/engine.ts'
 import { useFileSystem } from '../support/image.ts'
 import { expectNone } from '../support/matrix.ts'
 import { describeLayers, describeTree, mergeEveryWay, shownAlone, viewOf } from '../support/merging.ts'
@@ -15,9 +15,9 @@ import { type OverlayOptions, plainOptions, withOverlay } from '../support/overl
 import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { mount, run, unmount } from '../support/system.ts'
-import { diffTrees, readTree } from '../support/tree.ts'
+import { diffTrees, outline, readTree } from '../support/tree.ts'
 
-// MooseFS has no chattr flags; what that costs has a test of its own.
+// MooseFS has no chattr flags: a result that needs one is refused, which has tests of its own.
 const anySession = anyOperations(5, 25).map((operations) => operations.filter((operation) => operation.do !== 'chattr'))
 
 const withRedirects: OverlayOptions = { ...plainOptions, redirectDir: 'on', metacopy: true }
@@ -118,6 +118,75 @@ describe.skipIf(!canMountImages() || !needs('MooseFS', hasMooseFs))(
       const view = viewOf({ directory: far, layers, options: withRedirects })
       expect(diffTrees(view, readTree(`${far}/new`), mooseFsLimits)).toEqual([])
       expect(layers.map(readTree)).toEqual(before)
+    })
+
+    describe.each(['MooseFS', 'ramfs'] as const)('chattr flags, which %s lacks, are refused', (kind) => {
+      /** A directory on it, and one on ext4. */
+      const places = () => {
+        const near = disk.current.fresh()
+        if (kind === 'MooseFS') return { near, far: store.current.fresh() }
+        const far = `${near}/ramfs`
+        mkdirSync(far)
+        mount('ramfs', far, 'ramfs', 0, '')
+        onTestFinished(() => void unmount(far))
+        return { near, far }
+      }
+      const expectRefused = async (request: MergeCase, path: string, target: string) => {
+        const layers = [request.upper, ...request.lowers]
+        const before = layers.map(readTree)
+        await expect(engine.merge(request)).rejects.toMatchObject({
+          code: 'TARGET_CANNOT_HOLD',
+          message: expect.stringContaining(`inodeFlags (${path})`),
+          path: target,
+        })
+        expect(layers.map(readTree)).toEqual(before)
+        expect(
+          readdirSync(target.slice(0, target.lastIndexOf('/'))).filter((name) => name.startsWith('.lsync')),
+        ).toEqual([])
+      }
+      const flagged = { marks: { protattr: 'i' } }
+
+      test.each([
+        ['of a file', dir({ d: dir({ f: file('f', flagged) }) }), 'd/f'],
+        ['of a directory', dir({ d: dir({ f: file('f') }, flagged) }), 'd'],
+        ['of a directory whose layer is the only one that has it', dir({ n: dir({}, flagged) }), 'n'],
+      ] as const)('%s that the upper emulates', async (_name, upper, path) => {
+        const { near, far } = places()
+        buildTree(`${near}/u`, upper)
+        const plain = kind === 'MooseFS' ? dir({ d: dir({ g: file('g') }) }) : dir({ d: dir({}) })
+        buildTree(`${far}/l`, plain)
+        buildTree(`${near}/l`, plain)
+        const request = { upper: `${near}/u`, namespace: 'trusted', workers: 0 } as const
+        await expectRefused({ ...request, lowers: [`${far}/l`], mode: 'in-place' }, path, `${far}/l`)
+        const output = `${far}/new`
+        await expectRefused({ ...request, lowers: [`${near}/l`], mode: 'output', output }, path, output)
+        await expectRefused({ ...request, lowers: [`${near}/l`], mode: 'delta', output }, path, output)
+        expect(readdirSync(far)).toEqual(['l'])
+      })
+
+      test.each([
+        ['file', dir({ d: dir({ f: file('f', { flags: 'i' }) }) }), 'd/f'],
+        ['hard-linked file', dir({ d: dir({ f: file('f', { flags: 'a' }), g: linkTo('d/f') }) }), 'd/f'],
+        ['directory', dir({ d: dir({ f: file('f') }, { flags: 'a' }) }), 'd'],
+      ] as const)('of a %s of a lower on another file system', async (_name, lower, path) => {
+        const { near, far } = places()
+        buildTree(`${near}/u`, dir({ new: file('new') }))
+        buildTree(`${near}/l`, lower)
+        const output = `${far}/new`
+        const request = { upper: `${near}/u`, lowers: [`${near}/l`], namespace: 'trusted', workers: 0 } as const
+        await expectRefused({ ...request, mode: 'output', output }, path, output)
+        expect(readdirSync(far)).toEqual([])
+      })
+    })
+
+    test('emulated chattr flags are refused also where the whole merge is renaming', async () => {
+      const far = store.current.fresh()
+      buildTree(`${far}/u`, dir({ f: file('f', { marks: { protattr: 'a' } }) }))
+      buildTree(`${far}/l`, dir({ f: file('old') }))
+      const request = { upper: `${far}/u`, lowers: [`${far}/l`], mode: 'in-place', namespace: 'trusted' } as const
+      await expect(engine.merge(request)).rejects.toMatchObject({ code: 'TARGET_CANNOT_HOLD' })
+      expect(outline(readTree(`${far}/l`))).toEqual({ f: 'old' })
+      expect(readdirSync(far)).toEqual(['l', 'u'])
     })
 
     describe('ACLs, which it has and does not list', () => {

@@ -121,7 +121,7 @@ describe.skipIf(!mayMount)('probe', () => {
     mount('ramfs', path, 'ramfs', 0, '')
     try {
       const report = probe(hostPath(path))
-      expect(lacks(report)).toEqual(expect.arrayContaining(['acls', 'trustedXattrs', 'userXattrs']))
+      expect(lacks(report)).toEqual(expect.arrayContaining(['acls', 'inodeFlags', 'trustedXattrs', 'userXattrs']))
       expect(report.limits.userXattrBytes.value).toBe(0)
       expect(report.canBeOverlayUpper.ok).toBe(false)
       expect(report.canBeOverlayUpper.missing).toEqual(expect.arrayContaining(['trustedXattrs']))
@@ -238,12 +238,12 @@ describe.skipIf(!mayMount || !unprivileged)('probe without privileges', () => {
     )
     expect(unknown.sort()).toEqual(
       who === 'an ordinary user'
-        ? ['devices', 'fanotify', 'fileHandles', 'keepsOwner', 'tmpFiles', 'trustedXattrs'].filter((name) =>
-            unknown.includes(name as Ability),
+        ? ['devices', 'fanotify', 'fileHandles', 'inodeFlags', 'keepsOwner', 'tmpFiles', 'trustedXattrs'].filter(
+            (name) => unknown.includes(name as Ability),
           )
         : unknown,
     )
-    for (const name of ['trustedXattrs', 'fanotify', 'devices', 'keepsOwner'] as const) {
+    for (const name of ['trustedXattrs', 'fanotify', 'devices', 'keepsOwner', 'inodeFlags'] as const) {
       expect(report.abilities[name], name).toMatchObject({
         value: 'unknown',
         reason: expect.stringContaining('needs CAP_'),

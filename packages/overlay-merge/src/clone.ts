@@ -5,6 +5,7 @@ import {
   DT_DIR,
   DT_REG,
   DT_UNKNOWN,
+  type HostPath,
   listXattrs,
   makeDirectory,
   O_DIRECTORY,
@@ -26,6 +27,8 @@ import { addFlags, finishDirectory, inheritsAcls, readMeta, type WriteMetaOption
 import type { Meta } from './model/entry.ts'
 import { isMark, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, type Name, split } from './model/path.ts'
+import { type Need, needsOf } from './plan.ts'
+import { TargetCannotHoldError } from './problems.ts'
 import { typeOf } from './scan.ts'
 
 /** How the new tree gets what does not change. */
@@ -35,6 +38,10 @@ export type CloneMethod = 'moosefs' | 'btrfs' | 'reflink' | 'hardlink' | 'copy'
 export interface CloneContext {
   readonly fromFd: number
   readonly toFd: number
+  /** What errors call the new tree. */
+  readonly target: HostPath
+  /** What its file system cannot hold: the first entry that needs some of it ends the clone. */
+  readonly lacking: readonly Need[]
   readonly method: 'reflink' | 'hardlink' | 'copy'
   /** The clone stays a layer on something: whiteouts and marks stay. Otherwise it is the bottom, where they go. */
   readonly below: boolean
@@ -87,9 +94,12 @@ export function cloneDirectory(context: CloneContext, path: EntryPath, part: Clo
         copyEntry(context, { from, to, name: name as string as Name, path: join(path, name) }, inherits, part)
       }
       const stat = statFd(from)
+      const meta = cloneMeta(context, from, '', stat)
+      const flags = stat.isProtected ? protectionOf(from) : 0
+      assertHeld(context, path, stat, meta, flags)
       inherits ??= inheritsAcls(to)
-      finishDirectory(to, cloneMeta(context, from, '', stat), { dropInheritedAcls: inherits })
-      if (stat.isProtected) part.flagged.push([path, protectionOf(from)])
+      finishDirectory(to, meta, { dropInheritedAcls: inherits })
+      if (flags !== 0) part.flagged.push([path, flags])
       part.counts.directories++
     } finally {
       close(to)
@@ -137,8 +147,10 @@ function copyEntry(context: CloneContext, place: Place, inherits: boolean, part:
     part.groups.push([`${stat.dev}:${stat.ino}`, textOf(path)])
     return
   }
-  const options: WriteMetaOptions = { dropInheritedAcls: inherits, inodeFlags: fileProtection(from, name, stat) }
+  const inodeFlags = fileProtection(from, name, stat)
+  const options: WriteMetaOptions = { dropInheritedAcls: inherits, inodeFlags }
   const meta = cloneMeta(context, from, name, stat)
+  assertHeld(context, path, stat, meta, inodeFlags)
   copyObject({ fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }, to, name, options)
   part.counts.objects++
   part.counts.bytes += stat.sizeBytes
@@ -154,11 +166,14 @@ export function copyLinked(context: CloneContext, path: EntryPath): number {
     withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) => {
       const stat = statAt(from, name)
       const meta = cloneMeta(context, from, name, stat)
+      const flags = fileProtection(from, name, stat)
+      assertHeld(context, path, stat, meta, flags)
+      if (context.lacking.includes('hardLinks')) throw cannotHold(context, 'hardLinks', path)
       const before = statFd(to)
       const request = { fromDir: from, from: name, stat, meta, reflink: context.method === 'reflink' }
       copyObject(request, to, name, { dropInheritedAcls: inheritsAcls(to) })
       restoreTimes(to, before)
-      return fileProtection(from, name, stat)
+      return flags
     }),
   )
 }
@@ -167,6 +182,26 @@ export function copyLinked(context: CloneContext, path: EntryPath): number {
 export function protect(context: CloneContext, path: EntryPath, flags: number): void {
   const { parent, name } = split(path)
   withFd(openBeneath(context.toFd, parent, O_DIRECTORY | O_NOFOLLOW), (to) => addFlags(to, name, flags))
+}
+
+// The tree is built where nobody sees it yet, so that nothing is left of a clone that is refused.
+function assertHeld(
+  { lacking, ...context }: CloneContext,
+  path: EntryPath,
+  stat: Stat,
+  meta: Meta,
+  flags: number,
+): void {
+  if (lacking.length === 0) return
+  const attributes = meta.xattrs.map(({ name }) => name)
+  const needs: Need[] = stat.isWhiteoutDevice ? ['whiteouts'] : needsOf(stat, attributes)
+  if (flags !== 0) needs.push('inodeFlags')
+  const need = needs.find((one) => lacking.includes(one))
+  if (need !== undefined) throw cannotHold(context, need, path)
+}
+
+function cannotHold({ target }: Pick<CloneContext, 'target'>, what: Need, path: EntryPath): TargetCannotHoldError {
+  return new TargetCannotHoldError(target, [{ what, path }])
 }
 
 function restoreTimes(fd: number, stat: Stat): void {

@@ -35,12 +35,13 @@ import { isMark } from './model/marks.ts'
 import { type EntryPath, join, ROOT, split } from './model/path.ts'
 import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
 import { addTo } from './multimap.ts'
-import type { PlanContext, PlanCounts } from './plan.ts'
+import type { Need, PlanContext, PlanCounts } from './plan.ts'
 import { openTemporaryPlan, type Planned, type Progress, planStack } from './planning.ts'
 import { Pool, takeShare } from './pool.ts'
+import { OutputExistsError } from './problems.ts'
 import { type RecoverOptions, recoverBefore } from './recover.ts'
 import { OpenSources, resolve } from './resolve.ts'
-import { assertHolds, assertMergeable, assertNotEmptied, type Loss } from './safety.ts'
+import { assertHolds, assertMergeable, assertNotEmptied, type Holding, type Loss } from './safety.ts'
 import { hasManyEntries, type Layer } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
 import type { Job, WorkInit } from './work.ts'
@@ -100,13 +101,6 @@ export class IndexBelowError extends LsyncError {
       path,
       hint: 'merge to a new version with --output',
     })
-  }
-}
-
-/** The tree to make is there already. */
-export class OutputExistsError extends LsyncError {
-  constructor(path: HostPath) {
-    super('OUTPUT_EXISTS', `${printable(path)} exists`, { path, hint: 'name a path that does not exist yet' })
   }
 }
 
@@ -288,7 +282,10 @@ async function mergeInPlace({ request, stack, index, pool }: Run): Promise<Part>
       writer: await journal.write(header),
       accept: (root, needs) => {
         if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
-        if (!rename) losses = assertHolds(isBeside(journal, base.fd) ? journal.path : base.path, base.path, needs)
+        const site = isBeside(journal, base.fd) ? journal.path : base.path
+        if (!rename) losses = assertHolds(site, base.path, needs).losses
+        // What is renamed is there already, but for flags that only the view has so far.
+        else if (needs.has('inodeFlags')) assertHolds(site, base.path, onlyFlags(needs))
       },
       ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
     })
@@ -312,6 +309,10 @@ async function mergeInPlace({ request, stack, index, pool }: Run): Promise<Part>
   } finally {
     journal.close()
   }
+}
+
+function onlyFlags(needs: ReadonlyMap<Need, EntryPath>): Map<Need, EntryPath> {
+  return new Map([...needs].filter(([need]) => need === 'inodeFlags'))
 }
 
 /** Applies, makes durable, uses up the upper, and removes the journal. Also the second half of a recovery. */
@@ -349,7 +350,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
   let treeFd: number | undefined
   let isUnprotected = false
   try {
-    let losses: readonly Loss[] = []
+    let holding: Holding = { losses: [], lacking: [] }
     const planned = await planStack({
       stack,
       rename: false,
@@ -359,7 +360,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
         const base = stack.layers.at(-1) as OpenStack['layers'][number]
         if (request.allowEmpty !== true && !stack.below) assertNotEmptied(root, base.fd, target)
         // The tree is built in the journal; what a crash leaves of the probe goes with it.
-        losses = assertHolds(journal.path, target, needs)
+        holding = assertHolds(journal.path, target, needs)
       },
       ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
     })
@@ -371,7 +372,8 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
     else makeDirectory(journal.fd, TREE, 0o700)
     treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    if (clone !== 'moosefs' && clone !== 'btrfs') await cloneBase(request, stack, treeFd, pool, clone)
+    if (clone !== 'moosefs' && clone !== 'btrfs')
+      await cloneBase(request, stack, { fd: treeFd, path: target, lacking: holding.lacking }, pool, clone)
     journal.prepare(treeFd)
     const execution: Execution = {
       stack,
@@ -392,7 +394,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     protectRoot(journal, planned.plan, treeFd)
     isUnprotected = false
     journal.remove()
-    return { mode: request.mode, target, clone, counts: planned.counts, losses }
+    return { mode: request.mode, target, clone, counts: planned.counts, losses: holding.losses }
   } catch (error) {
     // Nobody has seen any of it: the old state is the only state. Or all is there but the flags of the root, which
     // recovering adds.
@@ -447,12 +449,20 @@ export function publish(journal: Journal, target: HostPath): void {
 async function cloneBase(
   request: MergeRequest,
   stack: OpenStack,
-  toFd: number,
+  to: { fd: number; path: HostPath; lacking: readonly Need[] },
   pool: Pool,
   method: CloneContext['method'],
 ): Promise<void> {
   const base = stack.layers.at(-1) as OpenStack['layers'][number]
-  const clone = { fromFd: base.fd, toFd, method, below: stack.below, plain: request.plain === true }
+  const clone = {
+    fromFd: base.fd,
+    toFd: to.fd,
+    target: to.path,
+    lacking: to.lacking,
+    method,
+    below: stack.below,
+    plain: request.plain === true,
+  }
   pool.prepare({ stack: stackInit(stack), clone })
   const pending: EntryPath[] = [ROOT]
   const groups = new Map<string, EntryPath[]>()

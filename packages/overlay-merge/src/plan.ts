@@ -99,6 +99,7 @@ export type Need = Extract<
   | 'acls'
   | 'keepsOwner'
   | 'keepsSetuid'
+  | 'inodeFlags'
 >
 
 /** One thing that could not be planned. Paths are of the merged view. */
@@ -250,6 +251,7 @@ class DirectoryPlanner {
     const dropped = marksToDrop(top.attributes, marks).map(textOf)
     this.#count(common.was, stat.sizeBytes)
     const flags = protectedFlags(indexFd, index, top.attributes, marks)
+    this.#needFlags(flags, join(alias.directory, alias.name))
     const more: Pick<PlaceStep, 'flags' | 'metacopy' | 'data' | 'set'> = flags === 0 ? {} : { flags }
     const to = join(alias.directory, alias.name)
     const data = top.metacopy === undefined ? undefined : this.#dataOf(alias)
@@ -396,6 +398,7 @@ class DirectoryPlanner {
         const cleaned = cleanRecord(fd, current, layer.marks, pending)
         if (cleaned === undefined) return false
         objects += cleaned.objects
+        this.#needFlags(cleaned.anyFlags, path)
         if (cleaned.record !== undefined) clean.push(cleaned.record)
         // An immutable directory cannot be renamed: its own flags wait until it has arrived.
         if (current === source.path) flags = cleaned.flags
@@ -442,6 +445,7 @@ class DirectoryPlanner {
     if (stat !== undefined) flags |= fileProtection(parent, name, stat)
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
+    this.#needFlags(flags, path)
     if (stat !== undefined && !this.#context.rename) this.#needsOf(path, parent, top, stat)
     if (this.#context.portable && stat !== undefined) step.expect = expectationOf(stat)
     if (!this.#context.rename && stat !== undefined && stat.nlink > 1) {
@@ -510,20 +514,13 @@ class DirectoryPlanner {
     if (!this.#part.needs.has(need)) this.#part.needs.set(need, path)
   }
 
+  #needFlags(flags: number, path: EntryPath): void {
+    if (flags !== 0) this.#need('inodeFlags', path)
+  }
+
   #needsOf(path: EntryPath, dirfd: number, top: RawEntry, stat: Stat): void {
-    if (top.type === DT_CHR || top.type === DT_BLK) this.#need('devices', path)
-    else if (top.type === DT_FIFO) this.#need('fifos', path)
-    else if (top.type === DT_SOCK) this.#need('sockets', path)
-    else if (top.type === DT_LNK) this.#need('symlinks', path)
-    if ((stat.permissions & 0o6000) !== 0) this.#need('keepsSetuid', path)
-    if (stat.uid !== process.geteuid?.() || stat.gid !== process.getegid?.()) this.#need('keepsOwner', path)
-    for (const attribute of top.attributes) {
-      if (attribute.startsWith('user.')) this.#need('userXattrs', path)
-      else if (attribute.startsWith('trusted.') && !attribute.startsWith('trusted.overlay.')) {
-        this.#need('trustedXattrs', path)
-      } else if (attribute.startsWith('system.posix_acl_')) this.#need('acls', path)
-    }
-    if (hiddenAcls(dirfd, top.name, top.attributes).length > 0) this.#need('acls', path)
+    const hidden = hiddenAcls(dirfd, top.name, top.attributes).map(({ name }) => name)
+    for (const need of needsOf(stat, [...top.attributes, ...hidden])) this.#need(need, path)
   }
 
   // A directory of a million names is many records, so that none has to be held whole when it is carried out.
@@ -557,8 +554,40 @@ class DirectoryPlanner {
     const emulated = isEmulated ? protectedFlags(fd, '', [marks.protattr], marks) : 0
     const flags = emulated | (stat.isProtected ? protectionOf(fd) : 0)
     if (flags !== 0) record.flags = flags
+    this.#needFlags(flags, directory.path)
+    if (!this.#context.rename) {
+      for (const need of needsOf(
+        stat,
+        meta.xattrs.map(({ name }) => name),
+      )) {
+        this.#need(need, directory.path)
+      }
+    }
     return record
   }
+}
+
+/** What an inode with these attributes needs of the file system that it is copied to, its inode flags aside. */
+export function needsOf(stat: Stat, attributes: readonly ByteString[]): Need[] {
+  const needs: Need[] = []
+  const special = SPECIAL_NEEDS[typeOf(stat)]
+  if (special !== undefined) needs.push(special)
+  if ((stat.permissions & 0o6000) !== 0) needs.push('keepsSetuid')
+  if (stat.uid !== process.geteuid?.() || stat.gid !== process.getegid?.()) needs.push('keepsOwner')
+  for (const attribute of attributes) {
+    if (attribute.startsWith('user.')) needs.push('userXattrs')
+    else if (attribute.startsWith('system.posix_acl_')) needs.push('acls')
+    else if (attribute.startsWith('trusted.') && !attribute.startsWith('trusted.overlay.')) needs.push('trustedXattrs')
+  }
+  return needs
+}
+
+const SPECIAL_NEEDS: Readonly<Record<number, Need>> = {
+  [DT_CHR]: 'devices',
+  [DT_BLK]: 'devices',
+  [DT_FIFO]: 'fifos',
+  [DT_SOCK]: 'sockets',
+  [DT_LNK]: 'symlinks',
 }
 
 /** The marks among some attributes: what does not belong into a result. */
@@ -587,7 +616,7 @@ function cleanRecord(
   path: EntryPath,
   marks: MarkNames,
   pending: EntryPath[],
-): { record?: CleanRecord; objects: number; flags: number } | undefined {
+): { record?: CleanRecord; objects: number; flags: number; anyFlags: number } | undefined {
   const whiteouts: string[] = []
   const drop: [string, string[]][] = []
   const flags: [string, number][] = []
@@ -617,7 +646,7 @@ function cleanRecord(
       clean(name, entry.attributes)
     }
   }
-  if (whiteouts.length === 0 && drop.length === 0) return { objects, flags: 0 }
+  if (whiteouts.length === 0 && drop.length === 0) return { objects, flags: 0, anyFlags: 0 }
   const record: CleanRecord = { type: 'clean', upper: textOf(path) }
   if (drop.length > 0) record.drop = drop
   if (flags.length > 0 || ownFlags !== 0) record.flags = flags
@@ -626,5 +655,5 @@ function cleanRecord(
     record.whiteouts = whiteouts
     record.times = [String(stat.atimeNs), String(stat.mtimeNs)]
   }
-  return { record, objects, flags: ownFlags }
+  return { record, objects, flags: ownFlags, anyFlags: ownFlags | (flags[0]?.[1] ?? 0) }
 }

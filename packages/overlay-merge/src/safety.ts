@@ -23,7 +23,7 @@ import { journalPathOf } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
 import type { DirectoryRecord, MergeMode } from './model/plan.ts'
 import type { Need } from './plan.ts'
-import { IndexNeededError } from './problems.ts'
+import { IndexNeededError, PrivilegeMissingError, SubmountError, TargetCannotHoldError } from './problems.ts'
 import type { OpenStack } from './stack.ts'
 
 /** A layer is part of a live mount, where the kernel leaves changes from outside undefined. */
@@ -38,37 +38,6 @@ export class RootsNestedError extends LsyncError {
   constructor(inner: string, outer: string) {
     const relation = inner === outer ? 'is named twice' : `lies inside ${printable(outer)}`
     super('ROOTS_NESTED', `${printable(inner)} ${relation}`, { path: inner, hint: 'name separate directories' })
-  }
-}
-
-/** Marks that this process cannot see would be read as absent. */
-export class PrivilegeMissingError extends LsyncError {
-  constructor(what: string, hint: string) {
-    super('PRIVILEGE_MISSING', what, { hint })
-  }
-}
-
-/** A mount inside a layer hides what overlayfs shows there. */
-export class SubmountError extends LsyncError {
-  constructor(path: string) {
-    super('SUBMOUNT_IN_LAYER', `something is mounted on ${printable(path)}, inside a layer`, {
-      path,
-      hint: `unmount it: the kernel's view shows the directory beneath`,
-    })
-  }
-}
-
-/** The target's file system cannot hold what the result needs. `losses` name each ability and the first path. */
-export class TargetCannotHoldError extends LsyncError {
-  readonly losses: readonly { readonly what: Need; readonly path: EntryPath }[]
-
-  constructor(target: HostPath, losses: readonly { readonly what: Need; readonly path: EntryPath }[]) {
-    const list = losses.map(({ what, path }) => `${what} (${printable(path) || 'the root'})`).join(', ')
-    super('TARGET_CANNOT_HOLD', `${printable(target)} cannot hold: ${list}`, {
-      path: target,
-      hint: 'choose a target on another file system, or export the layer in portable form (`lsync layer export`)',
-    })
-    this.losses = losses
   }
 }
 
@@ -110,10 +79,7 @@ export interface MergeSite {
 export function assertMergeable(site: MergeSite): void {
   const { upper, lowers, data, stack, target, workdir } = site
   if (stack.namespace === 'trusted' && !seesTrustedXattrs()) {
-    throw new PrivilegeMissingError(
-      'trusted.overlay.* marks are invisible without CAP_SYS_ADMIN in the initial user namespace',
-      'run as root, or say --namespace user for layers of a userxattr mount',
-    )
+    throw new PrivilegeMissingError(upper)
   }
   const layers = [upper, ...lowers, ...data]
   assertSeparate(layers, site.mode === 'in-place' ? undefined : target)
@@ -198,16 +164,34 @@ export interface Loss {
   readonly why: string
 }
 
+const NEEDS: readonly Need[] = [
+  'whiteouts',
+  'devices',
+  'fifos',
+  'sockets',
+  'symlinks',
+  'hardLinks',
+  'userXattrs',
+  'trustedXattrs',
+  'acls',
+  'keepsOwner',
+  'keepsSetuid',
+  'inodeFlags',
+]
+
+/** What a target was found to be like. */
+export interface Holding {
+  readonly losses: readonly Loss[]
+  /** What its file system cannot hold; nothing of it is needed so far. */
+  readonly lacking: readonly Need[]
+}
+
 /**
  * Refuses a target whose file system lacks something that the result needs, before anything is written, and names what
  * it keeps only nearly.
  * @throws {TargetCannotHoldError}
  */
-export function assertHolds(
-  directory: HostPath,
-  target: HostPath,
-  needs: ReadonlyMap<Need, EntryPath>,
-): readonly Loss[] {
+export function assertHolds(directory: HostPath, target: HostPath, needs: ReadonlyMap<Need, EntryPath>): Holding {
   const { abilities, limits } = probe(directory)
   const lacking = [...needs].filter(([need]) => abilities[need].value === false)
   if (lacking.length > 0) {
@@ -224,7 +208,7 @@ export function assertHolds(
   if (abilities.timesBefore1970.value === false) losses.push({ what: 'times before 1970', why: 'not kept' })
   if (abilities.timesAfter2106.value === false) losses.push({ what: 'times after 2106', why: 'not kept' })
   if (abilities.sparseFiles.value === false) losses.push({ what: 'holes', why: 'files are stored in full' })
-  return losses
+  return { losses, lacking: NEEDS.filter((need) => abilities[need].value === false) }
 }
 
 /** Refuses a plan after which the root of the result has no entry although it had one before. */

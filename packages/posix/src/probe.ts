@@ -23,7 +23,15 @@ import {
   tryRename,
   unlink,
 } from './links.ts'
-import { setModeAt, setOwner, setTimes } from './metadata.ts'
+import {
+  FS_APPEND_FL,
+  FS_IMMUTABLE_FL,
+  getInodeFlags,
+  setInodeFlags,
+  setModeAt,
+  setOwner,
+  setTimes,
+} from './metadata.ts'
 import { createOverlay, type MountOptions, mountOverlay, type OverlayStack, unmount } from './mount.ts'
 import { type Mount, mountOf, pathOfFd } from './mountinfo.ts'
 import {
@@ -87,6 +95,8 @@ export type Ability =
   | 'timesAfter2106'
   | 'keepsOwner'
   | 'keepsSetuid'
+  /** The immutable and append-only flags of chattr(1). */
+  | 'inodeFlags'
   | 'sparseFiles'
   | 'seekHole'
   /** Names may hold any byte but `/` and NUL: no UTF-8, control characters. */
@@ -221,6 +231,7 @@ function experiment(bench: Bench, privileges: Privileges, fileSystem: FileSystem
     timesAfter2106: tried((fd) => keepsSeconds(fd, 1n << 33n)),
     keepsOwner: tried(keepsOwner, owner),
     keepsSetuid: tried(keepsSetuid),
+    inodeFlags: tried(keepsInodeFlags, capability('CAP_LINUX_IMMUTABLE', privileges)),
     sparseFiles: tried((fd) => withHole(fd, (file) => statFd(file).blocks * 512 < SPARSE_BYTES)),
     seekHole: tried((fd) => withHole(fd, (file) => (nextData(file, 0)?.start ?? 0) > 0)),
     byteNames: tried((fd) => comesBack(fd, BYTE_NAME) && comesBack(fd, CONTROL_NAME)),
@@ -254,7 +265,7 @@ interface Need {
   readonly name: string
 }
 
-function capability(name: 'CAP_CHOWN' | 'CAP_MKNOD', privileges: Privileges): Need {
+function capability(name: 'CAP_CHOWN' | 'CAP_MKNOD' | 'CAP_LINUX_IMMUTABLE', privileges: Privileges): Need {
   return {
     has: privileges.initialUserNamespace && hasCapability(name),
     name: `${name} in the initial user namespace`,
@@ -347,6 +358,17 @@ function keepsAcl(fd: number): boolean {
   const attribute = 'system.posix_acl_access' as ByteString
   setXattr(fd, name, attribute, ACL)
   return getXattr(fd, name, attribute)?.equals(ACL) === true
+}
+
+// Of a file without a name, so that nothing immutable stays behind when this is cut short.
+function keepsInodeFlags(fd: number): boolean {
+  const name = makeFile(fd)
+  return withFd(openat(fd, name, O_RDONLY | O_NOFOLLOW), (file) => {
+    unlink(fd, name)
+    const flags = FS_IMMUTABLE_FL | FS_APPEND_FL
+    setInodeFlags(file, getInodeFlags(file) | flags)
+    return (getInodeFlags(file) & flags) === flags
+  })
 }
 
 function keepsNode(fd: number, type: number, device: number): boolean {

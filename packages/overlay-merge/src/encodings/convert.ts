@@ -33,10 +33,10 @@ import { removeTree } from '../effects.ts'
 import type { Meta } from '../model/entry.ts'
 import { isMark, MARKS, type Namespace } from '../model/marks.ts'
 import type { EntryPath } from '../model/path.ts'
+import { OutputExistsError, PrivilegeMissingError } from '../problems.ts'
 import { aufsTreeForm, readAufsTree } from './aufs.ts'
 import { ReaderGoneError } from './chunk-queue.ts'
 import { type Compression, compress } from './compression.ts'
-import { TargetExistsError, TrustedXattrsHiddenError } from './errors.ts'
 import { openDirectory, openNew, readMeta } from './inode.ts'
 import { type ItemOrder, type LayerItem, type Loss, translateItem } from './item.ts'
 import { kernelTreeForm, readKernelLayer } from './kernel.ts'
@@ -207,7 +207,7 @@ class Conversion {
     const slash = to.replace(/\/+$/, '').lastIndexOf('/')
     const name = to.replace(/\/+$/, '').slice(slash + 1) as ByteString
     const parent = (slash < 0 ? '.' : slash === 0 ? '/' : to.slice(0, slash)) as HostPath
-    if (name === '' || name === '.' || name === '..') throw new TargetExistsError(to)
+    if (name === '' || name === '.' || name === '..') throw new OutputExistsError(to)
     if (typeof from === 'string') refuseInside(from, parent, to)
     const parentFd = openRoot(parent)
     try {
@@ -366,7 +366,7 @@ class Conversion {
     }
     if (typeof from !== 'string') throw new TypeError(`the form ${fromForm} is a directory, not a stream`)
     const marks = namespaceOf(fromForm, namespace)
-    if (marks === 'trusted' && !seesTrustedXattrs()) throw new TrustedXattrsHiddenError(from)
+    if (marks === 'trusted' && !seesTrustedXattrs()) throw new PrivilegeMissingError(from)
     const fd = openRoot(from)
     try {
       yield* this.#treeItems(fd, marks)
@@ -485,7 +485,7 @@ function refuseInside(from: HostPath, parent: HostPath, to: HostPath): void {
 function checkFree(parentFd: number, name: ByteString, to: HostPath, isTree: boolean): void {
   const stat = tryStatAt(parentFd, name)
   if (stat === undefined) return
-  if (!isTree || !stat.isDirectory || !isEmptyDirectory(parentFd, name)) throw new TargetExistsError(to)
+  if (!isTree || !stat.isDirectory || !isEmptyDirectory(parentFd, name)) throw new OutputExistsError(to)
 }
 
 function isEmptyDirectory(parentFd: number, name: ByteString): boolean {
@@ -507,6 +507,6 @@ function moveInPlace(scratchFd: number, parentFd: number, name: ByteString, to: 
     checkFree(parentFd, name, to, isTree)
     code = tryRename(scratchFd, RESULT, parentFd, name)
   }
-  if (code === 'EEXIST' || code === 'ENOTEMPTY') throw new TargetExistsError(to)
+  if (code === 'EEXIST' || code === 'ENOTEMPTY') throw new OutputExistsError(to)
   if (code !== undefined) throw new PosixError(code, { syscall: 'renameat2', path: to })
 }

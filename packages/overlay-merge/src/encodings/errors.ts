@@ -37,16 +37,6 @@ export class MarkInvalidError extends LsyncError {
   }
 }
 
-/** Another file system is mounted inside the layer; overlayfs would show the directory beneath it. */
-export class LayerSubmountError extends LsyncError {
-  constructor(path: string) {
-    super('SUBMOUNT_IN_LAYER', `${printable(path)} is a mount point inside the layer`, {
-      path,
-      hint: 'unmount it, or bind-mount the layer elsewhere (mount --bind leaves submounts out) and use that',
-    })
-  }
-}
-
 /** A file or directory is not what it was when it was listed. */
 export class LayerChangedError extends LsyncError {
   constructor(path: string) {
@@ -75,37 +65,5 @@ export class LimitExceededError extends LsyncError {
       path,
       hint: `raise ${limit} if you trust the archive`,
     })
-  }
-}
-
-/** The result's place is taken. */
-export class TargetExistsError extends LsyncError {
-  constructor(path: string) {
-    super('OUTPUT_EXISTS', `${printable(path)} exists already`, { path, hint: 'remove it, or name another target' })
-  }
-}
-
-/** The target's file system (or the caller's privilege) cannot hold an owner, attribute or node. */
-export class TargetCannotHoldError extends LsyncError {
-  constructor(path: string, what: string, cause: unknown) {
-    super('TARGET_CANNOT_HOLD', `${printable(path) || 'the layer root'}: the target cannot hold ${what}`, {
-      path,
-      hint: 'run as root on another file system, use the portable form, or allow losses (--lossy)',
-      cause,
-    })
-  }
-}
-
-/** `trusted.*` attributes are invisible here, without a word from the kernel: every opaque directory would be missed. */
-export class TrustedXattrsHiddenError extends LsyncError {
-  constructor(path: string) {
-    super(
-      'PRIVILEGE_MISSING',
-      'trusted.* attributes cannot be seen without CAP_SYS_ADMIN in the initial user namespace',
-      {
-        path,
-        hint: 'run as root on the host, or use the namespace `user` if the layer was mounted with userxattr',
-      },
-    )
   }
 }

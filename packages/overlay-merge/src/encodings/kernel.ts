@@ -138,7 +138,7 @@ export function readRootInode(fd: number): RawInode & { kind: 'directory' } {
  * names of one directory per level. `rootFd` stays the caller's; several readers may run at once.
  *
  * `trusted.*` attributes are invisible without CAP_SYS_ADMIN, silently: the caller checks for it first.
- * @throws {MarkInvalidError | LayerSubmountError | PosixError}
+ * @throws {MarkInvalidError | SubmountError | PosixError}
  */
 export function readKernelLayer(
   rootFd: number,

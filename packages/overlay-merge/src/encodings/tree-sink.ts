@@ -24,7 +24,8 @@ import {
 import type { Entry, Meta, Xattr } from '../model/entry.ts'
 import type { Namespace } from '../model/marks.ts'
 import { type EntryPath, isWithin, type Name, ROOT, split } from '../model/path.ts'
-import { LayerChangedError, LayerEntryRefusedError, TargetCannotHoldError } from './errors.ts'
+import { TargetCannotHoldError } from '../problems.ts'
+import { LayerChangedError, LayerEntryRefusedError } from './errors.ts'
 import {
   ACL_ACCESS,
   ACL_DEFAULT,
@@ -269,7 +270,7 @@ export class TreeSink implements LayerSink {
     } catch (error) {
       if (!isCannot(error)) throw error
       if (this.#options.lossy !== true) {
-        throw new TargetCannotHoldError(entry.path, whatOf(error as PosixError, meta), error)
+        throw cannotHold(entry.path, whatOf(error as PosixError, meta), error)
       }
       this.#writeMetaPiecewise(dirfd, name, kind, meta, entry.path)
     }
@@ -296,7 +297,7 @@ export class TreeSink implements LayerSink {
       return true
     } catch (error) {
       if (!isCannot(error)) throw error
-      if (this.#options.lossy !== true) throw new TargetCannotHoldError(path, what, error)
+      if (this.#options.lossy !== true) throw cannotHold(path, what, error)
       this.#options.onLoss?.({ path, what })
       return false
     }
@@ -330,4 +331,9 @@ export function reportProtattr(item: LayerItem, options: { readonly onLoss?: (lo
   if (item.protattr === undefined) return
   const letters = Buffer.from(item.protattr).toString('latin1')
   options.onLoss?.({ path: item.entry.path, what: `flags of the view (chattr +${letters})` })
+}
+
+function cannotHold(path: EntryPath, what: string, cause: unknown): TargetCannotHoldError {
+  const hint = 'run as root on another file system, use the portable form, or allow losses (--lossy)'
+  return new TargetCannotHoldError(undefined, [{ what, path }], { hint, cause })
 }

@@ -9,7 +9,7 @@ import {
   statFd,
 } from '@lsync/posix'
 import { type EntryPath, join, ROOT } from '../model/path.ts'
-import { LayerSubmountError } from './errors.ts'
+import { SubmountError } from '../problems.ts'
 import { openDirectory } from './inode.ts'
 import type { LayerItem } from './item.ts'
 
@@ -83,9 +83,9 @@ export class MountGuard {
     this.#mountId = statFd(rootFd).mountId
   }
 
-  /** @throws {LayerSubmountError} */
+  /** @throws {SubmountError} */
   check(path: EntryPath, stat: Stat): void {
-    if (stat.mountId !== this.#mountId) throw new LayerSubmountError(path)
+    if (stat.mountId !== this.#mountId) throw new SubmountError(path)
   }
 }
 
