@@ -12,22 +12,44 @@ import { runs, timeLimit } from '../support/runs.ts'
 import { diffTrees, type Node, readTree, type Tree } from '../support/tree.ts'
 
 /**
- * A layer without what means nothing: owner, mode, time and attributes of whiteouts, and their form; and a redirect of a
- * file to its own path, which one of several names of a metacopy needs for the sake of the others.
+ * A layer without what means nothing: owner, mode, time and attributes of whiteouts, and their form; and the redirects of
+ * metacopies as the path in what lies below that they come to. One inode with several names has an absolute redirect for
+ * the sake of all of them, where a single name needs none.
  */
 function meaning(tree: Tree): Tree {
+  const origins = new Map<string, string | undefined>()
   return new Map(
     [...tree].map(([path, node]): [string, Node] => {
+      const origin = originOf(path, node, origins)
+      if (node.type === 'directory') origins.set(path, origin)
       if (isWhiteout(node)) return [path, { ...node, ...emptyMeta }]
-      const xattrs = [...node.xattrs].filter(
-        ([name, value]) =>
-          node.type !== 'file' ||
-          !name.endsWith('.overlay.redirect') ||
-          value !== Buffer.from(`/${path}`, 'latin1').toString('hex'),
-      )
-      return [path, { ...node, xattrs: new Map(xattrs) }]
+      const metacopy = [...node.xattrs.keys()].find((name) => METACOPIES.has(name))
+      if (metacopy === undefined) return [path, node]
+      const xattrs = new Map(node.xattrs)
+      return [path, { ...node, xattrs: xattrs.set(metacopy.replace('metacopy', 'redirect'), String(origin)) }]
     }),
   )
+}
+
+const METACOPIES: ReadonlySet<string> = new Set(['trusted.overlay.metacopy', 'user.overlay.metacopy'])
+
+/** With what of the layers below a name merges; directories come before what is in them. */
+function originOf(
+  path: string,
+  { xattrs }: Node,
+  origins: ReadonlyMap<string, string | undefined>,
+): string | undefined {
+  if (path === '') return ''
+  const mark = (name: string) => {
+    const value = xattrs.get(`trusted.overlay.${name}`) ?? xattrs.get(`user.overlay.${name}`)
+    return value === undefined ? undefined : Buffer.from(value, 'hex').toString('latin1')
+  }
+  if (mark('opaque') === 'y') return undefined
+  const slash = path.lastIndexOf('/')
+  const redirect = mark('redirect') ?? path.slice(slash + 1)
+  if (redirect.startsWith('/')) return redirect
+  const above = origins.get(path.slice(0, Math.max(0, slash)))
+  return above === undefined ? undefined : `${above}/${redirect}`
 }
 
 // The kernel emulates chattr flags for the upper of a mount alone, so whose flags count depends on what is the upper.
@@ -187,5 +209,22 @@ describe.skipIf(!canMountImages())('the algebra of merging', () => {
     const one: Tree = new Map([['w', node]])
     expect(diffTrees(meaning(one), meaning(new Map([['w', { ...node, mode: 0o600, mtimeNs: 2n }]])))).toEqual([])
     expect(diffTrees(meaning(one), meaning(new Map([['w', { ...node, rdev: 1 }]])))).not.toEqual([])
+  })
+
+  test('a redundant redirect of a metacopy is no difference, and one to another place is', () => {
+    const hex = (text: string) => Buffer.from(text, 'latin1').toString('hex')
+    const layer = (redirect?: string): Tree => {
+      const common = { mode: 0, uid: 0, gid: 0, mtimeNs: 1n, nlink: 1, flags: '' }
+      const marks = redirect === undefined ? [] : [['trusted.overlay.redirect', hex(redirect)] as const]
+      return new Map([
+        ['', { ...common, type: 'directory', xattrs: new Map() }],
+        ['g', { ...common, type: 'directory', xattrs: new Map([['trusted.overlay.redirect', hex('a')]]) }],
+        ['g/f', { ...common, type: 'file', xattrs: new Map([['trusted.overlay.metacopy', ''], ...marks]) }],
+      ])
+    }
+    expect(diffTrees(meaning(layer()), meaning(layer('/a/f')))).toEqual([])
+    expect(diffTrees(meaning(layer('f')), meaning(layer('/a/f')))).toEqual([])
+    expect(diffTrees(meaning(layer()), meaning(layer('/g/f')))).not.toEqual([])
+    expect(diffTrees(meaning(layer()), meaning(layer('h')))).not.toEqual([])
   })
 })
