@@ -13,12 +13,12 @@ export function buildCli(): void {
     stdio: ['ignore', 'ignore', 'inherit'],
   })
   if (status !== 0) throw new Error(`rolldown ended with ${status}`)
-  fillCache(`${cli}/dist`)
+  fillCache(cli)
 }
 
 /** A merge leaves the code that it compiled in dist/cache, where the next one finds it. */
-function fillCache(dist: string): void {
-  mkdirSync(`${dist}/cache`, { mode: 0o755 })
+function fillCache(cli: string): void {
+  mkdirSync(`${cli}/dist/cache`, { mode: 0o755 })
   const layers = mkdtempSync(join(tmpdir(), 'lsync-build-'))
   try {
     const [upper, lower] = ['upper', 'lower'].map((name) => join(layers, name)) as [string, string]
@@ -26,7 +26,7 @@ function fillCache(dist: string): void {
     for (const path of [upper, lower, join(upper, 'new'), join(upper, 'both')]) writeFileSync(join(path, 'file'), path)
     const merge = ['merge', '--upper', upper, '--lower', lower, '--namespace', 'user', '--in-place', '--yes']
     // Without a cache everything works, only later.
-    spawnSync(process.execPath, [`${dist}/main.js`, ...merge], { stdio: 'ignore' })
+    spawnSync(`${cli}/bin/lsync`, merge, { stdio: 'ignore' })
   } finally {
     rmSync(layers, { recursive: true })
   }

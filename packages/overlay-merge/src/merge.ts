@@ -41,7 +41,7 @@ import { Pool, takeShare } from './pool.ts'
 import { OutputExistsError } from './problems.ts'
 import { type RecoverOptions, recoverBefore } from './recover.ts'
 import { OpenSources, resolve } from './resolve.ts'
-import { assertHolds, assertMergeable, assertNotEmptied, type Holding, type Loss } from './safety.ts'
+import { assertHolds, assertMergeable, type Holding, type Loss } from './safety.ts'
 import { hasManyEntries, type Layer } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
 import type { Job, WorkInit } from './work.ts'
@@ -281,7 +281,7 @@ async function mergeInPlace({ request, stack, index, pool }: Run): Promise<Part>
       pool,
       writer: await journal.write(header),
       accept: (root, needs) => {
-        if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
+        if (request.allowEmpty !== true) root.assertNotEmptied(base.fd, base.path)
         const site = isBeside(journal, base.fd) ? journal.path : base.path
         if (!rename) losses = assertHolds(site, base.path, needs).losses
         // What is renamed is there already, but for flags that only the view has so far.
@@ -358,7 +358,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
       writer: await journal.write(header),
       accept: (root, needs) => {
         const base = stack.layers.at(-1) as OpenStack['layers'][number]
-        if (request.allowEmpty !== true && !stack.below) assertNotEmptied(root, base.fd, target)
+        if (request.allowEmpty !== true && !stack.below) root.assertNotEmptied(base.fd, target)
         // The tree is built in the journal; what a crash leaves of the probe goes with it.
         holding = assertHolds(journal.path, target, needs)
       },

@@ -50,7 +50,16 @@ import {
   type Source,
   type Stack,
 } from './resolve.ts'
-import { inspect, type Layer, openLayerDirectory, type RawEntry, sortedDirents, typeOf } from './scan.ts'
+import {
+  inspect,
+  type Layer,
+  type NameRange,
+  nameRanges,
+  openLayerDirectory,
+  type RawEntry,
+  sortedDirents,
+  typeOf,
+} from './scan.ts'
 
 /** What planning must know besides the stack. The last layer of the stack is the base, which the target starts as. */
 export interface PlanContext {
@@ -76,7 +85,6 @@ export interface PlanTask {
 
 /** What planning some directories gave. */
 export interface PlanPart {
-  readonly records: (DirectoryRecord | CleanRecord)[]
   readonly next: PlanTask[]
   readonly grafts: Graft[]
   readonly problems: Problem[]
@@ -137,7 +145,6 @@ export interface PlanCounts {
 
 export function emptyPart(): PlanPart {
   return {
-    records: [],
     next: [],
     grafts: [],
     problems: [],
@@ -146,7 +153,10 @@ export function emptyPart(): PlanPart {
   }
 }
 
-const STEPS_A_RECORD = 4096
+// A line of up to 100 KB: larger strings go past the young generation, and stay until all memory is collected.
+const STEPS_A_RECORD = 1024
+// Up to so many names asking for each costs less than one listing of fifty (measured on ext4).
+const FEW_NAMES = 8
 // A directory of ext4 grows by 4096-byte blocks of some fifty names.
 const BYTES_A_NAME = 1024
 
@@ -154,27 +164,32 @@ const BYTES_A_NAME = 1024
  * Plans one directory of the result: what happens to each name that an upper layer has in it, and which directories
  * below it are to be planned next. Reads only, names in byte order, so the same layers give the same plan.
  */
-export function planDirectory(context: PlanContext, task: PlanTask, part: PlanPart): void {
+export function planDirectory(context: PlanContext, task: PlanTask, part: PlanPart, emit: Emit): void {
   const opened = new OpenSources(context.stack)
   try {
-    new DirectoryPlanner(context, task, part, opened).run()
+    new DirectoryPlanner(context, task, part, opened, emit).run()
   } finally {
     opened.close()
   }
 }
+
+/** Gets each record as soon as it is made: those of a directory of a million names are not held. */
+export type Emit = (record: DirectoryRecord | CleanRecord) => void
 
 class DirectoryPlanner {
   readonly #context: PlanContext
   readonly #task: PlanTask
   readonly #part: PlanPart
   readonly #opened: OpenSources
+  readonly #emit: Emit
   readonly #baseIndex: number
   /** The base's directory that takes part here, if one does. */
   readonly #base: Source | undefined
   readonly #types: Map<number, Map<Name, number>> = new Map()
   #baseNames: Map<Name, number> | undefined
 
-  constructor(context: PlanContext, task: PlanTask, part: PlanPart, opened: OpenSources) {
+  constructor(context: PlanContext, task: PlanTask, part: PlanPart, opened: OpenSources, emit: Emit) {
+    this.#emit = emit
     this.#context = context
     this.#task = task
     this.#part = part
@@ -186,37 +201,37 @@ class DirectoryPlanner {
   run(): void {
     const { directory } = this.#task
     const steps: Step[] = []
-    const names = this.#upperNames()
-    this.#baseNames = this.#listBase(names.length)
     const aliases = this.#aliases()
     const aliased = new Set(aliases.map(({ name }) => name))
-    for (const name of names) {
-      if (aliased.has(name)) continue // a lower of the uppers has it, and shows the index inode instead
-      const found = lookup(this.#context.stack, directory, name, (source, wanted) => this.#inspect(source, wanted))
-      this.#step(name, found, steps)
-      if (steps.length === STEPS_A_RECORD) this.#part.records.push(this.#partRecord(steps.splice(0)))
+    const inspectNamed = (source: Source, wanted: Name) => this.#inspect(source, wanted)
+    const uppers = directory.sources.filter(({ layer }) => layer !== this.#baseIndex)
+    for (const range of nameRanges(uppers.map((source) => this.#opened.fd(source)))) {
+      const names = this.#upperNames(uppers, range)
+      this.#baseNames = this.#listBase(names.length, range)
+      for (const name of names) {
+        if (aliased.has(name)) continue // a lower of the uppers has it, and shows the index inode instead
+        this.#step(name, lookup(this.#context.stack, directory, name, inspectNamed), steps)
+        if (steps.length === STEPS_A_RECORD) this.#emit(this.#partRecord(steps.splice(0)))
+      }
     }
     for (const alias of aliases) this.#aliasStep(alias, steps)
     this.#part.counts.directories++
-    this.#part.records.push(this.#record(steps))
+    this.#emit(this.#record(steps))
   }
 
   // A listing is only a list of candidates; the base's own names, untouched by the uppers, stay as they are.
-  #upperNames(): Name[] {
+  #upperNames(uppers: readonly Source[], { lists, includes }: NameRange): Name[] {
     const names: Name[] = []
-    let listings = 0
-    for (const source of this.#task.directory.sources) {
-      if (source.layer === this.#baseIndex) continue
-      listings++
+    for (const [index, { layer }] of uppers.entries()) {
       const types = new Map<Name, number>()
-      for (const { name, type } of sortedDirents(this.#opened.fd(source))) {
+      for (const { name, type } of lists[index] ?? []) {
         types.set(name, type)
         names.push(name)
       }
-      this.#types.set(source.layer, types)
+      this.#types.set(layer, types)
     }
-    const beneath = this.#towardsAliases()
-    return listings < 2 && beneath.length === 0 ? names : [...new Set([...names, ...beneath])].sort()
+    const beneath = this.#towardsAliases().filter(includes)
+    return uppers.length < 2 && beneath.length === 0 ? names : [...new Set([...names, ...beneath])].sort()
   }
 
   #aliases(): readonly Alias[] {
@@ -303,12 +318,13 @@ class DirectoryPlanner {
   }
 
   // One listing is cheaper than asking for each name, unless few of many names change.
-  #listBase(names: number): Map<Name, number> | undefined {
-    if (this.#base === undefined || names < 4) return undefined
+  #listBase(names: number, { includes }: NameRange): Map<Name, number> | undefined {
+    if (this.#base === undefined || names < FEW_NAMES) return undefined
     const fd = this.#opened.fd(this.#base)
     if (statFd(fd).sizeBytes > names * BYTES_A_NAME) return undefined
     const types = new Map<Name, number>()
     readDirents(fd, (name, type) => {
+      if (!includes(name)) return
       const known = type === DT_DIR ? S_IFDIR : type === DT_CHR || type === DT_UNKNOWN ? tryTypeAt(fd, name) : S_IFREG
       if (known !== undefined) types.set(name as string as Name, known)
     })
@@ -395,19 +411,19 @@ class DirectoryPlanner {
     for (let current = pending.pop(); current !== undefined; current = pending.pop()) {
       const fd = openLayerDirectory(layer, current)
       try {
-        const cleaned = cleanRecord(fd, current, layer.marks, pending)
+        const cleaned = cleanRecords(fd, current, layer.marks, pending)
         if (cleaned === undefined) return false
         objects += cleaned.objects
         this.#needFlags(cleaned.anyFlags, path)
-        if (cleaned.record !== undefined) clean.push(cleaned.record)
+        for (const record of cleaned.records) clean.push(record)
         // An immutable directory cannot be renamed: its own flags wait until it has arrived.
         if (current === source.path) flags = cleaned.flags
-        else if (cleaned.flags !== 0 && cleaned.record !== undefined) cleaned.record.flags?.push(['', cleaned.flags])
+        else if (cleaned.flags !== 0) cleaned.records[0]?.flags?.push(['', cleaned.flags])
       } finally {
         close(fd)
       }
     }
-    this.#part.records.push(...clean)
+    for (const record of clean) this.#emit(record)
     // In a result that stays a layer, the moved directory must not merge with what lies below.
     const isClosedBelow = this.#task.directory.open === undefined
     steps.push({
@@ -611,49 +627,53 @@ function expectationOf(stat: Stat): Expectation {
  * What must be cleaned in one directory of a tree that is moved whole: `undefined` when something in it merges with
  * something elsewhere, so that the tree cannot be moved whole. Subdirectories are added to `pending`.
  */
-function cleanRecord(
+function cleanRecords(
   fd: number,
   path: EntryPath,
   marks: MarkNames,
   pending: EntryPath[],
-): { record?: CleanRecord; objects: number; flags: number; anyFlags: number } | undefined {
-  const whiteouts: string[] = []
-  const drop: [string, string[]][] = []
-  const flags: [string, number][] = []
-  const clean = (name: Name, attributes: readonly ByteString[]) => {
-    const marked = marksToDrop(attributes, marks)
-    if (marked.length > 0) drop.push([textOf(name), marked.map(textOf)])
-    const bits = protectedFlags(fd, name, marked, marks)
-    if (bits !== 0) flags.push([textOf(name), bits])
-  }
+): { records: CleanRecord[]; objects: number; flags: number; anyFlags: number } | undefined {
   const own = marksToDrop(listXattrs(fd, ''), marks)
-  if (own.length > 0) drop.push(['', own.map(textOf)])
   const ownFlags = protectedFlags(fd, '', own, marks)
+  const records: CleanRecord[] = []
+  let anyFlags = ownFlags
   let objects = 0
-  for (const { name, type } of sortedDirents(fd)) {
-    const entry = inspect(fd, name, type, marks)
-    if (entry.whiteout !== undefined) {
-      whiteouts.push(textOf(name))
-      continue
-    }
-    if (entry.badRedirect !== undefined || entry.metacopy !== undefined) return undefined
-    if (entry.type === DT_DIR) {
-      // An absolute redirect re-opens the search even below a closed directory.
-      if (entry.redirect?.startsWith('/') === true && !entry.opaque) return undefined
-      pending.push(join(path, name))
-    } else {
+  let drop: [string, string[]][] = own.length > 0 ? [['', own.map(textOf)]] : []
+  // What becomes immutable at last must be cleaned by one record.
+  for (const { lists } of ownFlags === 0 ? nameRanges([fd]) : [{ lists: [sortedDirents(fd)] }]) {
+    const whiteouts: string[] = []
+    const flags: [string, number][] = []
+    for (const { name, type } of lists[0] ?? []) {
+      const entry = inspect(fd, name, type, marks)
+      if (entry.whiteout !== undefined) {
+        whiteouts.push(textOf(name))
+        continue
+      }
+      if (entry.badRedirect !== undefined || entry.metacopy !== undefined) return undefined
+      if (entry.type === DT_DIR) {
+        // An absolute redirect re-opens the search even below a closed directory.
+        if (entry.redirect?.startsWith('/') === true && !entry.opaque) return undefined
+        pending.push(join(path, name))
+        continue
+      }
       objects++
-      clean(name, entry.attributes)
+      const marked = marksToDrop(entry.attributes, marks)
+      if (marked.length > 0) drop.push([textOf(name), marked.map(textOf)])
+      const bits = protectedFlags(fd, name, marked, marks)
+      if (bits !== 0) flags.push([textOf(name), bits])
+      anyFlags |= bits
     }
+    if (whiteouts.length === 0 && drop.length === 0) continue
+    const record: CleanRecord = { type: 'clean', upper: textOf(path) }
+    if (drop.length > 0) record.drop = drop
+    if (flags.length > 0 || ownFlags !== 0) record.flags = flags
+    if (whiteouts.length > 0) {
+      const stat = statFd(fd)
+      record.whiteouts = whiteouts
+      record.times = [String(stat.atimeNs), String(stat.mtimeNs)]
+    }
+    records.push(record)
+    drop = []
   }
-  if (whiteouts.length === 0 && drop.length === 0) return { objects, flags: 0, anyFlags: 0 }
-  const record: CleanRecord = { type: 'clean', upper: textOf(path) }
-  if (drop.length > 0) record.drop = drop
-  if (flags.length > 0 || ownFlags !== 0) record.flags = flags
-  if (whiteouts.length > 0) {
-    const stat = statFd(fd)
-    record.whiteouts = whiteouts
-    record.times = [String(stat.atimeNs), String(stat.mtimeNs)]
-  }
-  return { record, objects, flags: ownFlags, anyFlags: ownFlags | (flags[0]?.[1] ?? 0) }
+  return { records, objects, flags: ownFlags, anyFlags }
 }

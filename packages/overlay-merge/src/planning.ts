@@ -1,13 +1,14 @@
 import { tmpdir } from 'node:os'
 import type { ByteString } from '@lsync/posix'
 import { hostPath, O_RDWR, O_TMPFILE, openat, openRoot, withFd } from '@lsync/posix'
-import type { EncodedLine, PlanWriter, SealedPlan } from './journal.ts'
+import type { PlanWriter, SealedPlan } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
 import type { DirectoryRecord, StageRecord } from './model/plan.ts'
 import { emptyPart, type Graft, type Need, type PlanCounts, type PlanTask, type Problem } from './plan.ts'
 import { type Pool, takeShare } from './pool.ts'
 import { IndexNeededError, LayerInvalidError } from './problems.ts'
 import { OpenSources, rootDirectory, type Stack } from './resolve.ts'
+import { RootWatch } from './safety.ts'
 import { planStages } from './stage.ts'
 import type { Job, PlanResult } from './work.ts'
 
@@ -34,7 +35,7 @@ export interface Planning {
   readonly pool: Pool
   readonly writer: PlanWriter
   /** Throws to refuse the plan, before it is sealed. */
-  readonly accept?: (root: DirectoryRecord | undefined, needs: ReadonlyMap<Need, EntryPath>) => void
+  readonly accept?: (root: RootWatch, needs: ReadonlyMap<Need, EntryPath>) => void
   readonly report?: (progress: Progress) => void
 }
 
@@ -48,7 +49,7 @@ export async function planStack(planning: Planning): Promise<Planned> {
   const { counts, needs } = emptyPart()
   const grafts: Graft[] = []
   const problems: Problem[] = []
-  let root: DirectoryRecord | undefined
+  const root = new RootWatch()
   const pending: PlanTask[] = [{ directory: rootDirectory(stack), inherited: undefined }]
   await pool.drain(
     (idle): Job | undefined => {
@@ -59,7 +60,9 @@ export async function planStack(planning: Planning): Promise<Planned> {
       const part = result as PlanResult
       for (const line of part.lines) {
         writer.addLine(line)
-        if (line.index.path === '' && line.index.type === 'directory') root = withSteps(root, line)
+        if (root.isOpen && line.index.path === '' && line.index.type === 'directory') {
+          root.add((JSON.parse(line.text) as DirectoryRecord).steps)
+        }
       }
       pending.push(...part.next)
       grafts.push(...part.grafts)
@@ -73,11 +76,6 @@ export async function planStack(planning: Planning): Promise<Planned> {
   for (const stage of stagesOf(stack, grafts, planning.rename)) writer.addStage(stage)
   planning.accept?.(root, needs)
   return { plan: writer.seal(), counts, needs }
-}
-
-function withSteps(root: DirectoryRecord | undefined, line: EncodedLine): DirectoryRecord {
-  const record = JSON.parse(line.text) as DirectoryRecord
-  return root === undefined ? record : { ...record, steps: [...root.steps, ...record.steps] }
 }
 
 function problemError(problems: Problem[]): Error {

@@ -82,7 +82,7 @@ export class Pool {
 
   /**
    * Runs jobs until `next` has none left and all are done. `next` is told how many threads look for work; `done` gets
-   * each result in the order of completion, and may make more work for `next`. Stops at the first error, after the jobs
+   * each result (or part of one) in the order of completion, and may make more work for `next`. Stops at the first error, after the jobs
    * under way.
    */
   async drain(next: (idle: number) => Job | undefined, done: (result: JobResult) => void): Promise<void> {
@@ -131,7 +131,7 @@ export class Pool {
   async #runOwn(job: Job, done: (result: JobResult) => void): Promise<void> {
     const start = performance.now()
     try {
-      done(this.#own.run(job))
+      done(this.#own.run(job, done))
     } catch (error) {
       this.#failure ??= error
     }
@@ -166,7 +166,7 @@ export class Pool {
   #receive(member: Member, message: FromWorker): void {
     if ('ready' in message) member.ready = true
     else {
-      member.inFlight--
+      if ('error' in message || message.isPart !== true) member.inFlight--
       if ('error' in message) this.#failure ??= unpacked(message.error)
       else {
         try {

@@ -38,7 +38,7 @@ import {
 import { openTemporaryPlan, type Progress, planStack } from './planning.ts'
 import { Pool } from './pool.ts'
 import { recoverBefore } from './recover.ts'
-import { assertMergeable, assertNotEmptied } from './safety.ts'
+import { assertMergeable, RootWatch } from './safety.ts'
 import { openLayerDirectory, type RawEntry, sortedDirents, tryInspect, typeOf } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
 import { realStack } from './view.ts'
@@ -79,7 +79,7 @@ export async function* makePortablePlan(request: PortablePlanRequest): AsyncIter
         pool,
         writer,
         accept: (root) => {
-          if (request.allowEmpty !== true) assertNotEmptied(root, base.fd, base.path)
+          if (request.allowEmpty !== true) root.assertNotEmptied(base.fd, base.path)
         },
         ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
       })
@@ -272,11 +272,11 @@ async function apply(application: Application): Promise<Pick<ApplyPlanReport, 'd
     check.run()
     if (check.total > 0) throw new PreconditionFailedError(check.failed, check.total, recovered)
     if (request.allowEmpty !== true) {
-      const root = received.plan.lines.filter(({ path, type }) => path === '' && type === 'directory')
-      const records = root.map((line) => readRecord(planFd, line) as DirectoryRecord)
-      const [first] = records
-      const steps = records.flatMap((record) => record.steps)
-      assertNotEmptied(first === undefined ? undefined : { ...first, steps }, base.fd, target)
+      const root = new RootWatch()
+      for (const line of received.plan.lines) {
+        if (line.path === '' && line.type === 'directory') root.add((readRecord(planFd, line) as DirectoryRecord).steps)
+      }
+      root.assertNotEmptied(base.fd, target)
     }
     if (journal === undefined) return { ...counts, recovered }
     const writer = await journal.write(headerOf(stack, header))

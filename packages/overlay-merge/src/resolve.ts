@@ -108,6 +108,21 @@ interface Lookup {
  * Source: fs/overlayfs/namei.c of Linux 6.18 as observed; overlay-format "redirects", "metacopy", "merge algebra".
  */
 export function lookup(stack: Stack, parent: Directory, name: Name, inspect: Inspect): Found {
+  const source = parent.sources[0]
+  if (source === undefined) return { kind: 'absent', covered: false }
+  // Most names are a whole file or a whiteout in the topmost layer, where the walk would end, too.
+  const first = inspect(source, name)
+  if (first?.whiteout !== undefined) return COVERED
+  if (first !== undefined && first.type !== DT_DIR && first.metacopy === undefined) {
+    const own = { layer: source.layer, path: join(source.path, name) }
+    return { kind: 'object', top: first, source: own, data: own }
+  }
+  return walk(stack, parent, name, (at, wanted) => (at === source && wanted === name ? first : inspect(at, wanted)))
+}
+
+const COVERED: Found = { kind: 'absent', covered: true }
+
+function walk(stack: Stack, parent: Directory, name: Name, inspect: Inspect): Found {
   const state: Lookup = {
     target: name,
     absolute: false,

@@ -21,7 +21,7 @@ import {
 } from '@lsync/posix'
 import { journalPathOf } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
-import type { DirectoryRecord, MergeMode } from './model/plan.ts'
+import type { MergeMode, Step } from './model/plan.ts'
 import type { Need } from './plan.ts'
 import { IndexNeededError, PrivilegeMissingError, SubmountError, TargetCannotHoldError } from './problems.ts'
 import type { OpenStack } from './stack.ts'
@@ -211,20 +211,36 @@ export function assertHolds(directory: HostPath, target: HostPath, needs: Readon
   return { losses, lacking: NEEDS.filter((need) => abilities[need].value === false) }
 }
 
-/** Refuses a plan after which the root of the result has no entry although it had one before. */
-export function assertNotEmptied(root: DirectoryRecord | undefined, baseFd: number, target: HostPath): void {
-  if (root === undefined) return
-  const removed = new Set<string>()
-  for (const step of root.steps) {
-    if (step.do !== 'remove' && step.do !== 'whiteout') return
-    removed.add(step.name)
+/** Follows the steps of a result's root, to tell whether anything will be left in it. */
+export class RootWatch {
+  #removed: Set<string> | undefined = new Set()
+
+  /** Whether the steps so far only take away. */
+  get isOpen(): boolean {
+    return this.#removed !== undefined
   }
-  if (removed.size === 0) return
-  let left = 0
-  let before = 0
-  readDirents(baseFd, (name) => {
-    before++
-    if (!removed.has(textOf(name))) left++
-  })
-  if (before > 0 && left === 0) throw new ResultEmptyError(target)
+
+  add(steps: readonly Step[]): void {
+    for (const step of steps) {
+      if (step.do !== 'remove' && step.do !== 'whiteout') this.#removed = undefined
+      this.#removed?.add(step.name)
+    }
+  }
+
+  /**
+   * Refuses a plan after which the root of the result has no entry although it had one before.
+   * @throws {ResultEmptyError}
+   */
+  assertNotEmptied(baseFd: number, target: HostPath): void {
+    const removed = this.#removed
+    if (removed === undefined || removed.size === 0) return
+    let left = false
+    let isEmpty = true
+    readDirents(baseFd, (name) => {
+      isEmpty = false
+      left = !removed.has(textOf(name))
+      return !left
+    })
+    if (!isEmpty && !left) throw new ResultEmptyError(target)
+  }
 }

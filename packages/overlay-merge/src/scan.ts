@@ -149,7 +149,75 @@ export function tryInspect(dirfd: number, name: Name, marks: MarkNames): RawEntr
 export function sortedDirents(dirfd: number): { name: Name; type: number }[] {
   const entries: { name: Name; type: number }[] = []
   readDirents(dirfd, (name, type) => entries.push({ name: name as string as Name, type }))
-  return entries.sort((left, right) => (left.name < right.name ? -1 : 1))
+  return entries.sort(byName)
+}
+
+/** The names of some directories that lie between two of them, each sorted by bytes. */
+export interface NameRange {
+  readonly lists: readonly (readonly { name: Name; type: number }[])[]
+  readonly includes: (name: string) => boolean
+}
+
+// So many names are held at a time, of all directories that are read together.
+const RANGE_NAMES = 1 << 16
+const SAMPLES_A_RANGE = 64
+
+/**
+ * The names of open directories with their types, in byte order and a range of about `most` names at a time, so that a
+ * directory of a million names takes no more memory than one of some ten thousand. Such a directory is read once for
+ * each range.
+ */
+export function* nameRanges(fds: readonly number[], most = RANGE_NAMES): Generator<NameRange> {
+  const whole = listWithin(fds, undefined, most)
+  if (whole !== undefined) {
+    yield { lists: whole, includes: () => true }
+    return
+  }
+  const bounds = sampleNames(fds, Math.max(1, Math.floor(most / SAMPLES_A_RANGE)))
+  let first = ''
+  for (let at = SAMPLES_A_RANGE; ; at += SAMPLES_A_RANGE) {
+    const [from, next] = [first, bounds[at]]
+    const includes = (name: string) => name >= from && (next === undefined || name < next)
+    yield { lists: listWithin(fds, includes) as NameRange['lists'], includes }
+    if (next === undefined) return
+    first = next
+  }
+}
+
+function sampleNames(fds: readonly number[], every: number): Name[] {
+  const sample: Name[] = []
+  let count = 0
+  for (const fd of fds) {
+    readDirents(fd, (name) => {
+      if (count++ % every === 0) sample.push(name as string as Name)
+    })
+  }
+  return sample.sort()
+}
+
+/** The names that `includes` wants (all, without it), unless they are more than `most`. */
+function listWithin(
+  fds: readonly number[],
+  includes: ((name: string) => boolean) | undefined,
+  most = Number.POSITIVE_INFINITY,
+): NameRange['lists'] | undefined {
+  let count = 0
+  const lists = fds.map((fd) => {
+    const entries: { name: Name; type: number }[] = []
+    readDirents(fd, (name, type) => {
+      if (includes?.(name) === false) return true
+      entries.push({ name: name as string as Name, type })
+      return ++count <= most
+    })
+    return entries
+  })
+  if (count > most) return undefined
+  for (const entries of lists) entries.sort(byName)
+  return lists
+}
+
+function byName(left: { name: string }, right: { name: string }): number {
+  return left.name < right.name ? -1 : 1
 }
 
 /** Opens a directory of a layer for reading. */

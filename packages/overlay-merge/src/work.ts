@@ -13,7 +13,7 @@ import { type EncodedLine, lineOf, readRecord } from './journal.ts'
 import type { Namespace } from './model/marks.ts'
 import { MARKS } from './model/marks.ts'
 import type { EntryPath } from './model/path.ts'
-import { type DirectoryRecord, type PlanHeader, planPath, type StageRecord } from './model/plan.ts'
+import { type CleanRecord, type DirectoryRecord, type PlanHeader, planPath, type StageRecord } from './model/plan.ts'
 import { emptyPart, type PlanContext, type PlanPart, type PlanTask, planDirectory } from './plan.ts'
 import type { Stack } from './resolve.ts'
 
@@ -47,9 +47,12 @@ export interface ApplyInit {
 }
 
 /** What a plan job gives back: lines instead of records, since those only travel on to the journal. */
-export interface PlanResult extends Omit<PlanPart, 'records'> {
+export interface PlanResult extends PlanPart {
   readonly lines: readonly EncodedLine[]
 }
+
+// A directory of a million names makes a hundred million characters of plan.
+const PARTLY_CHARS = 1 << 20
 
 /** One unit of work, small enough to be shared out and big enough to be worth a message. */
 export type Job =
@@ -90,10 +93,11 @@ export class Workshop {
     }
   }
 
-  run(job: Job): JobResult {
+  /** `partly` gets what a plan job has so far, when that is much; the result is the rest. */
+  run(job: Job, partly: (result: JobResult) => void): JobResult {
     switch (job.kind) {
       case 'plan':
-        return this.#plan(job.tasks, job.budgetMs)
+        return this.#plan(job.tasks, job.budgetMs, partly)
       case 'clone':
         return this.#clone(job.paths, job.budgetMs)
       case 'apply': {
@@ -122,23 +126,30 @@ export class Workshop {
     return this.#apply
   }
 
-  #plan(tasks: readonly PlanTask[], budgetMs: number): PlanResult {
+  #plan(tasks: readonly PlanTask[], budgetMs: number, partly: (result: PlanResult) => void): PlanResult {
     const context = { ...(this.#init.plan as NonNullable<WorkInit['plan']>), stack: this.#stack }
     const part = emptyPart()
     const pending = [...tasks]
-    const lines: EncodedLine[] = []
+    let lines: EncodedLine[] = []
+    let size = 0
+    const emit = (record: DirectoryRecord | CleanRecord) => {
+      const line = lineOf(record)
+      lines.push(line)
+      size += line.text.length
+      if (size < PARTLY_CHARS) return
+      partly({ ...emptyPart(), lines })
+      lines = []
+      size = 0
+    }
     const start = performance.now()
     // Depth first within the budget; what is left goes back to be shared out.
     for (let task = pending.pop(); task !== undefined; task = pending.pop()) {
-      planDirectory(context, task, part)
-      for (const record of part.records) lines.push(lineOf(record))
-      part.records.length = 0
+      planDirectory(context, task, part, emit)
       pending.push(...part.next.reverse())
       part.next.length = 0
       if (performance.now() - start > budgetMs) break
     }
-    const { records: _, ...rest } = part
-    return { ...rest, next: pending, lines }
+    return { ...part, next: pending, lines }
   }
 
   #clone(paths: readonly EntryPath[], budgetMs: number): ClonePart {

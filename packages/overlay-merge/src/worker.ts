@@ -5,8 +5,11 @@ import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 /** What the pool sends: a new workshop, or a job for it. */
 export type ToWorker = { readonly init: WorkInit; readonly tag: string } | { readonly job: Job }
 
-/** What a worker sends: that it can begin, or how a job ended. */
-export type FromWorker = { readonly ready: true } | { readonly result: JobResult } | { readonly error: TravellingError }
+/** What a worker sends: that it can begin, or how a job ended (`isPart`: what it has given so far). */
+export type FromWorker =
+  | { readonly ready: true }
+  | { readonly result: JobResult; readonly isPart?: true }
+  | { readonly error: TravellingError }
 
 /** An error as it travels: its class is known by its code. */
 export interface TravellingError {
@@ -29,7 +32,7 @@ parentPort?.on('message', (message: ToWorker) => {
     return
   }
   try {
-    send({ result: (workshop as Workshop).run(message.job) })
+    send({ result: (workshop as Workshop).run(message.job, (result) => send({ result, isPart: true })) })
   } catch (error) {
     send({ error: packed(error) })
   }

@@ -65,6 +65,15 @@ test('a callback may read other directories, and an error in it leaves the next 
   expect(list(fd).size).toBe(3)
 })
 
+test('a callback that gives back false ends the reading, and the next one begins at the start', () => {
+  const { path, fd } = temporary()
+  for (const name of ['a', 'b', 'c']) writeFileSync(`${path}/${name}`, '')
+  let count = 0
+  readDirents(fd, () => ++count < 2)
+  expect(count).toBe(2)
+  expect(list(fd).size).toBe(3)
+})
+
 test('reading a file as a directory is ENOTDIR', () => {
   const { path, fd } = temporary()
   writeFileSync(`${path}/f`, '')

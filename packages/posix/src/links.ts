@@ -16,10 +16,23 @@ export const RENAME_WHITEOUT = 4
 const AT_REMOVEDIR = 0x200
 const AT_EMPTY_PATH = 0x1000
 
+// Mostly both names are the same, and one C string does.
+function callWithNames(
+  native: typeof renameNative,
+  fromDir: number,
+  from: ByteString,
+  toDir: number,
+  to: ByteString,
+  flags: number,
+): number {
+  const name = cString(from)
+  return native(fromDir, name, toDir, from === to ? name : cString(to, 1), flags)
+}
+
 /** renameat2(2): moves `from` beneath `fromDir` to `to` beneath `toDir`. Flags are RENAME_*. */
 export function rename(fromDir: number, from: ByteString, toDir: number, to: ByteString, flags = 0): void {
   entering('renameat2', to)
-  if (renameNative(fromDir, cString(from), toDir, cString(to, 1), flags) < 0) fail('renameat2', to)
+  if (callWithNames(renameNative, fromDir, from, toDir, to, flags) < 0) fail('renameat2', to)
 }
 
 /** As `rename`, but gives the errno name back instead of throwing it; `undefined` when it was done. */
@@ -31,19 +44,19 @@ export function tryRename(
   flags = 0,
 ): string | undefined {
   entering('renameat2', to)
-  return renameNative(fromDir, cString(from), toDir, cString(to, 1), flags) < 0 ? errnoName(errno()) : undefined
+  return callWithNames(renameNative, fromDir, from, toDir, to, flags) < 0 ? errnoName(errno()) : undefined
 }
 
 /** linkat(2): a further name for an inode; a symlink itself is linked, not what it points to. */
 export function link(fromDir: number, from: ByteString, toDir: number, to: ByteString): void {
   entering('linkat', to)
-  if (linkNative(fromDir, cString(from), toDir, cString(to, 1), 0) < 0) fail('linkat', to)
+  if (callWithNames(linkNative, fromDir, from, toDir, to, 0) < 0) fail('linkat', to)
 }
 
 /** As `link`, but gives the errno name back instead of throwing it; `undefined` when it was done. */
 export function tryLink(fromDir: number, from: ByteString, toDir: number, to: ByteString): string | undefined {
   entering('linkat', to)
-  return linkNative(fromDir, cString(from), toDir, cString(to, 1), 0) < 0 ? errnoName(errno()) : undefined
+  return callWithNames(linkNative, fromDir, from, toDir, to, 0) < 0 ? errnoName(errno()) : undefined
 }
 
 /** Gives an open file (O_TMPFILE or O_PATH) a name. Needs CAP_DAC_READ_SEARCH. */
