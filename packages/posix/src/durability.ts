@@ -1,9 +1,10 @@
-import { errnoName } from './errors.ts'
-import { entering, errno, fail, libcFunction } from './native.ts'
+import { errnoName, PosixError } from './errors.ts'
+import { entering, errno, fail, libcFunction, libcFunctionAsync } from './native.ts'
 
 const fsyncNative = libcFunction('fsync', 'i', 'i')
 const fdatasyncNative = libcFunction('fdatasync', 'i', 'i')
 const syncfsNative = libcFunction('syncfs', 'i', 'i')
+const syncfsAsync = libcFunctionAsync('syncfs', 'i', 'i')
 const flockNative = libcFunction('flock', 'i', 'ii')
 
 const LOCK_SH = 1
@@ -26,6 +27,12 @@ export function fdatasync(fd: number, path = ''): void {
 export function syncFileSystem(fd: number, path = ''): void {
   entering('syncfs', path)
   if (syncfsNative(fd) < 0) fail('syncfs', path)
+}
+
+/** As `syncFileSystem`, on a thread of libuv's pool. Which errno a failure had is not known: it is reported as EIO. */
+export async function syncFileSystemAsync(fd: number, path = ''): Promise<void> {
+  entering('syncfs', path)
+  if ((await syncfsAsync(fd)) < 0) throw new PosixError('EIO', { syscall: 'syncfs', path })
 }
 
 /** flock(2) without waiting. `false` when another open file holds it. It goes with the last close of this open file. */

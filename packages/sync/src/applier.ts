@@ -163,6 +163,12 @@ export class Applier {
     return this.#stagedWriter(openNew(this.#stageFd, temporary), temporary, parent, name, operation, meta)
   }
 
+  /** Says that a directory is new and nobody else's: names in it are made in place. */
+  adopt(path: TreePath): void {
+    const place = this.#parent(path)
+    place.isFresh = !place.inheritsAcls
+  }
+
   /** Closes all directories that were kept open. */
   forget(): void {
     for (const { fd } of this.#parents.values()) close(fd)

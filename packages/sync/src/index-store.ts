@@ -247,7 +247,7 @@ export class IndexStore {
         this.#removeDirectory(change.id)
         return
       case 'pages':
-        this.#putPages(change.directory, change.pages)
+        this.#replaceRows(change.directory, change.pages, change.keepsOthers)
         return
       case 'blocks':
         void this.#tables.blocks.put(idKey(change.id), toBuffer(change.hashes))
@@ -300,6 +300,27 @@ export class IndexStore {
     if (record === undefined) return
     const pages = this.pages(directory)
     this.#putPages(directory, pageRows(pages, bits + 2))
+  }
+
+  #replaceRows(directory: number, pages: readonly Uint8Array[], keepsOthers: boolean): void {
+    const old = this.rows(directory)
+    if (old.length === 0) {
+      this.#putPages(directory, pages)
+      return
+    }
+    const rows = new Map<ByteString, Row>()
+    for (const page of pages) eachRow(toBuffer(page), (name, at) => rows.set(name, rowAt(toBuffer(page), at)))
+    for (const row of old) {
+      const next = rows.get(row.name)
+      if (next === undefined && keepsOthers) rows.set(row.name, row)
+      else {
+        this.#forget(directory, row, next)
+        if (row.isDirectory && row.ref !== next?.ref && this.directory(row.ref)?.parent === directory) {
+          this.#removeDirectory(row.ref)
+        }
+      }
+    }
+    this.#putPages(directory, pageRows([Buffer.concat([...rows.values()].map(rowBytes))]))
   }
 
   #putPages(directory: number, pages: readonly Uint8Array[]): void {

@@ -1,4 +1,5 @@
 export { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
+export { PatternInvalidError } from './filter.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
 
@@ -17,7 +18,19 @@ export { openSource } from './source/choose.ts'
 
 export { SourceUnavailableError, WatchLimitError } from './source/errors.ts'
 export type { BlindSpot, DirectoryRef, Hint, Source, SourceRequest } from './source/source.ts'
+export {
+  defaultStateDir,
+  type FlushOptions,
+  type FlushReport,
+  openSync,
+  type Sync,
+  type SyncRequest,
+  SyncRequestError,
+  type SyncStatus,
+  SyncStoppedError,
+} from './sync.ts'
 export { OperationRefusedError } from './target-path.ts'
+export { type PendingFailure, TargetNotOursError, type TargetStatus } from './target-session.ts'
 export { TargetPlace, TargetStateDamagedError } from './target-state.ts'
 export {
   formatTarget,
@@ -28,6 +41,7 @@ export {
 } from './transport/address.ts'
 export type { Connection } from './transport/client-session.ts'
 export { ConnectionLostError } from './transport/errors.ts'
+export { LocalTarget } from './transport/local.ts'
 export { type RemoteOptions, remoteTarget } from './transport/open-target.ts'
 export { RemoteTarget, type RemoteTargetRequest } from './transport/remote.ts'
 export { SshConnections, type SshOptions } from './transport/ssh-connection.ts'

@@ -38,6 +38,8 @@ export interface PlanRequest {
 /** A directory whose content is to be carried over, with all beneath it. */
 export interface FreshTree {
   readonly id: number
+  readonly parent: number
+  readonly name: ByteString
   readonly path: TreePath
   readonly identity: string
   /** The target may hold something there already. */
@@ -358,7 +360,14 @@ class Planner {
       const { directory, name, handle } = observation
       // What lies beneath a new directory is carried over with it.
       if (!this.#freshIds.has(directory)) {
-        fresh.push({ id, path, identity: seen.identity, isDirty: observation.isForced === true })
+        fresh.push({
+          id,
+          parent: directory,
+          name,
+          path,
+          identity: seen.identity,
+          isDirty: observation.isForced === true,
+        })
       }
       changes.push({ set: 'new directory', id, parent: directory, name, handle })
       changes.push({ set: 'row', directory, row: seen.with({ ref: id, settled: false }) })

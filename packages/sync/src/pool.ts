@@ -63,6 +63,7 @@ class WorkerPool {
       this.#members.map(
         (member) =>
           new Promise<void>((resolve) => {
+            member.worker.ref()
             member.closing.set(session, resolve)
             member.worker.postMessage({ close: session } satisfies ToWorker)
           }),
@@ -123,6 +124,7 @@ class WorkerPool {
     if ('closed' in message) {
       member.closing.get(message.closed)?.()
       member.closing.delete(message.closed)
+      if (member.closing.size === 0 && member.task === undefined) member.worker.unref()
       return
     }
     const { task } = member

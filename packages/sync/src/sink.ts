@@ -1,5 +1,6 @@
 import { readAt } from '@lsync/posix'
 import { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
+import type { TreePath } from './model/operation.ts'
 import { MAX_CONTENT_BYTES, OperationEncoder } from './protocol/operation-codec.ts'
 
 /** Where a worker's operations go. */
@@ -8,6 +9,8 @@ export interface Sink {
   run(operation: PlainOperation): void
   /** Begins a file; its content follows, extent by extent. */
   open(operation: ContentOperation): ContentSink
+  /** A directory is new at the target, and nothing is in it that was not sent now. */
+  adopt(path: TreePath): void
   /** Between stretches of work, in which others may have moved directories. */
   forget(): void
   /** Everything was handed over when it returns. */
@@ -36,6 +39,10 @@ export class DirectSink implements Sink {
 
   open(operation: ContentOperation): FileWriter {
     return this.applier.open(operation)
+  }
+
+  adopt(path: TreePath): void {
+    this.applier.adopt(path)
   }
 
   forget(): void {
@@ -75,6 +82,9 @@ export class EncodedSink implements Sink {
       discard: () => this.#encoder.abort(),
     }
   }
+
+  // The far end knows of those that it has made itself.
+  adopt(): void {}
 
   forget(): void {}
 

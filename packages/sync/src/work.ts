@@ -42,6 +42,8 @@ export interface SessionInit {
 /** A directory that is to be carried over. */
 export interface FreshDirectory {
   readonly id: number
+  readonly parent: number
+  readonly name: ByteString
   readonly path: TreePath
   /** The target may hold names in it that the upper does not. */
   readonly isDirty: boolean
@@ -112,6 +114,8 @@ export interface FreshResult extends Tally {
     readonly name: ByteString
     readonly path: TreePath
     readonly handle: DirectoryHandle | undefined
+    /** It was found by this job. */
+    readonly isNew: boolean
     /** Its rows, where it was carried over; else it was only made. */
     readonly pages: readonly Uint8Array[] | undefined
   }[]
@@ -579,16 +583,18 @@ class FreshCopy {
   }
 
   /** `false` when there are not enough ids for what is in it. */
-  #carry({ id, path, isDirty }: FreshDirectory, children: FreshDirectory[]): boolean {
-    let fd: number
+  #carry(directory: FreshDirectory, children: FreshDirectory[]): boolean {
+    const { parent, name, path } = directory
     try {
-      fd = openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+      return this.#carryDirectory(directory, children)
     } catch (error) {
-      // Whatever took its place tells of itself where it was found.
-      this.#failures.push(failureOf({ directory: id, name: EMPTY_NAME }, path, error))
+      this.#failures.push(failureOf({ directory: parent, name }, path, error))
       return true
     }
-    return withFd(fd, () => {
+  }
+
+  #carryDirectory({ id, parent, name: ownName, path, isDirty }: FreshDirectory, children: FreshDirectory[]): boolean {
+    return withFd(openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => {
       const names: ByteString[] = []
       const types: number[] = []
       readDirents(fd, (name, type) => {
@@ -605,7 +611,8 @@ class FreshCopy {
       }
       const rows: Buffer[] = []
       const before = rawStatFd(fd)
-      const own = rowOf(nameOf(path), before)
+      const own = rowOf(ownName, before)
+      if (!isDirty) this.#context.sink.adopt(path)
       if (isDirty) {
         this.#context.sink.run({ do: 'directory', path })
         this.#context.sink.run({
@@ -632,7 +639,7 @@ class FreshCopy {
           this.#again.push({ directory: id, name })
         }
       }
-      this.#finish(fd, id, path, own, rows)
+      this.#finish(fd, { id, parent, path }, own, rows)
       return true
     })
   }
@@ -643,7 +650,8 @@ class FreshCopy {
     return words === undefined || this.#isExcluded(path, name, rowOf(name, words).isDirectory)
   }
 
-  #finish(fd: number, id: number, path: TreePath, own: Row, rows: Buffer[]): void {
+  #finish(fd: number, at: { id: number; parent: number; path: TreePath }, own: Row, rows: Buffer[]): void {
+    const { id, parent, path } = at
     const { row, isUnsettled } = sendDirectoryMeta(this.#context, fd, own.name, path)
     const isSame = !isUnsettled && row.change === own.change
     // Names may have come while they were carried over: all of it is compared again.
@@ -652,10 +660,11 @@ class FreshCopy {
     const made = this.#directories.get(id)
     this.#directories.set(id, {
       id,
-      parent: made?.parent ?? -1,
-      name: made?.name ?? own.name,
+      parent,
+      name: own.name,
       path,
       handle: made?.handle,
+      isNew: made !== undefined,
       pages,
     })
     this.#rows.push({ id, row: (isSame ? row : row.with({ settled: false })).image })
@@ -689,10 +698,11 @@ class FreshCopy {
         name,
         path,
         handle: handleOf(fd, name),
+        isNew: true,
         pages: undefined,
       })
       rows.push(rowBytes(row.with({ ref: id, settled: false })))
-      children.push({ id, path, isDirty })
+      children.push({ id, parent: place.directory, name, path, isDirty })
       return
     }
     if (row.nlink > 1 && !row.isWhiteout) {

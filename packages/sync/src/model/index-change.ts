@@ -44,7 +44,12 @@ export type IndexChange =
   | { readonly set: 'pending'; readonly id: number; readonly isPending: boolean }
   /** With all beneath it that has not moved elsewhere. */
   | { readonly set: 'no directory'; readonly id: number }
-  /** All rows of a directory at once: no name of them has a second one. */
-  | { readonly set: 'pages'; readonly directory: number; readonly pages: readonly Uint8Array[] }
+  /** Rows of a directory, whose inodes have one name each; others that it has stay or go. */
+  | {
+      readonly set: 'pages'
+      readonly directory: number
+      readonly pages: readonly Uint8Array[]
+      readonly keepsOthers: boolean
+    }
   | { readonly set: 'blocks'; readonly id: number; readonly hashes: Uint8Array }
   | { readonly set: 'no blocks'; readonly id: number }

@@ -1,0 +1,1102 @@
+import { EventEmitter } from 'node:events'
+import { mkdir } from 'node:fs/promises'
+import type { Namespace } from '@lsync/overlay-merge'
+import {
+  type ByteString,
+  errnoOf,
+  type FileHandle,
+  handleAt,
+  handleKey,
+  LsyncError,
+  O_DIRECTORY,
+  O_PATH,
+  openByHandle,
+  pathOfFd,
+  rawStatFd,
+  withFd,
+} from '@lsync/posix'
+import type { Patterns } from './filter.ts'
+import { IndexStore, ROOT_ID } from './index-store.ts'
+import { SyncJournal, type UnfinishedBatch } from './journal.ts'
+import type { Checkpoint } from './model/checkpoint.ts'
+import type { IndexChange, NamePlace } from './model/index-change.ts'
+import type { Failure, Operation, TreePath } from './model/operation.ts'
+import { Row } from './model/row.ts'
+import type { Pace } from './pace.ts'
+import { needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
+import { type Deliver, workers } from './pool.ts'
+import { rowOf } from './send.ts'
+import type { DirectoryRef, Hint } from './source/source.ts'
+import type { Target, TargetLoss } from './transport/target.ts'
+import type {
+  ContentsResult,
+  FreshDirectory,
+  FreshResult,
+  LookDirectory,
+  NameFailure,
+  ScanDirectory,
+  SendTask,
+} from './work.ts'
+
+/** A target holds things that no sync of this upper has put there. */
+export class TargetNotOursError extends LsyncError {
+  constructor(target: string, why: string) {
+    super('TARGET_NOT_OURS', `${target} ${why}`, {
+      path: target,
+      hint: 'name an empty directory; or, if all that differs from the upper may go, allow it with --adopt',
+    })
+  }
+}
+
+/** What a session is given. */
+export interface TargetSessionRequest {
+  readonly upperPath: string
+  readonly upperFd: number
+  readonly target: Target
+  readonly stateDir: string
+  readonly namespace: Namespace
+  readonly patterns: Patterns
+  readonly adopt: boolean
+  readonly pace: Pace | undefined
+  readonly signal: AbortSignal
+}
+
+/** A name that could not be carried over, and is tried again. */
+export interface PendingFailure {
+  readonly path: TreePath
+  readonly code: string
+  readonly message: string
+  readonly attempts: number
+}
+
+/** Where a target stands. Counts are since the start. */
+export interface TargetStatus {
+  readonly target: string
+  readonly phase: 'opening' | 'recovering' | 'first pass' | 'scanning' | 'following' | 'waiting' | 'closed'
+  readonly checkpoint: Checkpoint | undefined
+  readonly files: number
+  readonly bytes: number
+  readonly operations: number
+  /** Directories of a first pass that are known and not carried over yet. */
+  readonly queuedDirectories: number
+  readonly queuedNames: number
+  /** Age in ms of the oldest change that is not durable yet; 0 when there is none. */
+  readonly lagMs: number
+  readonly failures: readonly PendingFailure[]
+  readonly losses: readonly TargetLoss[]
+}
+
+interface SessionEvents {
+  progress: [TargetStatus]
+  checkpoint: [Checkpoint & { readonly names: number; readonly tookMs: number }]
+  failure: [NameFailure]
+  problem: [Error]
+}
+
+// A batch of contents for one thread: enough to be worth a message, little enough for two threads to share.
+const TASKS_PER_JOB = 128
+const JOB_BYTES = 8 << 20
+const FRESH_MS = 150
+const SCAN_MS = 100
+const DIRECTORY_IDS = 8192
+const BLOCKS_IDS = 256
+/** How much of a first pass may have to be repeated after a crash. */
+const CHECKPOINT_MS = 5000
+const CHECKPOINT_ROW_BYTES = 32 << 20
+const PLAN_ROUNDS = 16
+const RETRY_FIRST_MS = 1000
+const RETRY_MOST_MS = 60_000
+/** Beyond this many directories that nobody knows, looking for each would take longer than looking everywhere. */
+const UNKNOWN_MOST = 2000
+/** The target as a whole refuses: nothing of a batch is to be taken for done, and all of it waits. */
+const TARGET_WIDE: ReadonlySet<string> = new Set([
+  'ENOSPC',
+  'EDQUOT',
+  'EROFS',
+  'EIO',
+  'ENOTCONN',
+  'ETIMEDOUT',
+  'ESTALE',
+  'EMFILE',
+  'ENFILE',
+  'ENOMEM',
+])
+const DOT = '.' as ByteString
+const NO_NAME = '' as ByteString
+
+/** A batch that could not be carried out as a whole. */
+class BatchFailedError extends LsyncError {
+  constructor(failure: NameFailure) {
+    super('BATCH_FAILED', `the target refuses: ${failure.message}`, {
+      path: failure.path,
+      hint: 'see what the target lacks (space, quota, being writable); it is tried again by itself',
+    })
+  }
+}
+
+/** One target of one upper: its index, its journal, and what is still to be done. */
+export class TargetSession {
+  readonly events = new EventEmitter<SessionEvents>()
+  readonly #request: TargetSessionRequest
+  #index!: IndexStore
+  #journal!: SyncJournal
+  #session = 0
+  #losses: readonly TargetLoss[] = []
+  #nextStage = 0
+  #checkpoint: Checkpoint | undefined
+  #phase: TargetStatus['phase'] = 'opening'
+  readonly #dirty = new Map<number, Set<ByteString>>()
+  readonly #forced = new Set<string>()
+  /** Names whose change time says nothing, since somebody may write to them through a mapping. */
+  readonly #suspects = new Set<string>()
+  readonly #rescans = new Set<number>()
+  #isScanDue = false
+  readonly #unknown = new Map<string, { handle: FileHandle; names: Set<ByteString> }>()
+  readonly #retries = new Map<string, PendingFailure & NamePlace & { readonly dueAt: number }>()
+  /** A batch could not be carried out; it is done again from the journal. */
+  #isBroken = false
+  #freshQueue: FreshDirectory[] = []
+  #oldestChangeAt: number | undefined
+  readonly #tally = { files: 0, bytes: 0, operations: 0 }
+  #delivered: Failure[] = []
+
+  constructor(request: TargetSessionRequest) {
+    this.#request = request
+  }
+
+  /**
+   * Opens target and index, finishes what a crash left, and finds out what is to be done: everything for a new target,
+   * else a comparison of the upper with the index.
+   * @throws {TargetNotOursError}
+   */
+  async open(): Promise<void> {
+    const { target, stateDir, upperFd, signal, namespace, patterns } = this.#request
+    await mkdir(stateDir, { recursive: true, mode: 0o700 })
+    const state = await target.open(signal)
+    this.#losses = state.losses
+    this.#nextStage = state.nextStage
+    this.#checkpoint = state.checkpoint
+    const opened = await SyncJournal.open(`${stateDir}/journal`)
+    this.#journal = opened.journal
+    const root = rowOf(NO_NAME, rawStatFd(upperFd))
+    const indexPath = `${stateDir}/index`
+    this.#index = await IndexStore.open(indexPath, Buffer.from(root.identity, 'latin1').toString('hex'))
+    const isBelieved = await this.#believe(state.checkpoint, state.isEmpty, opened.unfinished.length > 0)
+    const losses = state.losses.map(({ what }) => what)
+    const { delivery } = target
+    this.#session = workers.open({ upperFd, delivery, losses, indexPath, namespace, patterns })
+    if (isBelieved) {
+      await this.#recover(opened.unfinished)
+      this.#queuePending()
+      this.#isScanDue = true
+    } else {
+      await this.#journal.clear()
+      await this.#beginAnew(root, !state.isEmpty)
+    }
+    if (this.#checkpoint === undefined) await this.#barrier({ root: this.#index.root, sequence: this.#index.sequence })
+  }
+
+  /** Says that something may have changed. Quick. */
+  hint(hint: Hint): void {
+    if (hint.kind === 'lost') this.#isScanDue = true
+    else if (hint.kind === 'tree') this.#rescan(hint.directory)
+    else if (hint.kind === 'name') this.#mark(hint.directory, hint.name)
+    else for (const end of [hint.from, hint.to]) if (end !== undefined) this.#mark(end.directory, end.name)
+    this.#oldestChangeAt ??= performance.now()
+  }
+
+  /** Names (paths from the upper's root on) that may be written to through a mapping, unseen. */
+  suspect(paths: readonly ByteString[]): void {
+    for (const path of paths) {
+      const { directory, rest } = this.#index.resolve(path.slice(0, Math.max(0, path.lastIndexOf('/'))) as ByteString)
+      if (rest.length > 0) continue
+      const name = path.slice(path.lastIndexOf('/') + 1) as ByteString
+      this.#add(directory, name)
+      this.#suspects.add(keyOf({ directory, name }))
+    }
+  }
+
+  /** Compares the whole upper with the index in the next round. */
+  scan(): void {
+    this.#isScanDue = true
+  }
+
+  /** Whether a round would find something to do now. */
+  get hasWork(): boolean {
+    const now = performance.now()
+    return (
+      this.#dirty.size > 0 ||
+      this.#isScanDue ||
+      this.#isBroken ||
+      this.#rescans.size > 0 ||
+      this.#unknown.size > 0 ||
+      this.#freshQueue.length > 0 ||
+      [...this.#retries.values()].some(({ dueAt }) => dueAt <= now)
+    )
+  }
+
+  /** When the next retry is due, in ms from now. */
+  get retryInMs(): number | undefined {
+    const due = [...this.#retries.values()].map(({ dueAt }) => dueAt)
+    return due.every((at) => at === Number.POSITIVE_INFINITY)
+      ? undefined
+      : Math.max(0, Math.min(...due) - performance.now())
+  }
+
+  get status(): TargetStatus {
+    let queuedNames = 0
+    for (const names of this.#dirty.values()) queuedNames += names.size
+    return {
+      target: this.#request.target.description,
+      phase: this.#phase,
+      checkpoint: this.#checkpoint,
+      ...this.#tally,
+      queuedDirectories: this.#freshQueue.length,
+      queuedNames,
+      lagMs: this.#oldestChangeAt === undefined ? 0 : performance.now() - this.#oldestChangeAt,
+      failures: [...this.#retries.values()].map(({ path, code, message, attempts }) => ({
+        path,
+        code,
+        message,
+        attempts,
+      })),
+      losses: this.#losses,
+    }
+  }
+
+  /**
+   * Carries over everything that is known to have changed, and makes it durable. Returns whether something changed
+   * while it was read, so that another round is needed for it.
+   */
+  async round(): Promise<{ readonly isSettled: boolean }> {
+    const startedAt = performance.now()
+    const oldest = this.#oldestChangeAt
+    this.#oldestChangeAt = undefined
+    try {
+      if (this.#isBroken) await this.#redo()
+      if (this.#freshQueue.length > 0) {
+        this.#phase = 'first pass'
+        await this.#carryFresh(this.#freshQueue.splice(0), new Map(), new Set())
+      }
+      await this.#scanDue()
+      this.#takeRetries()
+      this.#placeUnknown()
+      let names = 0
+      if (this.#dirty.size > 0) {
+        this.#phase = 'following'
+        names = await this.#follow()
+      }
+      this.#phase = 'waiting'
+      if (this.#checkpoint !== undefined) {
+        this.events.emit('checkpoint', { ...this.#checkpoint, names, tookMs: performance.now() - startedAt })
+      }
+    } catch (error) {
+      if (this.#oldestChangeAt === undefined) this.#oldestChangeAt = oldest
+      throw error
+    }
+    return { isSettled: this.#dirty.size === 0 && this.#rescans.size === 0 }
+  }
+
+  async close(): Promise<void> {
+    this.#phase = 'closed'
+    if (this.#session !== 0) await workers.close(this.#session)
+    await this.#journal?.close()
+    await this.#index?.close()
+    await this.#request.target.close()
+  }
+
+  async #believe(checkpoint: Checkpoint | undefined, isEmpty: boolean, hasJournal: boolean): Promise<boolean> {
+    const { target, adopt } = this.#request
+    const index = this.#index
+    const isFirst = index.row(0, NO_NAME) === undefined
+    if (checkpoint === undefined) {
+      if (!isEmpty && !adopt) throw new TargetNotOursError(target.description, 'is not empty and was never synced')
+      if (!isFirst) await index.reset()
+      return false
+    }
+    if (checkpoint.root === index.root && !isFirst) {
+      const isAhead = checkpoint.sequence < index.sequence
+      const isBehind = checkpoint.sequence > index.sequence + (hasJournal ? 1 : 0)
+      // A crash between the two leaves the target one checkpoint ahead, and the batch in the journal.
+      if (!isAhead && !isBehind) return true
+    } else if (!isEmpty && !adopt) {
+      throw new TargetNotOursError(
+        target.description,
+        'holds the copy of another upper, or the state of this one is lost',
+      )
+    }
+    await index.reset()
+    return false
+  }
+
+  async #beginAnew(root: Row, isDirty: boolean): Promise<void> {
+    const { upperFd } = this.#request
+    await this.#index.commit([
+      {
+        set: 'directory',
+        record: { id: ROOT_ID, parent: 0, name: NO_NAME, bits: 0, isPending: true, handle: handleAt(upperFd, '') },
+      },
+      { set: 'row', directory: 0, row: root.with({ ref: ROOT_ID, settled: false }) },
+    ])
+    this.#checkpoint = undefined
+    this.#freshQueue = [{ id: ROOT_ID, parent: 0, name: NO_NAME, path: '' as TreePath, isDirty }]
+  }
+
+  // What a first pass had begun, and what had not been reached yet: nothing of it is believed.
+  #queuePending(only?: number): void {
+    for (const id of only === undefined ? this.#index.pending() : [only]) {
+      const record = this.#index.directory(id)
+      const path = this.#index.pathOf(id)
+      if (record === undefined || path === undefined) continue
+      this.#freshQueue.push({ id, parent: record.parent, name: record.name, path, isDirty: true })
+    }
+  }
+
+  async #recover(unfinished: readonly UnfinishedBatch[]): Promise<void> {
+    this.#phase = 'recovering'
+    for (const batch of unfinished) {
+      if (!batch.isStructured && needsBarrier(batch)) {
+        const failed = batch.isHalfDone ? [] : await this.#operations(batch.first)
+        await this.#barrier()
+        failed.push(...(await this.#operations(batch.second)))
+        const [wide] = failed.filter(({ code }) => TARGET_WIDE.has(code))
+        if (wide !== undefined) throw new BatchFailedError(wide)
+        await this.#barrier()
+        await this.#index.commit(batch.changes)
+        if (batch === unfinished.at(-1)) await this.#journal.mark('structured')
+        // What could not be brought to its place is not there, whatever the index says.
+        for (const { path } of failed) this.#distrust(path)
+        for (const path of destinationsOf(batch, failed)) this.#distrust(path)
+      }
+      for (const path of batch.touched) this.#distrust(path)
+    }
+  }
+
+  /** A name of which nobody knows what the target has there. */
+  #distrust(path: TreePath): void {
+    const { directory, rest } = this.#index.resolve(path)
+    const isKnown = rest.length === 0
+    const record = isKnown ? this.#index.directory(directory) : undefined
+    if (isKnown && directory === ROOT_ID) return
+    const place =
+      record !== undefined
+        ? { directory: record.parent, name: record.name }
+        : { directory, name: rest[0] as ByteString }
+    // Beneath something that the index does not know there is nothing to distrust: it comes as a whole.
+    if (!isKnown && rest.length > 1) {
+      this.#force({ directory, name: rest[0] as ByteString })
+      return
+    }
+    this.#force(place)
+    const row = this.#index.row(place.directory, place.name)
+    if (row === undefined || row.nlink < 2 || row.isDirectory) return
+    for (const other of this.#index.namesOf(row.identity)) this.#force(other)
+  }
+
+  #force(place: NamePlace): void {
+    this.#add(place.directory, place.name)
+    this.#forced.add(keyOf(place))
+  }
+
+  async #redo(): Promise<void> {
+    await this.#journal.close()
+    const { journal, unfinished } = await SyncJournal.open(`${this.#request.stateDir}/journal`)
+    this.#journal = journal
+    this.#delivered = []
+    await this.#recover(unfinished)
+    this.#queuePending()
+    this.#isBroken = false
+    // What the broken batch had taken from the list of changes is found by comparing.
+    this.#isScanDue = true
+  }
+
+  #add(directory: number, name: ByteString): void {
+    const names = this.#dirty.get(directory)
+    if (names === undefined) this.#dirty.set(directory, new Set([name]))
+    else names.add(name)
+  }
+
+  #mark(directory: DirectoryRef, name: ByteString): void {
+    if ('path' in directory) {
+      const { directory: id, rest } = this.#index.resolve(directory.path)
+      const [missing] = rest
+      if (missing !== undefined) this.#add(id, missing)
+      else this.#markKnown(id, name)
+      return
+    }
+    const id = this.#index.byHandle(directory.handle)
+    if (id !== undefined) {
+      this.#markKnown(id, name)
+      return
+    }
+    const key = handleKey(directory.handle)
+    const known = this.#unknown.get(key)
+    if (known === undefined) this.#unknown.set(key, { handle: directory.handle, names: new Set([name]) })
+    else known.names.add(name)
+  }
+
+  #markKnown(id: number, name: ByteString): void {
+    if (name !== DOT) {
+      this.#add(id, name)
+      return
+    }
+    const record = this.#index.directory(id)
+    if (record !== undefined) this.#add(record.parent, record.name)
+  }
+
+  #rescan(directory: DirectoryRef): void {
+    if ('path' in directory) {
+      const { directory: id, rest } = this.#index.resolve(directory.path)
+      const [missing] = rest
+      if (missing !== undefined) this.#add(id, missing)
+      else this.#rescans.add(id)
+      return
+    }
+    const id = this.#index.byHandle(directory.handle)
+    if (id !== undefined) this.#rescans.add(id)
+    else this.#mark(directory, DOT)
+  }
+
+  // Directories that the index did not know when something was said of them: by now it may, or they lie beneath one
+  // that has just appeared, or outside the upper.
+  #placeUnknown(): void {
+    if (this.#unknown.size === 0) return
+    const unknown = [...this.#unknown.values()]
+    this.#unknown.clear()
+    if (unknown.length > UNKNOWN_MOST) {
+      this.#isScanDue = true
+      return
+    }
+    for (const { handle, names } of unknown) {
+      const id = this.#index.byHandle(handle)
+      if (id !== undefined) for (const name of names) this.#markKnown(id, name)
+      else {
+        const path = this.#pathOfHandle(handle)
+        if (path === undefined) continue
+        const { directory, rest } = this.#index.resolve(path)
+        const [missing] = rest
+        if (missing !== undefined) this.#add(directory, missing)
+        else for (const name of names) this.#markKnown(directory, name)
+      }
+    }
+  }
+
+  /** Where a directory is beneath the upper now. */
+  #pathOfHandle(handle: FileHandle): TreePath | undefined {
+    const { upperFd } = this.#request
+    let fd: number | undefined
+    try {
+      fd = openByHandle(upperFd, handle, O_PATH | O_DIRECTORY)
+    } catch (error) {
+      if (errnoOf(error) === undefined) throw error
+      return undefined
+    }
+    if (fd === undefined) return undefined
+    const path = withFd(fd, pathOfFd)
+    const root = pathOfFd(upperFd)
+    if (path === root) return '' as TreePath
+    const prefix = root === '/' ? '/' : `${root}/`
+    return path.startsWith(prefix) ? (path.slice(prefix.length) as TreePath) : undefined
+  }
+
+  #takeRetries(): void {
+    const now = performance.now()
+    for (const [key, retry] of this.#retries) {
+      if (retry.dueAt > now) continue
+      this.#add(retry.directory, retry.name)
+      const row = this.#index.row(retry.directory, retry.name)
+      if (row?.isDirectory === true && this.#index.directory(row.ref)?.isPending === true) this.#queuePending(row.ref)
+      // Until it has succeeded or failed once more.
+      this.#retries.set(key, { ...retry, dueAt: Number.POSITIVE_INFINITY })
+    }
+  }
+
+  async #scanDue(): Promise<void> {
+    const queue: ScanDirectory[] = []
+    if (this.#isScanDue) {
+      queue.push({ id: ROOT_ID, path: '' as TreePath })
+      this.#add(0, NO_NAME)
+    } else {
+      for (const id of this.#rescans) {
+        const path = this.#index.pathOf(id)
+        if (path !== undefined) queue.push({ id, path })
+      }
+    }
+    this.#isScanDue = false
+    this.#rescans.clear()
+    if (queue.length === 0) return
+    this.#phase = 'scanning'
+    await this.#inParallel(queue, 64, async (directories) => {
+      const { dirty, rest, failures } = await this.#run({ do: 'scan', directories, budgetMs: SCAN_MS })
+      for (const { directory, name } of dirty) this.#add(directory, name)
+      for (const failure of failures) this.#fail(failure)
+      return rest
+    })
+  }
+
+  /**
+   * Hands out a growing list in pieces to all threads. The list is handed out from its end, so that what was found last,
+   * deepest in the tree, comes first and the list stays short.
+   */
+  async #inParallel<T>(queue: T[], size: number, work: (piece: T[]) => Promise<readonly T[]>): Promise<void> {
+    let running = 0
+    let failure: unknown
+    await new Promise<void>((resolve) => {
+      const next = () => {
+        if (failure !== undefined) queue.length = 0
+        while (queue.length > 0 && running < workers.width * 2) {
+          running++
+          const share = Math.max(1, Math.min(size, Math.ceil(queue.length / workers.width)))
+          work(queue.splice(-share))
+            .then((more) => queue.push(...more))
+            .catch((error) => {
+              failure ??= error
+            })
+            .finally(() => {
+              running--
+              next()
+            })
+        }
+        if (running === 0 && queue.length === 0) resolve()
+      }
+      next()
+    })
+    if (failure !== undefined) throw failure
+  }
+
+  /** Looks, plans and carries out until nothing known is left. Returns how many names it looked at. */
+  async #follow(): Promise<number> {
+    const taken = [...this.#dirty].flatMap(([directory, names]) => [...names].map((name) => ({ directory, name })))
+    this.#dirty.clear()
+    const forced = new Set(this.#forced)
+    const suspects = new Set(this.#suspects)
+    this.#suspects.clear()
+    const giveBack = () => {
+      for (const { directory, name } of taken) this.#add(directory, name)
+      for (const key of suspects) this.#suspects.add(key)
+    }
+    try {
+      const made = await this.#plan(taken, forced, suspects)
+      if (made === undefined) {
+        giveBack()
+        return 0
+      }
+      await this.#carryOut(made, taken)
+      for (const place of taken) this.#forced.delete(keyOf(place))
+    } catch (error) {
+      giveBack()
+      throw error
+    }
+    return taken.length
+  }
+
+  async #plan(taken: readonly NamePlace[], forced: ReadonlySet<string>, suspects: ReadonlySet<string>) {
+    const index = this.#index
+    const observations = new Map<string, Observation>()
+    const known = new Map<string, number>()
+    const view = {
+      directory: (id: number) => index.directory(id),
+      byHandle: (handle: { type: number; bytes: Buffer }) => index.byHandle(handle),
+      namesOf: (identity: string) => index.namesOf(identity),
+      row: (directory: number, name: ByteString) => {
+        const row = index.row(directory, name)
+        return row !== undefined && suspects.has(keyOf({ directory, name })) ? row.with({ settled: false }) : row
+      },
+    }
+    let places = taken
+    let hasPeeked = false
+    for (let round = 0; round < PLAN_ROUNDS; round++) {
+      await this.#look(places, forced, observations)
+      const plan = planChanges({
+        observations: [...observations.values()],
+        index: view,
+        takeDirectoryId: () => index.takeDirectoryIds(1),
+        takeStage: () => this.#nextStage++,
+      })
+      if (plan.isInconsistent) return undefined
+      places = plan.alsoLook
+      if (places.length > 0) continue
+      if (hasPeeked || plan.leaving.size === 0 || plan.fresh.length === 0) return { plan, known, observations }
+      hasPeeked = true
+      await this.#peek(plan, observations, known)
+    }
+    return undefined
+  }
+
+  async #look(
+    places: readonly NamePlace[],
+    forced: ReadonlySet<string>,
+    observations: Map<string, Observation>,
+  ): Promise<void> {
+    const byDirectory = new Map<number, ByteString[]>()
+    for (const { directory, name } of places) {
+      const names = byDirectory.get(directory)
+      if (names === undefined) byDirectory.set(directory, [name])
+      else names.push(name)
+    }
+    const directories: LookDirectory[] = []
+    for (const [id, names] of byDirectory) {
+      if (id === 0) {
+        directories.push({ id, path: '' as TreePath, handle: undefined, identity: '', names })
+        continue
+      }
+      const record = this.#index.directory(id)
+      const path = this.#index.pathOf(id)
+      // A directory that went in an earlier round takes what was said of its names with it.
+      if (record === undefined || path === undefined) continue
+      const identity = this.#index.row(record.parent, record.name)?.identity ?? ''
+      directories.push({ id, path, handle: record.handle, identity, names })
+    }
+    await this.#inParallel(directories, 256, async (piece) => {
+      const { seen, displaced, failures } = await this.#run({ do: 'look', directories: piece })
+      for (const { directory, name, row, handle } of seen) {
+        const place = { directory, name }
+        const key = keyOf(place)
+        observations.set(key, {
+          ...place,
+          seen: row === undefined ? undefined : new Row(name, Buffer.from(row)),
+          handle: handle === undefined ? undefined : { type: handle.type, bytes: Buffer.from(handle.bytes) },
+          isForced: forced.has(key),
+        })
+      }
+      for (const id of displaced) {
+        const record = this.#index.directory(id)
+        if (record !== undefined && record.parent !== 0) this.#add(record.parent, record.name)
+      }
+      for (const failure of failures) this.#fail(failure)
+      return []
+    })
+  }
+
+  // Things that left their names may have moved into directories that are new.
+  async #peek(plan: Plan, observations: Map<string, Observation>, known: Map<string, number>): Promise<void> {
+    const identities = [...plan.leaving]
+    for (const { id, parent, name, path, identity } of plan.fresh) {
+      const { found } = await this.#run({ do: 'peek', path, identities })
+      if (found.length === 0) continue
+      known.set(identity, id)
+      const key = keyOf({ directory: parent, name })
+      const root = observations.get(key)
+      if (root !== undefined) observations.set(key, { ...root, freshId: id })
+      const ids = new Map<string, number>([[path, id]])
+      for (const { path: at, row, handle, isHit } of found) {
+        const slash = at.lastIndexOf('/')
+        const directory = ids.get(at.slice(0, slash)) as number
+        const seen = new Row(at.slice(slash + 1) as ByteString, Buffer.from(row))
+        const place = { directory, name: seen.name }
+        const plain = handle && { type: handle.type, bytes: Buffer.from(handle.bytes) }
+        if (isHit) observations.set(keyOf(place), { ...place, seen, handle: plain })
+        else {
+          const freshId = this.#index.takeDirectoryIds(1)
+          ids.set(at, freshId)
+          known.set(seen.identity, freshId)
+          observations.set(keyOf(place), { ...place, seen, handle: plain, freshId })
+        }
+      }
+    }
+  }
+
+  async #carryOut(
+    { plan, known, observations }: { plan: Plan; known: Map<string, number>; observations: Map<string, Observation> },
+    taken: readonly NamePlace[],
+  ): Promise<void> {
+    const { first, second, fresh, contents, links, metas } = plan
+    if (first.length + second.length + contents.length + links.length + metas.length === 0) {
+      for (const place of taken) this.#retries.delete(keyOf(place))
+      return
+    }
+    await this.#journal.begin({ first, second, changes: plan.changes, touched: plan.touched })
+    const retried = new Set(taken.map(keyOf))
+    const moved = new Set<string>()
+    let kept: Plan
+    try {
+      kept = this.#withoutFailed(plan, await this.#operations(first), observations)
+      if (needsBarrier(plan)) {
+        await this.#barrier()
+        await this.#journal.mark('half')
+      }
+      kept = this.#withoutFailed(kept, await this.#operations(second), observations)
+      for (const change of kept.changes) if (change.set === 'row') moved.add(change.row.identity)
+      for (const identity of known.keys()) moved.delete(identity)
+      for (const { identity } of fresh) moved.delete(identity)
+      const changes: IndexChange[] = [...kept.changes]
+      await this.#sendContents(kept, changes, retried)
+      this.#failLinks(await this.#operations(kept.links), links)
+      await this.#sendMetas(kept, changes)
+      await this.#checkpointNow(changes)
+      for (const key of retried)
+        if (this.#retries.get(key)?.dueAt === Number.POSITIVE_INFINITY) this.#retries.delete(key)
+      for (const id of plan.rescans) this.#rescans.add(id)
+    } catch (error) {
+      // What was sent is not known to be there: it is done again from the journal.
+      this.#isBroken = true
+      throw error
+    }
+    // They are in the index by now, as pending, so that a crash does not lose them.
+    const roots = kept.fresh.map(({ id, parent, name, path, isDirty }) => ({ id, parent, name, path, isDirty }))
+    if (roots.length > 0) await this.#carryFresh(roots, known, moved)
+  }
+
+  /** A plan without what depends on operations that failed. */
+  #withoutFailed(plan: Plan, failed: readonly NameFailure[], observations: ReadonlyMap<string, Observation>): Plan {
+    let kept = plan
+    for (const failure of failed) {
+      const { path } = failure
+      const operation = [...plan.first, ...plan.second].find((one) => pathOf(one) === path)
+      const isDirectory = operation?.do === 'directory'
+      if (TARGET_WIDE.has(failure.code) || (!isDirectory && operation?.do !== 'remove'))
+        throw new BatchFailedError(failure)
+      const place = this.#observedAt(plan, path, observations, isDirectory)
+      if (place === undefined) throw new BatchFailedError(failure)
+      this.#fail({ ...failure, ...place })
+      kept = isDirectory ? withoutTree(kept, path, place) : withoutRemoval(kept, place)
+    }
+    return kept
+  }
+
+  #observedAt(
+    plan: Plan,
+    path: TreePath,
+    observations: ReadonlyMap<string, Observation>,
+    isNew: boolean,
+  ): NamePlace | undefined {
+    const fresh = plan.fresh.find((tree) => tree.path === path)
+    if (isNew) return fresh && { directory: fresh.parent, name: fresh.name }
+    const name = path.slice(path.lastIndexOf('/') + 1)
+    return [...observations.values()].find(
+      (one) => one.name === name && join(this.#index.pathOf(one.directory), one.name) === path,
+    )
+  }
+
+  #failLinks(failed: readonly NameFailure[], links: readonly Operation[]): void {
+    const [failure] = failed
+    if (failure !== undefined && links.length > 0) throw new BatchFailedError(failure)
+  }
+
+  /** Runs plain operations in their order, and gives those that failed. */
+  async #operations(operations: readonly Operation[]): Promise<NameFailure[]> {
+    if (operations.length === 0) return []
+    const { failures } = await this.#run({ do: 'operations', operations: operations as never })
+    this.#tally.operations += operations.length
+    const found = failures.map(({ index, code, message }) => {
+      const operation = operations[index] as Operation
+      return { directory: 0, name: NO_NAME, path: pathOf(operation), code, message }
+    })
+    return [...found, ...this.#takeDelivered()]
+  }
+
+  #takeDelivered(): NameFailure[] {
+    return this.#delivered
+      .splice(0)
+      .map(({ path, code, message }) => ({ directory: 0, name: NO_NAME, path, code, message }))
+  }
+
+  async #sendContents(plan: Plan, changes: IndexChange[], retried: Set<string>): Promise<void> {
+    const tasks = [...plan.contents]
+    const byPath = new Map(tasks.map((task) => [task.path, task]))
+    const jobs: (typeof tasks)[] = []
+    let bytes = 0
+    for (const task of tasks) {
+      const last = jobs.at(-1)
+      if (last === undefined || last.length >= TASKS_PER_JOB || bytes > JOB_BYTES) {
+        jobs.push([task])
+        bytes = 0
+      } else last.push(task)
+      bytes += task.seen.sizeBytes
+    }
+    await this.#inParallel(jobs.reverse(), 1, async ([job]) => {
+      const result = await this.#run({ do: 'contents', tasks: (job as typeof tasks).map(sendTaskOf) })
+      this.#mergeContents(result, byPath, changes, retried)
+      return []
+    })
+    for (const failure of this.#takeDelivered()) {
+      const task = byPath.get(failure.path)
+      if (task === undefined) throw new BatchFailedError(failure)
+      this.#failContent({ ...failure, directory: task.directory, name: task.name }, changes, retried)
+    }
+  }
+
+  #mergeContents(
+    { sent, again, failures, files, bytes }: ContentsResult,
+    byPath: ReadonlyMap<TreePath, Plan['contents'][number]>,
+    changes: IndexChange[],
+    retried: Set<string>,
+  ): void {
+    this.#tally.files += files
+    this.#tally.bytes += bytes
+    const byPlace = new Map([...byPath.values()].map((task) => [keyOf(task), task]))
+    for (const { directory, name, row: image, blocks, isUnsettled } of sent) {
+      const task = byPlace.get(keyOf({ directory, name }))
+      let row = new Row(name, Buffer.from(image))
+      const old = task?.row
+      if (old?.isFile === true && old.ref !== 0 && blocks === undefined) changes.push({ set: 'no blocks', id: old.ref })
+      if (blocks !== undefined) {
+        const id = old?.isFile === true && old.ref !== 0 ? old.ref : this.#index.takeBlocksIds(1)
+        changes.push({ set: 'blocks', id, hashes: blocks })
+        row = row.with({ ref: id })
+      }
+      for (const place of [{ directory, name }, ...(task?.others ?? [])]) {
+        changes.push({ set: 'row', directory: place.directory, row: row.with({ name: place.name }) })
+        if (isUnsettled) this.#add(place.directory, place.name)
+      }
+    }
+    for (const { directory, name } of again) {
+      const task = byPlace.get(keyOf({ directory, name }))
+      for (const place of [{ directory, name }, ...(task?.others ?? [])]) this.#add(place.directory, place.name)
+    }
+    for (const failure of failures) {
+      if (TARGET_WIDE.has(failure.code)) throw new BatchFailedError(failure)
+      this.#failContent(failure, changes, retried)
+    }
+    this.events.emit('progress', this.status)
+  }
+
+  // Half of it may have been written where other names see it.
+  #failContent(failure: NameFailure, changes: IndexChange[], retried: Set<string>): void {
+    if (TARGET_WIDE.has(failure.code)) throw new BatchFailedError(failure)
+    const place = { directory: failure.directory, name: failure.name }
+    const row = this.#index.row(place.directory, place.name)
+    const names = row !== undefined && row.nlink > 1 ? this.#index.namesOf(row.identity) : []
+    for (const { directory, name } of row === undefined ? [] : [place, ...names]) {
+      const old = this.#index.row(directory, name)
+      if (old === undefined || old.isDirectory) continue
+      const ref = old.isFile ? { ref: 0 } : {}
+      changes.push({ set: 'row', directory, row: old.with({ contentHash: 0n, settled: false, ...ref }) })
+    }
+    retried.delete(keyOf(place))
+    this.#fail(failure)
+  }
+
+  #fail(failure: NameFailure): void {
+    const key = keyOf(failure)
+    const attempts = (this.#retries.get(key)?.attempts ?? 0) + 1
+    const waitMs = Math.min(RETRY_MOST_MS, RETRY_FIRST_MS * 2 ** (attempts - 1))
+    this.#retries.set(key, { ...failure, attempts, dueAt: performance.now() + waitMs })
+    this.events.emit('failure', failure)
+  }
+
+  async #sendMetas(plan: Plan, changes: IndexChange[]): Promise<void> {
+    await this.#inParallel([...plan.metas].reverse(), 512, async (tasks) => {
+      const { rows, again, failures } = await this.#run({ do: 'metas', tasks })
+      for (const { id, row, isUnsettled } of rows) {
+        const place = this.#placeIn(plan, id)
+        if (place === undefined) continue
+        changes.push({
+          set: 'row',
+          directory: place.directory,
+          row: new Row(place.name, Buffer.from(row)).with({ ref: id, name: place.name }),
+        })
+        if (isUnsettled) this.#add(place.directory, place.name)
+      }
+      for (const id of [...again]) {
+        const place = this.#placeIn(plan, id)
+        if (place !== undefined) this.#add(place.directory, place.name)
+      }
+      for (const failure of failures) {
+        if (TARGET_WIDE.has(failure.code)) throw new BatchFailedError(failure)
+        const place = this.#placeIn(plan, failure.directory)
+        if (place !== undefined) this.#fail({ ...failure, ...place })
+      }
+      return []
+    })
+    const [failure] = this.#takeDelivered()
+    if (failure !== undefined) throw new BatchFailedError(failure)
+  }
+
+  /** Where a directory is once the plan is carried out. */
+  #placeIn(plan: Plan, id: number): NamePlace | undefined {
+    for (const change of plan.changes) {
+      if ((change.set === 'place' || change.set === 'new directory') && change.id === id) {
+        return { directory: change.parent, name: change.name }
+      }
+    }
+    const record = this.#index.directory(id)
+    return record === undefined ? undefined : { directory: record.parent, name: record.name }
+  }
+
+  /**
+   * Carries over directories, pending in the index, with what is beneath them, with a checkpoint every few seconds.
+   */
+  async #carryFresh(
+    roots: readonly FreshDirectory[],
+    known: ReadonlyMap<string, number>,
+    moved: ReadonlySet<string>,
+  ): Promise<void> {
+    const changes: IndexChange[] = []
+    // Of a directory whose copy is repeated no row is believed; a new one may have rows of what was moved into it.
+    const repeated = new Set(moved.size === 0 ? roots.map(({ id }) => id) : [])
+    const knownIds = [...known]
+    const movedInodes = [...moved]
+    let lastAt = performance.now()
+    let rowBytes = 0
+    let count = DIRECTORY_IDS
+    let checkpointing: Promise<void> | undefined
+    const queue = [...roots]
+    await this.#inParallel(queue, 64, async (directories) => {
+      const result = await this.#run({
+        do: 'fresh',
+        directories,
+        directoryIds: [this.#index.takeDirectoryIds(count), count],
+        blocksIds: [this.#index.takeBlocksIds(BLOCKS_IDS), BLOCKS_IDS],
+        known: knownIds,
+        moved: movedInodes,
+        budgetMs: FRESH_MS,
+        budgetBytes: JOB_BYTES,
+      })
+      if (result.needsIds > 0) count = Math.max(count, result.needsIds * 2)
+      rowBytes += this.#mergeFresh(result, changes, repeated)
+      this.#freshQueue = queue
+      this.events.emit('progress', this.status)
+      const isDue = performance.now() - lastAt > CHECKPOINT_MS || rowBytes > CHECKPOINT_ROW_BYTES
+      if (isDue && checkpointing === undefined) {
+        lastAt = performance.now()
+        rowBytes = 0
+        checkpointing = this.#checkpointNow(changes.splice(0)).finally(() => {
+          checkpointing = undefined
+        })
+        await checkpointing
+      }
+      return result.rest
+    })
+    this.#freshQueue = []
+    await checkpointing
+    await this.#checkpointNow(changes)
+  }
+
+  #mergeFresh(result: FreshResult, changes: IndexChange[], repeated: ReadonlySet<number>): number {
+    this.#tally.files += result.files
+    this.#tally.bytes += result.bytes
+    let rowBytes = 0
+    const idByPath = new Map<string, number>()
+    const placeById = new Map<number, NamePlace>()
+    for (const { id, parent, name, path, handle, isNew, pages } of result.directories) {
+      idByPath.set(path, id)
+      placeById.set(id, { directory: parent, name })
+      if (isNew) {
+        const plain = handle && { type: handle.type, bytes: Buffer.from(handle.bytes) }
+        changes.push({ set: 'new directory', id, parent, name, handle: plain })
+      }
+      if (pages === undefined) continue
+      for (const page of pages) rowBytes += page.length
+      changes.push(
+        { set: 'pages', directory: id, pages, keepsOthers: !repeated.has(id) },
+        { set: 'pending', id, isPending: false },
+      )
+    }
+    for (const { id, row } of result.rows) {
+      const place = placeById.get(id) as NamePlace
+      changes.push({
+        set: 'row',
+        directory: place.directory,
+        row: new Row(place.name, Buffer.from(row)).with({ ref: id, name: place.name }),
+      })
+    }
+    for (const { id, hashes } of result.blocks) changes.push({ set: 'blocks', id, hashes })
+    for (const { directory, name } of result.again) {
+      if (name === DOT) this.#rescans.add(directory)
+      else this.#add(directory, name)
+    }
+    for (const failure of result.failures) {
+      if (TARGET_WIDE.has(failure.code)) throw new BatchFailedError(failure)
+      this.#fail(failure)
+    }
+    for (const failure of this.#takeDelivered()) {
+      const slash = failure.path.lastIndexOf('/')
+      const directory = idByPath.get(slash < 0 ? '' : failure.path.slice(0, slash))
+      if (TARGET_WIDE.has(failure.code) || directory === undefined) throw new BatchFailedError(failure)
+      const name = failure.path.slice(slash + 1) as ByteString
+      changes.push({ set: 'no row', directory, name })
+      this.#fail({ ...failure, directory, name })
+    }
+    return rowBytes
+  }
+
+  async #checkpointNow(changes: readonly IndexChange[]): Promise<void> {
+    const checkpoint = { root: this.#index.root, sequence: this.#index.sequence + 1 }
+    await this.#barrier(checkpoint)
+    await this.#index.commit(changes, checkpoint.sequence)
+    await this.#journal.clear()
+  }
+
+  async #barrier(checkpoint?: Checkpoint): Promise<void> {
+    await this.#request.target.barrier(checkpoint)
+    if (checkpoint !== undefined) this.#checkpoint = checkpoint
+  }
+
+  readonly #deliver: Deliver = async (lane, batch) => {
+    const { target, pace, signal } = this.#request
+    await pace?.take(batch.length, 1, signal)
+    this.#delivered.push(...(await target.deliver(lane, batch)))
+  }
+
+  #run<K extends Parameters<typeof workers.run>[1]['do']>(job: Extract<Parameters<typeof workers.run>[1], { do: K }>) {
+    this.#request.signal.throwIfAborted()
+    return workers.run<K>(this.#session, job, this.#deliver)
+  }
+}
+
+function sendTaskOf(task: Plan['contents'][number]): SendTask {
+  const { directory, name, path, seen, row, isShared } = task
+  return { directory, name, path, identity: seen.identity, row: row?.image, isShared }
+}
+
+/** Where things were to go that could not be taken out of their old places. */
+function destinationsOf(batch: UnfinishedBatch, failed: readonly NameFailure[]): TreePath[] {
+  const paths = new Set(failed.map(({ path }) => path))
+  const stages = new Set(
+    batch.first.flatMap((operation) => (operation.do === 'out' && paths.has(operation.path) ? [operation.stage] : [])),
+  )
+  return batch.second.flatMap((operation) =>
+    operation.do === 'in' && stages.has(operation.stage) ? [operation.path] : [],
+  )
+}
+
+function keyOf({ directory, name }: NamePlace): string {
+  return `${directory}/${name}`
+}
+
+function pathOf(operation: Operation): TreePath {
+  return operation.do === 'rename' ? operation.to : operation.path
+}
+
+function join(parent: TreePath | undefined, name: ByteString): string | undefined {
+  return parent === undefined ? undefined : parent === '' ? name : `${parent}/${name}`
+}
+
+function isBeneath(path: string, top: string): boolean {
+  return path === top || path.startsWith(`${top}/`)
+}
+
+/** A plan without a new directory that could not be made, and without what was to be in it. */
+function withoutTree(plan: Plan, top: TreePath, place: NamePlace): Plan {
+  const gone = new Set(plan.fresh.filter(({ path }) => isBeneath(path, top)).map(({ id }) => id))
+  return {
+    ...plan,
+    fresh: plan.fresh.filter(({ id }) => !gone.has(id)),
+    contents: plan.contents.filter(({ path }) => !isBeneath(path, top)),
+    links: plan.links.filter((operation) => operation.do !== 'link' || !isBeneath(operation.path, top)),
+    metas: plan.metas.filter(({ path }) => !isBeneath(path, top)),
+    changes: plan.changes.filter((change) => {
+      if (change.set === 'new directory') return !gone.has(change.id)
+      if (change.set !== 'row') return true
+      return (
+        !gone.has(change.directory) && keyOf({ directory: change.directory, name: change.row.name }) !== keyOf(place)
+      )
+    }),
+  }
+}
+
+/** A plan in which something that could not be removed is still there. */
+function withoutRemoval(plan: Plan, place: NamePlace): Plan {
+  const changes: IndexChange[] = []
+  for (const change of plan.changes) {
+    if (change.set === 'no row' && keyOf(change) === keyOf(place)) continue
+    // What is left of it is not known.
+    if (change.set === 'no directory') changes.push({ set: 'pending', id: change.id, isPending: true })
+    else changes.push(change)
+  }
+  return { ...plan, changes }
+}
+
+/** How long a change time is too young to be told from the next one, in ms. */
+export const SETTLE_MS = 35

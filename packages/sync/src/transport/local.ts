@@ -1,0 +1,48 @@
+import { type HostPath, printable, syncFileSystemAsync } from '@lsync/posix'
+import type { Checkpoint } from '../model/checkpoint.ts'
+import type { Failure } from '../model/operation.ts'
+import { TargetPlace } from '../target-state.ts'
+import type { Target, TargetState } from './target.ts'
+
+/** A directory of this machine, on whatever file system it is: the workers write into it themselves. */
+export class LocalTarget implements Target {
+  readonly description: string
+  readonly #path: HostPath
+  #place: TargetPlace | undefined
+
+  constructor(path: HostPath) {
+    this.#path = path
+    this.description = printable(path)
+  }
+
+  get delivery(): { readonly mode: 'direct'; readonly rootFd: number; readonly stageFd: number } {
+    const { rootFd, stageFd } = this.#opened
+    return { mode: 'direct', rootFd, stageFd }
+  }
+
+  async open(signal: AbortSignal): Promise<TargetState> {
+    signal.throwIfAborted()
+    this.#place = TargetPlace.open(this.#path, { create: true })
+    return this.#place.state
+  }
+
+  deliver(): Promise<readonly Failure[]> {
+    throw new Error('operations at a local target are carried out by the workers')
+  }
+
+  async barrier(checkpoint?: Checkpoint): Promise<void> {
+    const place = this.#opened
+    await syncFileSystemAsync(place.rootFd, this.#path)
+    if (checkpoint !== undefined) place.storeCheckpoint(checkpoint)
+  }
+
+  async close(): Promise<void> {
+    this.#place?.close()
+    this.#place = undefined
+  }
+
+  get #opened(): TargetPlace {
+    if (this.#place === undefined) throw new Error('the target is not open')
+    return this.#place
+  }
+}
