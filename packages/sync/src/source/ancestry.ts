@@ -102,7 +102,8 @@ export class Ancestry<Root> {
         if (parentKey === at) return this.#remember(below, NOBODY)
         const known = this.#known.get(parentKey)
         if (known !== undefined) return this.#remember(below, known)
-        if (below.length >= this.#limits.depth) return this.#remember(below, this.#everybody)
+        // Only the lower half is remembered so: what lies higher is the parent of others, which are not that deep.
+        if (below.length >= this.#limits.depth) return this.#remember(below.slice(0, below.length / 2), this.#everybody)
         const up = openat(fd, PARENT, O_PATH | O_DIRECTORY)
         close(fd)
         fd = up
