@@ -21,6 +21,8 @@ const LOSSES: ReadonlySet<string> = new Set<TargetLoss['what']>([
   'time',
   'flags',
   'symlink-meta',
+  'atomic',
+  'durable',
 ])
 
 class Writer {

@@ -2,6 +2,7 @@ import type { ByteString } from '@lsync/posix'
 import { formatTarget, type RemoteAddress } from './address.ts'
 import { RemoteTarget } from './remote.ts'
 import { serveCommand, spawnRemote } from './remote-command.ts'
+import { SftpTarget } from './sftp.ts'
 import type { SshConnections } from './ssh-connection.ts'
 import type { Target } from './target.ts'
 
@@ -26,6 +27,17 @@ const DEFAULT_ANSWER_TIMEOUT_MS = 900_000
 /** The target at an address on another machine. Nothing is connected before it is opened. */
 export function remoteTarget(address: RemoteAddress, options: RemoteOptions): Target {
   const { connections, rsh, remoteLsync = 'lsync', compress = 'auto' } = options
+  if (address.scheme === 'sftp') {
+    return new SftpTarget({
+      description: formatTarget(address),
+      path: address.path,
+      connect: (signal) =>
+        rsh === undefined
+          ? connections.subsystem(address, 'sftp', signal)
+          : Promise.resolve(spawnRemote(rsh, address, { subsystem: 'sftp' }, signal)),
+      timeoutMs: options.timeoutMs ?? DEFAULT_TIMEOUT_MS,
+    })
+  }
   const command = serveCommand(remoteLsync)
   return new RemoteTarget({
     description: formatTarget(address),
@@ -33,7 +45,7 @@ export function remoteTarget(address: RemoteAddress, options: RemoteOptions): Ta
     connect: (signal) =>
       rsh === undefined
         ? connections.execute(address, command, signal)
-        : Promise.resolve(spawnRemote(rsh, address, command, signal)),
+        : Promise.resolve(spawnRemote(rsh, address, { command }, signal)),
     compress,
     timeoutMs: options.timeoutMs ?? DEFAULT_TIMEOUT_MS,
     answerTimeoutMs: options.answerTimeoutMs ?? DEFAULT_ANSWER_TIMEOUT_MS,

@@ -33,13 +33,20 @@ function shellQuoted(word: string): string {
  * Starts a program such as `ssh -J jump` with host and command added, as rsync's `-e` does. What it says on standard
  * error, ssh's questions excepted (they go to the terminal), is kept for the error.
  */
-export function spawnRemote(rsh: string, address: RemoteAddress, command: string, signal: AbortSignal): Connection {
+export function spawnRemote(
+  rsh: string,
+  address: RemoteAddress,
+  wanted: { readonly command: string } | { readonly subsystem: string },
+  signal: AbortSignal,
+): Connection {
   const [program, ...args] = wordsOf(rsh)
   if (program === undefined) throw new RemoteCommandError(address.host, 'no program was named')
   const { user, host, port } = address
   if (port !== undefined) args.push('-p', String(port))
   if (user !== undefined) args.push('-l', user)
-  const child = spawn(program, [...args, host, command], { stdio: ['pipe', 'pipe', 'pipe'] })
+  if ('subsystem' in wanted) args.push('-s')
+  args.push(host, 'command' in wanted ? wanted.command : wanted.subsystem)
+  const child = spawn(program, args, { stdio: ['pipe', 'pipe', 'pipe'] })
   const said = lastOf(child.stderr)
   const end = new Promise<CommandEnd | Error>((resolve) => {
     child.once('error', resolve)

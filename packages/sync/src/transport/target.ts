@@ -24,6 +24,8 @@ export interface TargetLoss {
     | 'time'
     | 'flags'
     | 'symlink-meta'
+    | 'atomic'
+    | 'durable'
   readonly message: string
 }
 

@@ -1,0 +1,265 @@
+import {
+  chmodSync,
+  existsSync,
+  linkSync,
+  lstatSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs'
+import { OperationEncoder, parseTarget, type RemoteAddress, remoteTarget, SshConnections } from '@lsync/sync'
+import { describe, expect, test } from 'vitest'
+import { useFileSystem } from '../support/image.ts'
+import { needs } from '../support/needs.ts'
+import { hasSshd, type SshServer, useSshServer } from '../support/sshd.ts'
+import { batchOf, codesOf, fileOf, meta, never, path } from './wire.ts'
+
+const isRoot = process.geteuid?.() === 0
+
+function sftpTarget(server: SshServer, at: string, rsh = false) {
+  const address = parseTarget(`sftp://${server.user}@${server.address}:${server.port}${encodeURI(at)}`) as RemoteAddress
+  const connections = new SshConnections({ identities: [server.clientKey], knownHosts: [server.knownHosts] })
+  const [program, ...options] = server.ssh
+  const words = options.filter((_, i) => options[i] !== '-p' && options[i - 1] !== '-p')
+  const common = { connections, timeoutMs: 20_000 }
+  return remoteTarget(address, rsh ? { ...common, rsh: [program, ...words].join(' ') } : common)
+}
+
+describe.skipIf(!needs('sshd', hasSshd) || !needs('root', isRoot))('a target on an SFTP server', () => {
+  const disk = useFileSystem('ext4')
+  const sshd = useSshServer()
+
+  function place(): string {
+    const at = disk.current.fresh()
+    mkdirSync(`${at}/t`)
+    return `${at}/t`
+  }
+
+  test.each([
+    ['ssh2', false],
+    ['ssh', true],
+  ] as const)('by %s holds what SFTP has words for, and names the rest', async (_, rsh) => {
+    const at = place()
+    const target = sftpTarget(sshd.current, at, rsh)
+    const state = await target.open(never)
+    expect(state.isEmpty).toBe(true)
+    expect(state.losses.map(({ what }) => what).sort()).toEqual([
+      'acl',
+      'durable',
+      'flags',
+      'special',
+      'time',
+      'trusted-xattr',
+      'xattr',
+    ])
+    const failures = await target.deliver(
+      0,
+      batchOf(
+        { do: 'directory', path: path('d') },
+        fileOf('d/f', 'content', { mode: 0o4711, uid: 7, gid: 8, mtimeNs: 1_500_000_000_999_999_999n }),
+        fileOf('d/\xff\n\\', 'bytes'),
+        fileOf('missing/f', 'lost'),
+        { do: 'symlink', path: path('d/s'), meta: meta({ uid: 9 }), target: path('/etc/passwd') },
+        { do: 'link', path: path('d/g'), to: path('d/f') },
+        { do: 'link', path: path('d/g'), to: path('d/f') },
+        { do: 'special', path: path('d/w'), meta: meta(), type: 0o020000, rdev: 0 },
+        { do: 'meta', path: path('d'), kind: 'directory', meta: meta({ mode: 0o1777 }) },
+        { do: 'rename', from: path('nothing'), to: path('d/n') },
+      ),
+    )
+    expect(codesOf(failures)).toEqual([
+      [3, 'ENOENT'],
+      [9, 'ENOENT'],
+    ])
+    await target.barrier({ root: 'r1', sequence: 5 })
+    const stat = statSync(`${at}/d/f`)
+    expect([stat.mode & 0o7777, stat.uid, stat.gid, stat.mtimeMs, stat.nlink]).toEqual([0o4711, 7, 8, 1.5e12, 2])
+    expect(readFileSync(`${at}/d/g`, 'latin1')).toBe('content')
+    expect(readFileSync(Buffer.from(`${at}/d/\xff\n\\`, 'latin1'), 'latin1')).toBe('bytes')
+    expect(readlinkSync(`${at}/d/s`)).toBe('/etc/passwd')
+    expect(lstatSync(`${at}/d/s`).uid).toBe(9)
+    expect(lstatSync(`${at}/d/s`).mtimeMs).toBe(1000)
+    expect(existsSync(`${at}/d/w`)).toBe(false)
+    expect(statSync(`${at}/d`).mode & 0o7777).toBe(0o1777)
+    await target.close()
+    const again = sftpTarget(sshd.current, at, rsh)
+    expect(await again.open(never)).toMatchObject({ checkpoint: { root: 'r1', sequence: 5 }, isEmpty: false })
+    await again.close()
+    expect(readdirSync(`${at}/..`).sort()).toEqual(['.lsync.sync.t', 't'])
+    expect(readdirSync(`${at}/../.lsync.sync.t`).sort()).toEqual(['checkpoint', 'stage'])
+  })
+
+  test('replaces, moves, removes and keeps as a tree on disk would', async () => {
+    const at = place()
+    for (const name of ['a', 'b', 'dir/x/y']) mkdirSync(`${at}/${name}`, { recursive: true })
+    writeFileSync(`${at}/a/1`, 'one')
+    writeFileSync(`${at}/b/2`, 'two')
+    writeFileSync(`${at}/f`, 'old')
+    mkdirSync(`${at}/closed`)
+    writeFileSync(`${at}/closed/x`, '')
+    chmodSync(`${at}/closed`, 0)
+    const target = sftpTarget(sshd.current, at)
+    const { nextStage } = await target.open(never)
+    const failures = await target.deliver(
+      0,
+      batchOf(
+        { do: 'out', path: path('a'), stage: nextStage },
+        { do: 'out', path: path('b'), stage: nextStage + 1 },
+        { do: 'in', stage: nextStage, path: path('b') },
+        { do: 'in', stage: nextStage + 1, path: path('a') },
+        { do: 'in', stage: nextStage + 1, path: path('a') },
+        fileOf('f', 'new'),
+        fileOf('dir', 'now a file'),
+        { do: 'remove', path: path('closed') },
+        { do: 'remove', path: path('closed') },
+        { do: 'directory', path: path('k') },
+        fileOf('k/1', '1'),
+        fileOf('k/2', '2'),
+        fileOf('k/3', '3'),
+        { do: 'keep', path: path('k'), names: [path('2')] },
+        { do: 'rename', from: path('k/2'), to: path('f2') },
+        { do: 'rename', from: path('k/2'), to: path('f2') },
+      ),
+    )
+    expect(failures).toEqual([])
+    await target.barrier()
+    await target.close()
+    expect(readdirSync(at).sort()).toEqual(['a', 'b', 'dir', 'f', 'f2', 'k'])
+    expect([readdirSync(`${at}/a`), readdirSync(`${at}/b`), readdirSync(`${at}/k`)]).toEqual([['2'], ['1'], []])
+    expect([readFileSync(`${at}/f`, 'latin1'), readFileSync(`${at}/dir`, 'latin1')]).toEqual(['new', 'now a file'])
+    expect(readdirSync(`${at}/../.lsync.sync.t/stage`)).toEqual([])
+  })
+
+  test('patches a file atomically, or where it is when it has other names', async () => {
+    const at = place()
+    const base = Buffer.alloc(300_000, 'b')
+    writeFileSync(`${at}/one`, base)
+    writeFileSync(`${at}/two`, base)
+    linkSync(`${at}/two`, `${at}/two-again`)
+    const before = statSync(`${at}/two`).ino
+    const target = sftpTarget(sshd.current, at)
+    await target.open(never)
+    const encoder = new OperationEncoder()
+    for (const [name, shared] of [
+      ['one', false],
+      ['two', true],
+    ] as const) {
+      encoder.operation({
+        do: 'patch',
+        path: path(name),
+        meta: meta(),
+        sizeBytes: 310_000,
+        extents: [
+          [10, 3],
+          [305_000, 2],
+        ],
+        holes: [[100, 1000]],
+        shared,
+      })
+      encoder.content(Buffer.from('NEWzz'))
+      encoder.finish()
+    }
+    expect(await target.deliver(0, encoder.take())).toEqual([])
+    await target.close()
+    const expected = Buffer.concat([base, Buffer.alloc(10_000)])
+    expected.write('NEW', 10)
+    expected.write('zz', 305_000)
+    expected.fill(0, 100, 1100)
+    for (const name of ['one', 'two', 'two-again']) expect(readFileSync(`${at}/${name}`).equals(expected)).toBe(true)
+    expect(statSync(`${at}/two-again`).ino).toBe(before)
+  })
+
+  test('writes files that span batches, sparse ones, many at once, and none that was aborted', async () => {
+    const at = place()
+    const target = sftpTarget(sshd.current, at)
+    await target.open(never)
+    const encoder = new OperationEncoder()
+    const results = []
+    encoder.operation({
+      do: 'file',
+      path: path('huge'),
+      meta: meta(),
+      sizeBytes: 20 << 20,
+      extents: [
+        [1 << 20, 3 << 20],
+        [8 << 20, 5 << 20],
+      ],
+    })
+    for (let i = 0; i < 8; i++) {
+      encoder.content(Buffer.alloc(1 << 20, 'x'))
+      results.push(target.deliver(3, encoder.take()))
+    }
+    encoder.finish()
+    encoder.operation({ do: 'file', path: path('gone'), meta: meta(), sizeBytes: 5, extents: [[0, 5]] })
+    encoder.content(Buffer.from('abc'))
+    encoder.abort()
+    results.push(target.deliver(3, encoder.take()))
+    results.push(target.deliver(4, batchOf(...Array.from({ length: 500 }, (_, i) => fileOf(`s${i}`, `small ${i}`)))))
+    expect((await Promise.all(results)).flat()).toEqual([])
+    await target.close()
+    expect(readdirSync(at)).toHaveLength(501)
+    const bytes = readFileSync(`${at}/huge`)
+    const isFilled = (from: number, to: number, value: number) =>
+      bytes.subarray(from, to).every((byte) => byte === value)
+    expect([
+      isFilled(0, 1 << 20, 0),
+      isFilled(1 << 20, 4 << 20, 0x78),
+      isFilled(4 << 20, 8 << 20, 0),
+      isFilled(8 << 20, 13 << 20, 0x78),
+      isFilled(13 << 20, 20 << 20, 0),
+    ]).toEqual([true, true, true, true, true])
+    expect(statSync(`${at}/huge`).blocks * 512).toBeLessThan(9 << 20)
+    for (let i = 0; i < 500; i++) expect(readFileSync(`${at}/s${i}`, 'latin1')).toBe(`small ${i}`)
+  })
+
+  test('a directory that was replaced by a symlink is neither written through nor emptied', async () => {
+    const at = place()
+    const outside = disk.current.fresh()
+    writeFileSync(`${outside}/f`, 'precious')
+    mkdirSync(`${outside}/d`)
+    symlinkSync(outside, `${at}/link`)
+    const target = sftpTarget(sshd.current, at)
+    await target.open(never)
+    const failures = await target.deliver(
+      0,
+      batchOf(
+        fileOf('link/new', 'x'),
+        fileOf('link/d/new', 'x'),
+        { do: 'remove', path: path('link/f') },
+        { do: 'keep', path: path('link'), names: [] },
+        { do: 'meta', path: path('link'), kind: 'directory', meta: meta({ mode: 0 }) },
+        { do: 'meta', path: path('link'), kind: 'file', meta: meta({ mode: 0o777 }) },
+        { do: 'link', path: path('stolen'), to: path('link/f') },
+        { do: 'remove', path: path('link') },
+      ),
+    )
+    expect(failures.map(({ index }) => index)).toEqual([0, 1, 2, 3, 4, 5, 6])
+    await target.close()
+    expect(readdirSync(outside).sort()).toEqual(['d', 'f'])
+    expect(statSync(outside).mode & 0o777).not.toBe(0)
+    expect(readdirSync(`${outside}/d`)).toEqual([])
+    expect(readdirSync(at)).toEqual([])
+  })
+
+  test('a target is taken by one client, and again by the same machine after its client was killed or cut', async () => {
+    const at = place()
+    const target = sftpTarget(sshd.current, at)
+    await target.open(never)
+    const lock = `${at}/../.lsync.sync.t/lock`
+    const owner = JSON.parse(readFileSync(lock, 'latin1'))
+    writeFileSync(lock, JSON.stringify({ ...owner, host: 'another' }))
+    await expect(sftpTarget(sshd.current, at).open(never)).rejects.toMatchObject({ code: 'TARGET_BUSY' })
+    writeFileSync(lock, JSON.stringify({ ...owner, pid: 1, start: '0' }))
+    sshd.current.cutConnections()
+    await expect(target.deliver(0, batchOf(fileOf('f', 'x')))).rejects.toMatchObject({ code: 'CONNECTION_LOST' })
+    await target.close()
+    await target.open(never)
+    expect(await target.deliver(0, batchOf(fileOf('f', 'x')))).toEqual([])
+    await target.close()
+    expect(existsSync(lock)).toBe(false)
+  })
+})
