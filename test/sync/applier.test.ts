@@ -170,6 +170,17 @@ describe.skipIf(!needs('root', isRoot)).each(['ext4', 'tmpfs'] as const)('an app
     place.close()
   })
 
+  test('only names within bounds are looked at for those to keep', () => {
+    const { at, root, place, applier } = site(
+      dir({ a: file('a'), b: file('b'), c: file('c'), d: file('d'), e: file('e') }),
+    )
+    const [after, last, names] = ['a', 'd', ['c']] as unknown as [ByteString, ByteString, ByteString[]]
+    carryOut(applier, { do: 'keep', path: path(''), names, after, last })
+    expectTree(root, at, dir({ a: file('a'), c: file('c'), e: file('e') }))
+    applier.forget()
+    place.close()
+  })
+
   test.skipIf(kind !== 'ext4')('immutable and append-only files and directories are changed, and can become so', () => {
     const { at, root, place, applier } = site(
       dir({

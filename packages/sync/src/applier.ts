@@ -193,7 +193,7 @@ export class Applier {
         this.#directory(operation.path)
         return
       case 'keep':
-        this.#keep(operation.path, operation.names)
+        this.#keep(operation)
         return
       case 'link':
         this.#link(operation.path, operation.to)
@@ -269,13 +269,14 @@ export class Applier {
     this.#hold(path, { fd, isFresh: true, inheritsAcls: false })
   }
 
-  #keep(path: TreePath, names: readonly ByteString[]): void {
+  #keep({ path, names, after, last }: Extract<Operation, { do: 'keep' }>): void {
     if (path !== '') checkPath(path)
     const place = this.#tryParent(path)
     if (place === undefined) return
     const kept = new Set(names)
     const others: ByteString[] = []
     readDirents(place.fd, (name) => {
+      if ((after !== undefined && name <= after) || (last !== undefined && name > last)) return
       if (!kept.has(name) && !(path === '' && STATE_INSIDE.test(name))) others.push(name)
     })
     for (const name of others) {

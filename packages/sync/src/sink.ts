@@ -1,7 +1,7 @@
 import { readAt } from '@lsync/posix'
 import { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
 import type { TreePath } from './model/operation.ts'
-import { MAX_CONTENT_BYTES, OperationEncoder } from './protocol/operation-codec.ts'
+import { MAX_CONTENT_BYTES, OperationEncoder, splitKeep } from './protocol/operation-codec.ts'
 
 /** Where a worker's operations go. */
 export interface Sink {
@@ -62,8 +62,10 @@ export class EncodedSink implements Sink {
   }
 
   run(operation: PlainOperation): void {
-    this.#encoder.operation(operation)
-    this.#flushIfFull()
+    for (const part of operation.do === 'keep' ? splitKeep(operation) : [operation]) {
+      this.#encoder.operation(part)
+      this.#flushIfFull()
+    }
   }
 
   open(operation: ContentOperation): ContentSink {

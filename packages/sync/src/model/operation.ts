@@ -39,7 +39,14 @@ export type Operation =
   /** Makes a directory (0700, until its `meta` comes after its children); one that is there stays, all else goes. */
   | { readonly do: 'directory'; readonly path: TreePath }
   /** Removes from a directory whatever is not among `names`, of which some may be missing; its absence is fine. */
-  | { readonly do: 'keep'; readonly path: TreePath; readonly names: readonly ByteString[] }
+  | {
+      readonly do: 'keep'
+      readonly path: TreePath
+      readonly names: readonly ByteString[]
+      /** Only names beyond this one are looked at, by their bytes; and none beyond `last`. Absent: from the first on. */
+      readonly after?: ByteString
+      readonly last?: ByteString
+    }
   /** A new file with the content that follows, extent by extent; replaces whatever has the name, atomically. */
   | {
       readonly do: 'file'

@@ -13,6 +13,7 @@ import {
   OperationDecoder,
   OperationEncoder,
   type OperationReceiver,
+  splitKeep,
 } from './operation-codec.ts'
 
 const bytes = (text: string) => text as ByteString
@@ -79,6 +80,13 @@ const anyOperation = (): fc.Arbitrary<Operation> => {
     fc.record({ do: word('rename'), from: anyPath(), to: anyPath() }),
     fc.record({ do: word('directory'), path: anyPath() }),
     fc.record({ do: word('keep'), path: anyPath(), names: fc.array(anyName().map(bytes), { maxLength: 4 }) }),
+    fc.record({
+      do: word('keep'),
+      path: anyPath(),
+      names: fc.constant([]),
+      after: anyName().map(bytes),
+      last: anyName().map(bytes),
+    }),
     fc.record({ do: word('link'), path: anyPath(), to: anyPath() }),
     fc.record({ do: word('symlink'), path: anyPath(), meta: anyMeta(), target: anyName().map(bytes) }),
     fc.record({
@@ -262,6 +270,26 @@ describe('operations on the wire', () => {
     ).toThrow(OperationTooBigError)
     expect(() => encoder.operation({ do: 'remove', path: path('n'.repeat(1 << 20)) })).toThrow(OperationTooBigError)
     expect(encoder.sizeBytes).toBe(before)
+  })
+
+  test('a directory of any number of names is kept by parts that are each small enough, and leave nothing out', () => {
+    const names = Array.from({ length: 120_000 }, (_, i) => bytes(`name ${(i * 7919) % 120_000}`))
+    const parts = splitKeep({ do: 'keep', path: path('d'), names })
+    expect(parts.length).toBeGreaterThan(1)
+    const encoder = new OperationEncoder()
+    for (const part of parts) {
+      encoder.operation(part)
+      expect(decodeAll([encoder.take()])).toEqual([{ operation: part }])
+    }
+    expect(parts.flatMap((part) => part.names)).toEqual([...names].sort())
+    expect(parts[0]).not.toHaveProperty('after')
+    expect(parts.at(-1)).not.toHaveProperty('last')
+    for (const [i, part] of parts.slice(1).entries()) expect(part.after).toBe(parts[i]?.last)
+    for (const { names: kept, after = '', last = '\xff' } of parts) {
+      expect(kept.every((name) => name > after && name <= last)).toBe(true)
+    }
+    const few = { do: 'keep', path: path('d'), names: names.slice(0, 10) } as const
+    expect(splitKeep(few)).toEqual([few])
   })
 
   test('extents beyond the limit are joined over the smallest holes, and cover the same data', () => {

@@ -26,6 +26,7 @@ const MAX_NAMES_BYTES = 1 << 20
 const NAME_BYTES = 2
 const MAX_ID = 0xffff_fffe
 const INODE_FLAGS = 0x30
+const NO_NAME = '' as ByteString
 
 const TAG = {
   remove: 1,
@@ -82,6 +83,36 @@ export function limitExtents(extents: readonly Extent[], limit = MAX_EXTENTS): r
     } else joined.push([offset, length])
   }
   return joined
+}
+
+type Keep = Extract<Operation, { do: 'keep' }>
+
+/** The same in operations that each can be encoded: one for so many names of the directory, by their bytes. */
+export function splitKeep(operation: Keep): readonly Keep[] {
+  const { path, names } = operation
+  if (names.length * (MAX_NAME_BYTES + NAME_BYTES) <= MAX_NAMES_BYTES) return [operation]
+  const sorted = [...names].sort()
+  const parts: Keep[] = []
+  let part: ByteString[] = []
+  let sum = 0
+  let after = operation.after
+  const add = (last: ByteString | undefined) => {
+    const bounds = { ...(after === undefined ? {} : { after }), ...(last === undefined ? {} : { last }) }
+    parts.push({ do: 'keep', path, names: part, ...bounds })
+  }
+  for (const name of sorted) {
+    if (sum + name.length + NAME_BYTES > MAX_NAMES_BYTES) {
+      const last = part.at(-1) as ByteString
+      add(last)
+      after = last
+      part = []
+      sum = 0
+    }
+    part.push(name)
+    sum += name.length + NAME_BYTES
+  }
+  add(operation.last)
+  return parts
 }
 
 function gapAfter(extents: readonly Extent[], index: number): number {
@@ -218,8 +249,10 @@ export class OperationEncoder {
     } else if (operation.do === 'meta') this.#number(KINDS.indexOf(operation.kind))
   }
 
-  #names({ path, names }: Extract<Operation, { do: 'keep' }>): void {
+  #names({ path, names, after, last }: Extract<Operation, { do: 'keep' }>): void {
     let sum = 0
+    this.#bytes(after ?? NO_NAME)
+    this.#bytes(last ?? NO_NAME)
     this.#number(names.length)
     for (const name of names) {
       sum += name.length + NAME_BYTES
@@ -372,7 +405,10 @@ export class OperationDecoder {
         return { do: 'directory', path: this.#path() }
       case TAG.keep: {
         const path = this.#path()
-        return { do: 'keep', path, names: this.#names() }
+        const after = this.#bytes(MAX_NAME_BYTES, 'name')
+        const last = this.#bytes(MAX_NAME_BYTES, 'name')
+        const bounds = { ...(after === '' ? {} : { after }), ...(last === '' ? {} : { last }) }
+        return { do: 'keep', path, names: this.#names(), ...bounds }
       }
       case TAG.file: {
         const path = this.#name()

@@ -53,7 +53,7 @@ export class SftpTree implements OperationSink {
       case 'directory':
         return this.#directory(operation.path)
       case 'keep':
-        return this.#keep(operation.path, operation.names)
+        return this.#keep(operation)
       case 'link':
         return this.#link(operation.path, operation.to)
       case 'symlink':
@@ -148,11 +148,12 @@ export class SftpTree implements OperationSink {
     this.#forget(path)
   }
 
-  async #keep(path: TreePath, names: readonly ByteString[]): Promise<void> {
+  async #keep({ path, names, after, last }: Extract<Operation, { do: 'keep' }>): Promise<void> {
     const directory = await this.#directoryPath(path).catch(ifGone)
     if (directory === undefined) return
     const kept = new Set<string>(names)
     for (const { name } of await this.#client.readdir(directory)) {
+      if ((after !== undefined && name <= after) || (last !== undefined && name > last)) continue
       if (kept.has(name) || (path === '' && STATE_INSIDE.test(name))) continue
       this.#forget((path === '' ? name : `${path}/${name}`) as TreePath)
       await this.#takeAway(`${directory}/${name}` as ByteString)
