@@ -195,7 +195,8 @@ async function until(holds: () => boolean, failure: string): Promise<void> {
   }
 }
 
-function freePort(): Promise<number> {
+/** A port of loopback that nothing listens on at the moment. */
+export function freePort(): Promise<number> {
   return new Promise((resolve, reject) => {
     const server = createServer()
     server.once('error', reject)

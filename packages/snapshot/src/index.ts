@@ -1,5 +1,8 @@
 export * from './backend/backend.ts'
+export * from './backend/errors.ts'
 export { LocalBackend } from './backend/local.ts'
+export { RestBackend, type RestOptions } from './backend/rest.ts'
+export type { RemoteOptions, RetryEvent } from './backend/retries.ts'
 export * from './create.ts'
 export * from './lock.ts'
 export type { Snapshot } from './model/snapshot.ts'

@@ -47,7 +47,10 @@ export interface Backend {
   list(kind: FileKind, call?: BackendCall): AsyncIterable<ListedFile>
   /** `undefined` when there is no such file. */
   stat(file: FileRef, call?: BackendCall): Promise<{ readonly sizeBytes: number } | undefined>
-  /** The content or a part of it. @throws {FileMissingError} */
+  /**
+   * The content or a part of it.
+   * @throws {FileMissingError} {FileTooLargeError} for more than `MAX_FILE_BYTES`
+   */
   get(file: FileRef, range?: ByteRange, call?: BackendCall): Promise<Buffer>
   /**
    * Writes a whole file. When it resolves, the file is durable, and at no time did anybody see a part of it. A file of
@@ -75,6 +78,30 @@ export const DIRECTORIES: Readonly<Record<Exclude<FileKind, 'config'>, string>> 
   pack: 'data',
 }
 
+/**
+ * No file of a repository is longer. What claims to be is not read: its bytes would all have to be held at once. restic
+ * makes packs of at most 128 MiB and a chunk, indexes of 50,000 objects, and the others are smaller.
+ */
+export const MAX_FILE_BYTES: Readonly<Record<FileKind, number>> = {
+  config: 1 << 20,
+  key: 1 << 20,
+  lock: 1 << 20,
+  snapshot: 64 << 20,
+  index: 512 << 20,
+  pack: 512 << 20,
+}
+
+/**
+ * How many bytes a `get` brings, of a file of this size if that is known.
+ * @throws {FileTooLargeError}
+ */
+export function lengthToRead(file: FileRef, location: string, range?: ByteRange, sizeBytes = Infinity): number {
+  const limitBytes = MAX_FILE_BYTES[file.kind]
+  const length = Math.min(Math.max(0, sizeBytes - (range?.offset ?? 0)), range?.length ?? Infinity)
+  if (length > limitBytes && length < Infinity) throw new FileTooLargeError(file, location, length, limitBytes)
+  return Math.min(length, limitBytes)
+}
+
 /** Whether a listed name can be that of a repository's file. */
 export function isFileName(name: string): boolean {
   return /^[0-9a-f]{64}$/.test(name)
@@ -96,9 +123,24 @@ export class FileMissingError extends LsyncError {
   }
 }
 
+/** A file claims to be longer than any that a repository has; reading it whole could take all memory. */
+export class FileTooLargeError extends LsyncError {
+  constructor(file: FileRef, location: string, sizeBytes: number, limitBytes: number) {
+    super(
+      'REPOSITORY_FILE_TOO_LARGE',
+      `${describeFile(file)} in ${location} has ${sizeBytes} bytes, and none has more than ${limitBytes}`,
+      { path: pathOf(file), hint: 'see `lsync snapshot check`; somebody may have tampered with the repository' },
+    )
+  }
+}
+
 /** The storage refused or could not be reached, after all retries. */
 export class BackendError extends LsyncError {
   constructor(what: string, location: string, detail: { readonly hint?: string; readonly cause?: unknown } = {}) {
-    super('BACKEND_FAILED', `${what} failed at ${location}`, { hint: 'check the connection and try again', ...detail })
+    const reason = detail.cause instanceof Error && detail.cause.message !== '' ? `: ${detail.cause.message}` : ''
+    super('BACKEND_FAILED', `${what} failed at ${location}${reason}`, {
+      hint: 'check the connection and try again',
+      ...detail,
+    })
   }
 }

@@ -12,6 +12,7 @@ import {
   type FileRef,
   isFileName,
   type ListedFile,
+  lengthToRead,
   pathOf,
 } from './backend.ts'
 
@@ -80,8 +81,8 @@ export class LocalBackend implements Backend {
     const handle = await this.#open(file)
     try {
       const offset = range?.offset ?? 0
-      const rest = Math.max(0, (await handle.stat()).size - offset)
-      const content = Buffer.allocUnsafeSlow(Math.min(rest, range?.length ?? rest))
+      const { size: sizeBytes } = await handle.stat()
+      const content = Buffer.allocUnsafeSlow(lengthToRead(file, this.location, range, sizeBytes))
       let done = 0
       while (done < content.length) {
         const { bytesRead } = await handle.read(content, done, content.length - done, offset + done)
