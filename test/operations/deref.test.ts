@@ -192,6 +192,26 @@ describe('deref', () => {
     removeTree(directory)
   })
 
+  test('a dry run gives the same figures and makes nothing', async () => {
+    const { directory, request } = build(
+      dir({
+        new: redirected('old', { w: whiteout() }),
+        old: whiteout(),
+        m: metacopy(9),
+        one: file('1'),
+        two: linkTo('one'),
+        gone: whiteout(),
+      }),
+      dir({ old: dir({ f: file('1'), w: file('w'), outside: file('x') }), m: file('data'), y: linkTo('old/f') }),
+    )
+    const before = readdirSync(directory)
+    const { elapsedMs: _, ...planned } = await deref({ ...request, dryRun: true })
+    expect(readdirSync(directory)).toEqual(before)
+    const { elapsedMs: __, ...made } = await deref(request)
+    expect(planned).toEqual({ ...made, dryRun: true })
+    expect(made.inexact).toHaveLength(2)
+  })
+
   test('makes real flags of the upper into that mark as well, and names those of the root', async () => {
     const { directory, request, view } = build(
       dir({ f: file('1', { flags: 'i', marks: { protattr: 'a' } }), d: dir({}, { flags: 'a' }) }, { flags: 'a' }),

@@ -45,6 +45,8 @@ export interface DerefRequest extends StackRequest {
   readonly output: HostPath
   /** The workdir of the upper, where it was mounted with index=on. */
   readonly workdir?: HostPath
+  /** Only say what would be made. */
+  readonly dryRun?: boolean
   readonly signal?: AbortSignal
   readonly onProgress?: (progress: Progress) => void
 }
@@ -61,6 +63,7 @@ export interface DerefReport {
   readonly unfoldedFiles: number
   /** What no upper without redirects can hold exactly. Empty for most uppers. */
   readonly inexact: readonly { readonly path: EntryPath; readonly why: string }[]
+  readonly dryRun: boolean
   readonly elapsedMs: number
 }
 
@@ -85,22 +88,28 @@ export async function deref(asked: DerefRequest): Promise<DerefReport> {
   const start = performance.now()
   const request = { ...realStack(asked), output: realTarget(asked.output) }
   const { output, upper, lowers, data = [], workdir } = request
-  await clearUnfinished(output)
+  const dryRun = request.dryRun === true
+  if (!dryRun) await clearUnfinished(output)
   const stack = openStack(request, false)
   try {
-    assertMergeable({ mode: 'delta', upper, lowers, data, workdir, target: output, stack })
+    assertMergeable({ mode: 'delta', upper, lowers, data, workdir, target: output, stack, dryRun })
     assertFree(output)
+    if (dryRun) {
+      const unfolding = new Unfolding(stack, undefined)
+      await unfolding.run(request)
+      return { output, ...unfolding.report(), dryRun, elapsedMs: performance.now() - start }
+    }
     const journal = Journal.open(output, { create: true }) as Journal
     try {
       makeDirectory(journal.fd, TREE, 0o700)
       const treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
       try {
-        const unfolding = new Unfolding(stack, treeFd, journal.fd)
+        const unfolding = new Unfolding(stack, { treeFd, besideFd: journal.fd })
         await unfolding.run(request)
         request.onProgress?.({ phase: 'durable', done: 0 })
         syncFileSystem(treeFd, output)
         publish(journal, output)
-        return { output, ...unfolding.report(), elapsedMs: performance.now() - start }
+        return { output, ...unfolding.report(), dryRun, elapsedMs: performance.now() - start }
       } finally {
         close(treeFd)
       }
@@ -145,10 +154,15 @@ interface Frame {
 const TURN_MS = 20
 const WHITEOUT = 'whiteout' as ByteString
 
+/** The tree that is made, and a directory beside it. */
+interface Site {
+  readonly treeFd: number
+  readonly besideFd: number
+}
+
 class Unfolding {
   readonly #stack: Stack
-  readonly #treeFd: number
-  readonly #besideFd: number
+  readonly #site: Site | undefined
   readonly #first = new Map<string, { path: EntryPath; layer: number; nlink: number; count: number }>()
   readonly #problems: Problem[] = []
   readonly #inexact: DerefReport['inexact'][number][] = []
@@ -160,10 +174,10 @@ class Unfolding {
   #unfoldedFiles = 0
   #reflink = true
 
-  constructor(stack: Stack, treeFd: number, besideFd: number) {
+  /** Without a site it only counts. */
+  constructor(stack: Stack, site: Site | undefined) {
     this.#stack = stack
-    this.#treeFd = treeFd
-    this.#besideFd = besideFd
+    this.#site = site
   }
 
   async run({ signal, onProgress }: Pick<DerefRequest, 'signal' | 'onProgress'>): Promise<void> {
@@ -194,7 +208,7 @@ class Unfolding {
     this.#reportSplitGroups()
   }
 
-  report(): Omit<DerefReport, 'output' | 'elapsedMs'> {
+  report(): Omit<DerefReport, 'output' | 'dryRun' | 'elapsedMs'> {
     return {
       directories: this.#directories,
       objects: this.#objects,
@@ -210,16 +224,18 @@ class Unfolding {
     const view = new ViewDirectory(this.#stack, frame.directory)
     try {
       const { path } = frame.directory
-      withFd(openBeneath(this.#treeFd, path, O_DIRECTORY | O_NOFOLLOW), (to) => {
+      const fill = (to: number | undefined) => {
         for (const name of frame.isClosed ? view.candidates() : view.topCandidates()) this.#name(view, name, frame, to)
-      })
+      }
+      if (this.#site === undefined) fill(undefined)
+      else withFd(openBeneath(this.#site.treeFd, path, O_DIRECTORY | O_NOFOLLOW), fill)
       return frame
     } finally {
       view.close()
     }
   }
 
-  #name(view: ViewDirectory, name: Name, frame: Frame, to: number): void {
+  #name(view: ViewDirectory, name: Name, frame: Frame, to: number | undefined): void {
     const path = join(frame.directory.path, name)
     const found = view.find(name)
     switch (found.kind) {
@@ -233,19 +249,21 @@ class Unfolding {
         this.#object(view, found, path, to)
         return
       case 'directory':
-        makeDirectory(to, name, 0o700)
+        if (to !== undefined) makeDirectory(to, name, 0o700)
         frame.children.push(this.#child(view, name, found, frame))
     }
   }
 
-  #whiteout(to: number, name: Name): void {
+  #whiteout(to: number | undefined, name: Name): void {
     this.#whiteouts++
+    if (this.#site === undefined || to === undefined) return
+    const { besideFd } = this.#site
     // As the kernel does: all whiteouts are one inode, as long as it takes links.
-    const code = tryLink(this.#besideFd, WHITEOUT, to, name)
+    const code = tryLink(besideFd, WHITEOUT, to, name)
     if (code === undefined) return
     if (code !== 'ENOENT' && code !== 'EMLINK') throw new PosixError(code, { syscall: 'linkat', path: name })
     makeNode(to, name, S_IFCHR, 0)
-    if (code === 'ENOENT') link(to, name, this.#besideFd, WHITEOUT)
+    if (code === 'ENOENT') link(to, name, besideFd, WHITEOUT)
   }
 
   #child(view: ViewDirectory, name: Name, found: Extract<Present, { kind: 'directory' }>, frame: Frame): Frame {
@@ -288,7 +306,12 @@ class Unfolding {
     return letters === '' ? [] : [{ name: protattr, value: Buffer.from(letters) }]
   }
 
-  #object(view: ViewDirectory, found: Extract<Present, { kind: 'object' }>, path: EntryPath, to: number): void {
+  #object(
+    view: ViewDirectory,
+    found: Extract<Present, { kind: 'object' }>,
+    path: EntryPath,
+    to: number | undefined,
+  ): void {
     const { source, dirfd, name: from } = view.locate(found)
     const { name } = split(path)
     const inode = view.shown(found)
@@ -312,15 +335,16 @@ class Unfolding {
     const request = { fromDir: dirfd, from, stat, meta: { ...meta, xattrs }, reflink: this.#reflink }
     const { data } = found
     if (data.layer === 'below') throw new Error('a stack without anything below it has all its data')
-    if (data.layer === source.layer && data.path === source.path) copyObject(request, to, name, {})
-    else this.#copyWithData(request, { layer: data.layer, path: data.path }, to, name, path)
+    if (data.layer !== source.layer || data.path !== source.path) {
+      this.#copyWithData(request, { layer: data.layer, path: data.path }, to, name, path)
+    } else if (to !== undefined) copyObject(request, to, name, {})
     this.#bytes += stat.isFile ? stat.sizeBytes : 0
   }
 
   #copyWithData(
     request: Parameters<typeof copyObject>[0],
     data: Source,
-    to: number,
+    to: number | undefined,
     name: Name,
     path: EntryPath,
   ): void {
@@ -331,19 +355,23 @@ class Unfolding {
         const why = `its data has ${sizeBytes} bytes and not ${request.stat.sizeBytes}: the lower was changed`
         this.#inexact.push({ path, why })
       }
-      copyObject({ ...request, data: { dir, name: at.name } }, to, name, {})
+      if (to !== undefined) copyObject({ ...request, data: { dir, name: at.name } }, to, name, {})
     })
   }
 
-  #linkTo(first: EntryPath, to: number, name: Name): void {
+  #linkTo(first: EntryPath, to: number | undefined, name: Name): void {
+    if (this.#site === undefined || to === undefined) return
     const at = split(first)
-    withFd(openBeneath(this.#treeFd, at.parent, O_DIRECTORY | O_NOFOLLOW), (dirfd) => link(dirfd, at.name, to, name))
+    withFd(openBeneath(this.#site.treeFd, at.parent, O_DIRECTORY | O_NOFOLLOW), (dirfd) =>
+      link(dirfd, at.name, to, name),
+    )
   }
 
   // Nothing changes in a directory any more once all below it is done.
   #leave(frame: Frame): void {
     this.#directories++
-    withFd(openBeneath(this.#treeFd, frame.directory.path, O_DIRECTORY | O_NOFOLLOW), (fd) =>
+    if (this.#site === undefined) return
+    withFd(openBeneath(this.#site.treeFd, frame.directory.path, O_DIRECTORY | O_NOFOLLOW), (fd) =>
       finishDirectory(fd, frame.meta, { removeOthers: (attribute) => attribute !== 'security.selinux' }),
     )
   }

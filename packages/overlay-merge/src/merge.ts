@@ -128,6 +128,7 @@ export async function merge(asked: MergeRequest): Promise<MergeReport> {
       workdir: request.workdir,
       target,
       stack,
+      dryRun: request.dryRun === true,
     })
     const index = openAliases(request, stack)
     try {

@@ -258,6 +258,7 @@ async function apply(application: Application): Promise<Pick<ApplyPlanReport, 'd
     workdir: undefined,
     target,
     stack,
+    dryRun: request.dryRun === true,
   })
   if (header.rename && !isOneFileSystem(layer.fd, base.fd)) {
     throw new PlanInvalidError(

@@ -36,6 +36,16 @@ export class IndexNeededError extends LsyncError {
   }
 }
 
+/** A merge into one of these layers was interrupted, so that it is not what it seems. */
+export class MergeUnfinishedError extends LsyncError {
+  constructor(path: HostPath) {
+    super('MERGE_UNFINISHED', `a merge into ${printable(path)} was interrupted, or is under way`, {
+      path,
+      hint: 'run `lsync recover` on it first',
+    })
+  }
+}
+
 /** Marks that this process cannot see would be read as absent: the kernel leaves `trusted.*` out without a word. */
 export class PrivilegeMissingError extends LsyncError {
   constructor(path: string) {

@@ -19,11 +19,17 @@ import {
   upperUse,
   withFd,
 } from '@lsync/posix'
-import { journalPathOf } from './journal.ts'
+import { hasJournal, journalPathOf } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
 import type { MergeMode, Step } from './model/plan.ts'
 import type { Need } from './plan.ts'
-import { IndexNeededError, PrivilegeMissingError, SubmountError, TargetCannotHoldError } from './problems.ts'
+import {
+  IndexNeededError,
+  MergeUnfinishedError,
+  PrivilegeMissingError,
+  SubmountError,
+  TargetCannotHoldError,
+} from './problems.ts'
 import type { OpenStack } from './stack.ts'
 
 /** A layer is part of a live mount, where the kernel leaves changes from outside undefined. */
@@ -70,11 +76,14 @@ export interface MergeSite {
   readonly workdir: HostPath | undefined
   readonly target: HostPath
   readonly stack: OpenStack
+  /** Nothing will be recovered first, so that what was interrupted at the target counts, too. */
+  readonly dryRun?: boolean
 }
 
 /**
  * Refuses what cannot end well, each with the way out.
- * @throws {LsyncError} PRIVILEGE_MISSING, ROOTS_NESTED, SUBMOUNT_IN_LAYER, LAYER_BUSY, INDEX_NEEDED, VOLATILE_UPPER
+ * @throws {LsyncError} PRIVILEGE_MISSING, ROOTS_NESTED, MERGE_UNFINISHED, SUBMOUNT_IN_LAYER, LAYER_BUSY, INDEX_NEEDED,
+ *   VOLATILE_UPPER
  */
 export function assertMergeable(site: MergeSite): void {
   const { upper, lowers, data, stack, target, workdir } = site
@@ -83,6 +92,9 @@ export function assertMergeable(site: MergeSite): void {
   }
   const layers = [upper, ...lowers, ...data]
   assertSeparate(layers, site.mode === 'in-place' ? undefined : target)
+  for (const path of site.dryRun === true ? [...layers, target] : layers) {
+    if (hasJournal(path)) throw new MergeUnfinishedError(path)
+  }
   for (const path of layers) {
     const [mount] = mountsBeneath(path)
     if (mount !== undefined) throw new SubmountError(mount.target)

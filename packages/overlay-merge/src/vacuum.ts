@@ -9,7 +9,6 @@ import {
   FS_IMMUTABLE_FL,
   fsync,
   type HostPath,
-  LsyncError,
   makeNode,
   O_CREAT,
   O_DIRECTORY,
@@ -41,7 +40,7 @@ import {
   writeAt,
 } from '@lsync/posix'
 import { compareInodes, compareMetadata } from './compare.ts'
-import { hasJournal, JournalDamagedError, journalPathOf, TargetBusyError } from './journal.ts'
+import { JournalDamagedError, journalPathOf, TargetBusyError } from './journal.ts'
 import { type EntryPath, join, type Name, ROOT, split } from './model/path.ts'
 import { planName, planPath } from './model/plan.ts'
 import type { Progress } from './planning.ts'
@@ -76,16 +75,6 @@ export interface VacuumReport {
   readonly recovered: number
   readonly dryRun: boolean
   readonly elapsedMs: number
-}
-
-/** A merge of these layers was interrupted, so that neither is what it seems. */
-export class MergeUnfinishedError extends LsyncError {
-  constructor(path: HostPath) {
-    super('MERGE_UNFINISHED', `a merge into ${printable(path)} was interrupted`, {
-      path,
-      hint: `run \`lsync recover\` on it first`,
-    })
-  }
 }
 
 /**
@@ -123,7 +112,6 @@ export async function vacuum(asked: VacuumRequest): Promise<VacuumReport> {
  */
 export function assertChangeable(request: StackRequest & { workdir?: HostPath }, stack: OpenStack): void {
   const { upper, lowers, data = [], workdir } = request
-  for (const path of [upper, ...lowers]) if (hasJournal(path)) throw new MergeUnfinishedError(path)
   const { parent, name } = vacuumJournalPath(upper)
   // A delta is the mode that leaves the lowers alone; what it makes is here the journal beside the upper.
   assertMergeable({

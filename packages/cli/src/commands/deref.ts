@@ -2,13 +2,14 @@ import { deref } from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
 import type { Command } from 'commander'
 import { examples } from '../examples.ts'
-import { addLayerOptions, given, type LayerOptions, pathArgument } from '../options.ts'
+import { addDryRunOption, addLayerOptions, given, type LayerOptions, pathArgument } from '../options.ts'
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 
 interface DerefOptions extends LayerOptions {
   readonly output: HostPath
   readonly workdir?: HostPath
+  readonly dryRun?: true
 }
 
 export function define(command: Command, session: Session): void {
@@ -22,29 +23,29 @@ export function define(command: Command, session: Session): void {
   addLayerOptions(command)
     .requiredOption('--output <dir>', 'the upper to make; not there yet', pathArgument)
     .option('--workdir <dir>', 'the workdir of the upper, where it was mounted with index=on', pathArgument)
-    .action(async ({ lower, data, workdir, ...others }: DerefOptions) => {
-      const { upper, output: target, namespace } = others
-      const { output, signal } = session
-      const report = await deref({
-        upper,
-        lowers: lower,
-        output: target,
-        namespace,
-        ...given({ data, workdir }),
-        signal,
-        onProgress: output.progress,
-      })
-      const { inexact, ...figures } = report
-      output.data(
-        () => ({ type: 'deref', ...figures, output: textOf(report.output), inexact: inexact.length }),
-        () =>
-          `made ${printable(report.output)} in ${durationOf(report.elapsedMs)}: ` +
-          `${countOf(report.unfoldedDirectories)} redirects and ${countOf(report.unfoldedFiles)} metacopies unfolded, ` +
-          `${sizeOf(report.bytes)} of content`,
-      )
-      for (const { path, why } of inexact) {
-        output.warning('INEXACT', `${printable(path) || '.'}: ${why}`, { path: textOf(path) })
-      }
-      if (inexact.length > 0) session.foundProblems()
+  addDryRunOption(command).action(async ({ lower, data, workdir, dryRun, ...others }: DerefOptions) => {
+    const { upper, output: target, namespace } = others
+    const { output, signal } = session
+    const report = await deref({
+      upper,
+      lowers: lower,
+      output: target,
+      namespace,
+      ...given({ data, workdir, dryRun }),
+      signal,
+      onProgress: output.progress,
     })
+    const { inexact, ...figures } = report
+    output.data(
+      () => ({ type: 'deref', ...figures, output: textOf(report.output), inexact: inexact.length }),
+      () =>
+        `${report.dryRun ? 'would make' : 'made'} ${printable(report.output)} in ${durationOf(report.elapsedMs)}: ` +
+        `${countOf(report.unfoldedDirectories)} redirects and ${countOf(report.unfoldedFiles)} metacopies unfolded, ` +
+        `${sizeOf(report.bytes)} of content`,
+    )
+    for (const { path, why } of inexact) {
+      output.warning('INEXACT', `${printable(path) || '.'}: ${why}`, { path: textOf(path) })
+    }
+    if (inexact.length > 0) session.foundProblems()
+  })
 }
