@@ -3,6 +3,7 @@ import {
   type ByteString,
   close,
   errnoOf,
+  hasWriters,
   O_NOATIME,
   O_NOFOLLOW,
   O_NONBLOCK,
@@ -168,8 +169,11 @@ function sendOnce(
   const meta = metaOf(row, fd, '', keeps)
   const metaHash = metaHashOf(meta.xattrs)
   const { sizeBytes } = row
+  // After the look at the inode and before the content is read: a mapping that comes later changes the times when it
+  // first writes, one that is there now need not. Then the next hint of this name is about the content.
+  const hasWriter = hasWriters(fd) === true
   const settle = (more: { contentHash: bigint }, isUnsettled: boolean): Row =>
-    row.with({ metaHash, ...more, ...(isUnsettled ? { settled: false as const } : {}) })
+    row.with({ metaHash, ...more, ...(isUnsettled || hasWriter ? { settled: false as const } : {}) })
   const isRacyNow = isRacy(row)
 
   if (sizeBytes <= SMALL_BYTES && allocated * 512 >= sizeBytes) {
