@@ -11,8 +11,9 @@ import type { Context, Rows } from './question.ts'
 import { formatHead, formatJson, formatRow, formatSummary, type Report, type Row } from './report.ts'
 import { Scratch } from './scratch.ts'
 import type { Fs } from './state.ts'
-import { type SyncOptions, syncNeedsNetwork, syncRows } from './sync.ts'
+import { syncNeedsNetwork, syncRows } from './sync.ts'
 import { carrierVersions } from './sync-peers.ts'
+import type { SyncOptions } from './sync-trees.ts'
 
 const help = `Measures lsync against other ways to do the same job, side by side in one run.
 
@@ -28,7 +29,7 @@ What is run
                          (default: ext4, and btrfs, moosefs, xfs for the row growth; sync takes one)
   --target DIR           in a folder of this directory instead, which is removed afterwards
   --files N              files of the lower (50,000), or of what is synced (100,000)
-  --changes N            changes made to them through a kernel overlay mount (10,000)
+  --changes N            changes made to them through a kernel overlay mount (10,000), or to a followed tree (100)
   --overlay OPTION[,…]   options of that mount, such as redirect_dir=on,metacopy=on
   --seed N               another seed makes another workload (1)
   --content full|empty   whether the files of the lower hold bytes (full up to 200,000 files)
@@ -39,6 +40,8 @@ What is run
   --curve N,N,…          files below in the row curve (1000,10000,100000,1000000)
   --entries N            entries in the row memory (1,000,000)
   --moosefs-files N      files of a sync to MooseFS (3,000)
+  --followed N,N,…       files in the rows changes and restart (1000,10000,100000; 1000000 takes some minutes)
+  --rate N, --seconds N  new files a second in the row latency (1,000), and for how long (20)
   --directories N        directories of the row rest (100,000)
   --rest-seconds N       how long that row looks at each program (10)
   --quick                small sizes and three runs, in half a minute
@@ -76,6 +79,9 @@ const options = {
   curve: { type: 'string' },
   entries: { type: 'string' },
   'moosefs-files': { type: 'string' },
+  followed: { type: 'string' },
+  rate: { type: 'string' },
+  seconds: { type: 'string' },
   directories: { type: 'string' },
   'rest-seconds': { type: 'string' },
   quick: { type: 'boolean' },
@@ -112,7 +118,7 @@ function readCount(values: Values, name: keyof typeof options, otherwise: number
   return number
 }
 
-function readCounts(values: Values, name: 'growth' | 'curve', otherwise: readonly number[]): number[] {
+function readCounts(values: Values, name: 'growth' | 'curve' | 'followed', otherwise: readonly number[]): number[] {
   const text = values[name]
   if (text === undefined) return [...otherwise]
   const numbers = text.split(',').map(Number)
@@ -167,6 +173,10 @@ function readSyncOptions(values: Values): SyncOptions {
     seed: readCount(values, 'seed', 1),
     fs,
     ...(values.target === undefined ? {} : { target: resolve(values.target) }),
+    followed: readCounts(values, 'followed', quick ? [300, 3000] : [1000, 10_000, 100_000]),
+    changes: readCount(values, 'changes', quick ? 20 : 100),
+    rate: readCount(values, 'rate', 1000),
+    seconds: readCount(values, 'seconds', quick ? 3 : 20),
     directories: readCount(values, 'directories', quick ? 2000 : 100_000),
     restSeconds: readCount(values, 'rest-seconds', quick ? 1 : 10),
     curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),

@@ -1,47 +1,38 @@
-import { mkdirSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { findProgram, startCommand } from './command.ts'
 import { compare, compareOthers, count, find } from './compare.ts'
-import { measureRest, startDaemon } from './daemon.ts'
 import { compareFingerprints, type Fingerprint, takeFingerprint } from './fingerprint.ts'
+import { measureAtRest, measureChanges, measureLatency, measureRestart } from './following.ts'
 import { measureCommand } from './measure.ts'
 import { moosefsPrograms } from './moosefs.ts'
-import type { Context, Rows } from './question.ts'
+import type { Rows } from './question.ts'
 import { type Comparison, type Goal, type Row, type Series, spreadOf, succeeded } from './report.ts'
 import { type Sshd, startSshd, whyNoSshd } from './sshd.ts'
-import { type Fs, keepsWholeSeconds, openPlace, type Place } from './state.ts'
+import { keepsWholeSeconds, openPlace } from './state.ts'
 import { fitExponent, summarize } from './statistics.ts'
 import { type Carrier, type Carriers, localCarriers, sshCarriers } from './sync-peers.ts'
-import { estimateTreeBytes, type Workload, writeDirectories, writeLower } from './workload.ts'
-
-/** Everything that the rows of `bench sync` can be told. Sizes are counts of files. */
-export type SyncOptions = {
-  lsync: string
-  runs: number
-  /** Files of the first sync, local and over ssh. */
-  files: number
-  /** Files of the first sync to MooseFS. */
-  moosefsFiles: number
-  seed: number
-  fs: Fs
-  target?: string
-  /** Directories of the row rest, and how long it looks at each daemon. */
-  directories: number
-  restSeconds: number
-  /** Sizes of the row curve. */
-  curve: readonly number[]
-  check: boolean
-  skip: readonly string[]
-}
-
-type SyncContext = Context<SyncOptions>
+import {
+  describe,
+  freshTargets,
+  makeSource,
+  mostFullFiles,
+  newState,
+  type OpenTarget,
+  type SyncContext,
+  type SyncOptions,
+  workloadOf,
+} from './sync-trees.ts'
 
 /** The rows of `bench sync` by id, in the order in which they run. */
 export const syncRows: Rows<SyncOptions> = {
   local: { question: 'what does a first sync to a local tree cost?', rows: measureLocal },
   ssh: { question: 'what does a first sync over ssh cost?', rows: measureSsh },
   moosefs: { question: 'what does a first sync to a MooseFS cost?', rows: measureMoosefs },
-  rest: { question: 'what does a watch cost while nothing happens?', rows: measureAtRest },
+  changes: { question: 'what do some changes cost in a tree that is followed?', rows: measureChanges },
+  latency: { question: 'when is a change durable?', rows: measureLatency },
+  rest: { question: 'what does following cost while nothing happens?', rows: measureAtRest },
+  restart: { question: 'how long does it take after a crash to know what to send?', rows: measureRestart },
   curve: { question: 'how does a first sync grow with the tree?', rows: measureCurve },
 }
 
@@ -50,65 +41,8 @@ const goals = {
   localRsync: { text: '≤ 0.35 ×', limit: 0.35, bound: 'most' },
   ssh: { text: '≤ 0.5 ×', limit: 0.5, bound: 'most' },
   moosefs: { text: '≤ 0.25 ×', limit: 0.25, bound: 'most' },
-  restMemory: { text: '≤ 120 MB', limit: 120, bound: 'most' },
-  restReady: { text: '≤ 1 s', limit: 1000, bound: 'most' },
   linear: { text: '≤ 1 (linear)', limit: 1, bound: 'most' },
 } as const satisfies Record<string, Goal>
-
-/** Above this, the content of a tree and its copy would take more memory than a machine may have to spare. */
-const mostFullFiles = 200_000
-
-function workloadOf(options: SyncOptions, files: number, mostFiles = files): Workload {
-  const content = mostFiles > mostFullFiles ? 'empty' : 'full'
-  return { files, changes: 0, seed: options.seed, content, overlayOptions: [] }
-}
-
-function describe(options: SyncOptions, workload: Workload, to: string): string {
-  const where =
-    options.fs === 'target' ? `${options.target}` : options.fs === 'tmpfs' ? 'tmpfs' : `${options.fs} in memory`
-  return `${count(workload.files)} ${workload.content === 'full' ? 'small' : 'empty'} files on ${where}, ${to}`
-}
-
-/** A tree to carry, and where it came from. */
-type Source = { path: string; close: () => void }
-
-async function makeSource(context: SyncContext, workload: Workload, name: string): Promise<Source> {
-  const place = await openFor(context, context.options.fs, `${name}-source`, workload)
-  const path = join(place.root, 'upper')
-  mkdirSync(path)
-  await writeLower(path, workload, context.scratch)
-  await startCommand(['sync', '-f', path])
-  return { path, close: place.close }
-}
-
-function openFor(
-  { scratch, options }: SyncContext,
-  fs: Fs,
-  name: string,
-  { files, content }: Workload,
-): Promise<Place> {
-  return openPlace(scratch, {
-    fs,
-    ...(options.target === undefined ? {} : { target: options.target }),
-    name,
-    sizeBytes: estimateTreeBytes(files, content) + 2 ** 29,
-    inodes: Math.ceil(files * 1.1) + 5000,
-  })
-}
-
-/** Opens an empty place for one run. */
-type OpenTarget = () => Promise<{ path: string; close: () => Promise<void> }>
-
-/** A file system of its own for each run, so that none begins where another one has left holes. */
-function freshTargets(context: SyncContext, workload: Workload, name: string): OpenTarget {
-  let serial = 0
-  return async () => {
-    const place = await openFor(context, context.options.fs, `${name}-target-${serial++}`, workload)
-    const path = join(place.root, 'copy')
-    mkdirSync(path)
-    return { path, close: async () => place.close() }
-  }
-}
 
 /** What the carriers of one contest run on. */
 type Contest = { source: string; open: OpenTarget; carriers: Carriers; x: number }
@@ -162,13 +96,6 @@ async function runCarrier(
   } finally {
     await target.close()
   }
-}
-
-let states = 0
-
-/** A new empty folder for what a program remembers of a sync. */
-function newState({ scratch }: SyncContext): string {
-  return scratch.folder(`sync-state/${states++}`)
 }
 
 function request(context: SyncContext) {
@@ -287,117 +214,6 @@ async function* measureMoosefs(context: SyncContext): AsyncGenerator<Row> {
     }
   } finally {
     source.close()
-  }
-}
-
-async function* measureAtRest(context: SyncContext): AsyncGenerator<Row> {
-  const { options, scratch, progress, missing } = context
-  const entries = options.directories * 50
-  const place = await openPlace(scratch, { fs: 'tmpfs', name: 'rest', sizeBytes: 0, inodes: 0 })
-  try {
-    progress(`rest: making ${count(options.directories)} directories`)
-    const root = join(place.root, 'upper')
-    mkdirSync(root)
-    await writeDirectories(root, entries, scratch)
-    const watcher = (choice: string): string[] => [
-      process.execPath,
-      join(import.meta.dirname, 'watcher.ts'),
-      root,
-      choice,
-    ]
-    const isReady = (line: string): boolean => line.startsWith('ready ')
-    const daemons: { name: string; command: string[]; isReady: (line: string) => boolean }[] = [
-      { name: 'fanotify', command: watcher('fanotify'), isReady },
-      { name: 'chokidar', command: watcher('chokidar'), isReady },
-    ]
-    if (findProgram('lsyncd') === undefined) missing({ name: 'lsyncd', reason: 'lsyncd is not installed' })
-    else daemons.push({ name: 'lsyncd', ...lsyncd(context, root, join(place.root, 'copy')) })
-    const series: Series[] = []
-    for (const { name, command, isReady } of daemons) {
-      if (options.skip.some((word) => name.includes(word))) {
-        missing({ name, reason: 'skipped as asked' })
-        continue
-      }
-      const own: Series = { peer: name, x: 0, samples: [] }
-      series.push(own)
-      for (let round = 0; round < Math.min(options.runs, 3); round++) {
-        progress(`round ${round + 1}: ${name}`)
-        own.samples.push({ round, ...(await measureDaemon(context, command, isReady)) })
-      }
-    }
-    const figure = (label: string, peer: string, unit: 'ms' | 'MB', goal?: Goal): Comparison => {
-      const measured = spreadOf(find(series, peer), unit === 'ms' ? 'wallMs' : 'maxRssMiB')
-      const base: Comparison = { label, unit, ...(goal === undefined ? {} : { goal }) }
-      return measured === undefined ? { ...base, remark: `${peer} failed` } : { ...base, measured }
-    }
-    yield {
-      id: 'rest',
-      title: 'a watch at rest',
-      setting: `${count(options.directories)} directories on tmpfs, looked at for ${options.restSeconds} s`,
-      fs: 'tmpfs',
-      series,
-      comparisons: [
-        figure('fanotify: ready after', 'fanotify', 'ms', goals.restReady),
-        figure('fanotify: resident memory', 'fanotify', 'MB', goals.restMemory),
-        ...series
-          .filter(({ peer }) => peer !== 'fanotify')
-          .flatMap(({ peer }) => [
-            figure(`${peer}: ready after`, peer, 'ms'),
-            figure(`${peer}: resident memory`, peer, 'MB'),
-          ]),
-      ],
-      notes: [
-        `median: from the start of the process until every later change is seen; processor: used in ${options.restSeconds} s at rest`,
-        'lsyncd: ready when its first rsync has ended',
-      ],
-    }
-  } finally {
-    place.close()
-  }
-}
-
-/** lsyncd on a tree, and the line with which it says that it watches. */
-function lsyncd(context: SyncContext, source: string, target: string) {
-  const config = join(context.scratch.folder('lsyncd'), 'lsyncd.lua')
-  mkdirSync(target)
-  const quoted = (text: string): string => JSON.stringify(text)
-  const rsync = 'rsync = { archive = true, acls = true, xattrs = true, hard_links = true }'
-  writeFileSync(
-    config,
-    `settings { nodaemon = true }
-sync { default.rsync, source = ${quoted(source)}, target = ${quoted(target)}, delay = 1, ${rsync} }
-`,
-  )
-  return {
-    command: ['lsyncd', '-nodaemon', config],
-    isReady: (line: string) => line.includes('Startup of') && line.includes('finished'),
-  }
-}
-
-async function measureDaemon(
-  { scratch, options }: SyncContext,
-  command: readonly string[],
-  isReady: (line: string) => boolean,
-) {
-  const failure = (error: unknown) => ({
-    wallMs: 0,
-    syncMs: 0,
-    userMs: 0,
-    systemMs: 0,
-    maxRssMiB: 0,
-    exitCode: 1,
-    complaint: error instanceof Error ? error.message : String(error),
-  })
-  try {
-    const daemon = await startDaemon(scratch, command, isReady)
-    try {
-      return await measureRest(daemon, options.restSeconds)
-    } finally {
-      await daemon.stop()
-    }
-  } catch (error) {
-    if (scratch.interruptedBy !== undefined) throw error
-    return failure(error)
   }
 }
 

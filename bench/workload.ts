@@ -89,6 +89,13 @@ export function writeGroup(root: string, workload: Workload, group: number): voi
   }
 }
 
+/** The files that `writeLower` writes, by their paths beneath the root. */
+export function listFiles({ files }: Pick<Workload, 'files'>): string[] {
+  return Array.from({ length: files }, (_, index) =>
+    join(nameDirectory(Math.floor(index / filesPerDirectory)), nameFile(index % filesPerDirectory)),
+  )
+}
+
 /** Groups that a tree of this many files has. */
 export function countGroups(files: number): number {
   return Math.ceil(files / filesPerGroup)
