@@ -152,6 +152,16 @@ export class IndexStore {
     return path as TreePath
   }
 
+  /** The ids of the next directories after one, ascending. */
+  directoriesAfter(id: number, most: number): number[] {
+    const keys = this.#tables.directories.getKeys({ start: idKey(id + 1), limit: most })
+    return [...keys].map((key) => (key as Buffer).readUIntBE(0, 6))
+  }
+
+  get directoryCount(): number {
+    return (this.#tables.directories.getStats() as { entryCount: number }).entryCount
+  }
+
   byHandle(handle: FileHandle): number | undefined {
     return this.#tables.handles.get(handleKeyOf(handle))?.readUIntBE(0, 6)
   }

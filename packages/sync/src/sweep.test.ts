@@ -43,7 +43,7 @@ class World implements SweepEffects, SweptTree {
 async function swept(ids: number[], untilMs: number, request: Partial<SweepRequest> = {}) {
   const stop = new AbortController()
   const world = new World(ids, untilMs, stop)
-  const sweep = new Sweep({ periodMs: 100_000, directoriesPerSecond: 1000, cursor: 0, ...request }, world, world)
+  const sweep = new Sweep({ periodMs: 100_000, directoriesPerSecond: 1000, ...request }, world, world)
   await sweep.run(stop.signal)
   return { world, sweep, looked: world.looks.flatMap(({ ids }) => ids) }
 }
@@ -71,12 +71,6 @@ describe('a sweep', () => {
     for (const { ids } of world.looks) expect(ids.length).toBeLessThanOrEqual(11)
   })
 
-  test('goes on after the directory at which an earlier one stopped', async () => {
-    const first = await swept(range(500), 30_000)
-    const second = await swept(range(500), 30_000, { cursor: first.sweep.cursor })
-    expect(second.looked[0]).toBe((first.looked.at(-1) as number) + 3)
-  })
-
   test('does not make up for a standstill all at once', async () => {
     const stop = new AbortController()
     const world = new World(range(100_000), 1e9, stop)
@@ -86,14 +80,13 @@ describe('a sweep', () => {
       await sleep(asleep++ === 5 ? 3_600_000 : ms, signal)
       if (asleep === 8) stop.abort(new Error('stopped'))
     }
-    await new Sweep({ periodMs: 100_000, directoriesPerSecond: 1000, cursor: 0 }, world, world).run(stop.signal)
+    await new Sweep({ periodMs: 100_000, directoriesPerSecond: 1000 }, world, world).run(stop.signal)
     for (const { ids } of world.looks) expect(ids.length).toBeLessThanOrEqual(1001)
   })
 
   test('an empty tree, or one whose directories are gone, is waited for', async () => {
-    const { looked, sweep } = await swept([], 500_000)
+    const { looked } = await swept([], 500_000)
     expect(looked).toEqual([])
-    expect(sweep.cursor).toBe(0)
   })
 
   test('a failed look ends it, with its error', async () => {
@@ -101,8 +94,7 @@ describe('a sweep', () => {
     world.look = async () => {
       throw new Error('no index')
     }
-    const sweep = new Sweep({ periodMs: 1000, directoriesPerSecond: 10, cursor: 0 }, world, world)
+    const sweep = new Sweep({ periodMs: 1000, directoriesPerSecond: 10 }, world, world)
     await expect(sweep.run(new AbortController().signal)).rejects.toThrow('no index')
-    expect(sweep.cursor).toBe(0)
   })
 })

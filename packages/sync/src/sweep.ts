@@ -5,8 +5,6 @@ export interface SweepRequest {
   readonly periodMs: number
   /** At most so many directories in a second, however large the tree is; the sweep then takes longer. */
   readonly directoriesPerSecond: number
-  /** Where an earlier sweep has stopped: the last directory that it looked at. 0 begins anew. */
-  readonly cursor: number
 }
 
 /** What is swept, by directory ids, which are positive and stay the same. */
@@ -47,26 +45,20 @@ const SHORTEST_REST_MS = 1000
 
 /**
  * The net under all sources: a slow walk, from one directory to the next and round again, that finds what no hint has
- * told of. It spreads over its period, so that at rest it costs a few stats in each second, and goes on where it was after
- * a restart when the cursor is kept.
+ * told of. It spreads over its period, so that at rest it costs a few stats in each second. It begins anew with each start,
+ * since a start compares everything anyway.
  */
 export class Sweep {
   readonly #request: SweepRequest
   readonly #tree: SweptTree
   readonly #effects: SweepEffects
-  #cursor: number
+  #cursor = 0
   #rounds = 0
 
   constructor(request: SweepRequest, tree: SweptTree, effects: SweepEffects = systemSweep) {
     this.#request = request
     this.#tree = tree
     this.#effects = effects
-    this.#cursor = request.cursor
-  }
-
-  /** The last directory that was looked at; to be kept for the next start. */
-  get cursor(): number {
-    return this.#cursor
   }
 
   /** Sweeps that have come to their end. */

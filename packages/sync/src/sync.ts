@@ -10,6 +10,7 @@ import type { Checkpoint } from './model/checkpoint.ts'
 import { DEFAULT_PRESSURE, Pace } from './pace.ts'
 import { openSource } from './source/choose.ts'
 import type { BlindSpot, Source } from './source/source.ts'
+import { Sweep } from './sweep.ts'
 import { SETTLE_MS, TargetSession, type TargetStatus } from './target-session.ts'
 import { LocalTarget } from './transport/local.ts'
 import type { Target, TargetLoss } from './transport/target.ts'
@@ -40,7 +41,7 @@ export interface SyncRequest {
   readonly namespace?: Namespace
   /** How long changes are collected before they are carried over, from the first one on. Default 1000. */
   readonly tickMs?: number
-  /** How often a background scan looks for changes that nothing told of, in ms; 0: never. Default an hour. */
+  /** How long the slow walk in the background takes that looks for what nothing told of, in ms; 0: none. Default a day. */
   readonly sweepMs?: number
   readonly include?: readonly string[]
   readonly exclude?: readonly string[]
@@ -91,7 +92,8 @@ interface SyncEvents {
 }
 
 const TICK_MS = 1000
-const SWEEP_MS = 3_600_000
+const SWEEP_MS = 86_400_000
+const SWEPT_PER_SECOND = 200
 const POLL_MS = 10_000
 const BACK_OFF_FIRST_MS = 1000
 const BACK_OFF_MOST_MS = 30_000
@@ -142,7 +144,6 @@ export class Sync {
   readonly #members: Member[] = []
   #upperFd: number | undefined
   #source: Source | undefined
-  #sweep: NodeJS.Timeout | undefined
   #isPaused = false
   #isStopped = false
   #stopping: Promise<void> | undefined
@@ -178,11 +179,10 @@ export class Sync {
         }
       })
       const sweepMs = this.#request.sweepMs ?? SWEEP_MS
-      if (sweepMs > 0) {
-        this.#sweep = setInterval(() => this.#scanAll(), sweepMs)
-        this.#sweep.unref()
+      for (const member of this.#members) {
+        if (sweepMs > 0) this.#sweep(member, sweepMs)
+        this.#runNow(member)
       }
-      for (const member of this.#members) this.#runNow(member)
     }
   }
 
@@ -246,7 +246,6 @@ export class Sync {
       if (flush) await this.flush()
     } finally {
       this.#isStopped = true
-      clearInterval(this.#sweep)
       for (const member of this.#members) {
         clearTimeout(member.timer)
         member.queue.clear()
@@ -321,11 +320,21 @@ export class Sync {
     if (losses.length > 0) this.events.emit('losses', { target: description, losses })
   }
 
-  #scanAll(): void {
-    for (const member of this.#members) {
-      member.session.scan()
-      this.#schedule(member)
+  #sweep(member: Member, periodMs: number): void {
+    const { session, queue } = member
+    const { signal } = this.#abort
+    const look = async (ids: readonly number[]): Promise<void> => {
+      await queue.add(() => session.tree.look(ids), { signal })
+      if (session.hasWork) this.#schedule(member)
     }
+    const sweep = new Sweep({ periodMs, directoriesPerSecond: SWEPT_PER_SECOND }, { ...session.tree, look })
+    sweep.run(signal).catch((error: unknown) => this.#tell(member, error))
+  }
+
+  #tell(member: Member, error: unknown): void {
+    if (this.#isStopped) return
+    const problem = error instanceof Error ? error : new Error(String(error))
+    this.events.emit('problem', { target: member.target, error: problem })
   }
 
   #schedule(member: Member, afterMs = this.#request.tickMs ?? TICK_MS): void {
@@ -338,11 +347,7 @@ export class Sync {
 
   #runNow(member: Member): void {
     if (this.#isPaused || this.#isStopped || member.queue.size > 0) return
-    this.#round(member).catch((error: unknown) => {
-      if (this.#isStopped) return
-      const problem = error instanceof Error ? error : new Error(String(error))
-      this.events.emit('problem', { target: member.target, error: problem })
-    })
+    this.#round(member).catch((error: unknown) => this.#tell(member, error))
   }
 
   /** One round of one target. A target that does not work is tried again later and later. */

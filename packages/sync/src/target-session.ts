@@ -27,6 +27,7 @@ import { needsBarrier, type Observation, type Plan, planChanges } from './planne
 import { type Deliver, workers } from './pool.ts'
 import { rowOf } from './send.ts'
 import type { DirectoryRef, Hint } from './source/source.ts'
+import type { SweptTree } from './sweep.ts'
 import type { Target, TargetLoss } from './transport/target.ts'
 import type {
   ContentsResult,
@@ -219,6 +220,23 @@ export class TargetSession {
   /** Compares the whole upper with the index in the next round. */
   scan(): void {
     this.#isScanDue = true
+  }
+
+  /** The directories of the index, for a sweep. `look` must not run while a round does. */
+  get tree(): SweptTree {
+    return {
+      count: () => this.#index.directoryCount,
+      after: (id, most) => this.#index.directoriesAfter(id, most),
+      look: async (ids) => {
+        // A first pass or a comparison of everything does as much, and sooner.
+        if (this.#freshQueue.length > 0 || this.#isScanDue) return
+        const directories = ids.flatMap((id) => {
+          const path = this.#index.pathOf(id)
+          return path === undefined ? [] : [{ id, path }]
+        })
+        await this.#scanList(directories, true)
+      },
+    }
   }
 
   /** Whether a round would find something to do now. */
@@ -526,8 +544,12 @@ export class TargetSession {
     this.#rescans.clear()
     if (queue.length === 0) return
     this.#phase = 'scanning'
+    await this.#scanList(queue, false)
+  }
+
+  async #scanList(queue: ScanDirectory[], flat: boolean): Promise<void> {
     await this.#inParallel(queue, 64, async (directories) => {
-      const { dirty, rest, failures } = await this.#run({ do: 'scan', directories, budgetMs: SCAN_MS })
+      const { dirty, rest, failures } = await this.#run({ do: 'scan', directories, budgetMs: SCAN_MS, flat })
       for (const { directory, name } of dirty) this.#add(directory, name)
       for (const failure of failures) this.#fail(failure)
       return rest

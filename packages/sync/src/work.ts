@@ -65,8 +65,13 @@ export type Job =
       readonly budgetBytes: number
     }
   | { readonly do: 'look'; readonly directories: readonly LookDirectory[] }
-  /** Compares directories with the index, with what is beneath them, within a budget. */
-  | { readonly do: 'scan'; readonly directories: readonly ScanDirectory[]; readonly budgetMs: number }
+  /** Compares directories with the index, with what is beneath them unless it is `flat`, within a budget. */
+  | {
+      readonly do: 'scan'
+      readonly directories: readonly ScanDirectory[]
+      readonly budgetMs: number
+      readonly flat?: boolean
+    }
   /** Looks for inodes beneath new directories. */
   | { readonly do: 'peek'; readonly path: TreePath; readonly identities: readonly string[] }
   | { readonly do: 'operations'; readonly operations: readonly PlainOperation[] }
@@ -219,7 +224,7 @@ export class Workshop {
         case 'look':
           return this.#look(job.directories)
         case 'scan':
-          return this.#scan(job.directories, job.budgetMs)
+          return this.#scan(job.directories, job.budgetMs, job.flat === true)
         case 'peek':
           return this.#peek(job.path, new Set(job.identities))
         case 'operations':
@@ -311,7 +316,7 @@ export class Workshop {
     return undefined
   }
 
-  #scan(directories: readonly ScanDirectory[], budgetMs: number): ScanResult {
+  #scan(directories: readonly ScanDirectory[], budgetMs: number, flat: boolean): ScanResult {
     const start = performance.now()
     const queue = [...directories]
     const dirty: NamePlace[] = []
@@ -320,7 +325,7 @@ export class Workshop {
     for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
       const { id, path } = next
       try {
-        entries += this.#scanDirectory(id, path, dirty, queue)
+        entries += this.#scanDirectory(id, path, dirty, flat ? [] : queue)
       } catch (error) {
         // The directory above tells that it is gone.
         if (!VANISHED.has(codeOf(error))) failures.push(failureOf({ directory: id, name: EMPTY_NAME }, path, error))
