@@ -70,13 +70,7 @@ class Hub implements HintRouting<Member> {
 
   join(member: Member): void {
     this.#ancestry.add(member.rootKey, member)
-    // Only here, when somebody listens.
-    this.#watch ??= watchReadable(
-      this.#group,
-      BUFFER_BYTES,
-      (bytes) => this.#take(parseFanotify(bytes)),
-      (error) => this.#fail(error),
-    )
+    if (this.#watch === undefined) this.#listen()
   }
 
   leave(member: Member): void {
@@ -88,6 +82,15 @@ class Hub implements HintRouting<Member> {
     close(this.#group)
     close(this.#mountFd)
     hubs.delete(this.#key)
+  }
+
+  #listen(): void {
+    this.#watch = watchReadable(
+      this.#group,
+      BUFFER_BYTES,
+      (bytes) => this.#take(parseFanotify(bytes)),
+      (error) => this.#fail(error),
+    )
   }
 
   /** Takes all that waits. The kernel queues an event before the call that caused it returns. */
@@ -109,6 +112,10 @@ class Hub implements HintRouting<Member> {
 
   #fail(error: PosixError): void {
     for (const member of this.#ancestry.everybody) member.say({ kind: 'lost', reason: error.message })
+    if (this.#stopped) return
+    clearTimeout(this.#pause)
+    // The group itself goes on: what comes meanwhile waits in its queue.
+    this.#pause = setTimeout(() => this.#listen(), RELISTEN_MS)
   }
 
   everybody = (): readonly Member[] => this.#ancestry.everybody
@@ -137,6 +144,7 @@ interface Member {
 
 const BUFFER_BYTES = 256 * 1024
 const PAUSE_MS = 20
+const RELISTEN_MS = 1000
 
 // All roots of a process that lie on one mount share a group: a machine allows 128 groups to a user, and each would get
 // every event of the file system.
