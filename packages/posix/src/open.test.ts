@@ -24,6 +24,7 @@ import {
   truncate,
   withFd,
   writeAt,
+  writeFrom,
 } from './open.ts'
 import { statFd } from './stat.ts'
 
@@ -209,5 +210,17 @@ describe('readInto', () => {
       expect(readInto(file, 0, memoryOver(shared), 2, 6)).toBe(6)
       expect(Buffer.from(shared).toString('latin1')).toBe('\0\0abcdef')
     })
+  })
+})
+
+test('writeFrom writes the part of the memory that it is told, and nothing beyond its end', () => {
+  const { path, fd } = temporary()
+  writeFileSync(`${path}/f`, '......')
+  withFd(openBeneath(fd, name('f'), O_RDWR), (file) => {
+    const memory = allocate(6)
+    memory.buffer.write('abcdef')
+    writeFrom(file, 1, memory, 2, 3)
+    expect(readFileSync(`${path}/f`, 'utf8')).toBe('.cde..')
+    expect(() => writeFrom(file, 0, memory, 4, 3)).toThrow(RangeError)
   })
 })

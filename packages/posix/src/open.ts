@@ -186,6 +186,21 @@ export function writeAt(fd: number, offset: number, bytes: Uint8Array, path = ''
   }
 }
 
+/** Writes `length` bytes of `memory` from `at` on at `offset`: no copy in between. */
+export function writeFrom(fd: number, offset: number, memory: Memory, at: number, length: number, path = ''): void {
+  if (at < 0 || length < 0 || at + length > memory.buffer.length) throw new RangeError('beyond the end of the memory')
+  entering('pwrite', path)
+  let done = 0
+  while (done < length) {
+    const count = pwriteNative(fd, memory.address + at + done, length - done, offset + done)
+    if (count < 0) {
+      if (errnoName(errno()) === 'EINTR') continue
+      fail('pwrite', path)
+    }
+    done += count
+  }
+}
+
 /** ftruncate(2): sets the size; a larger size makes a hole. */
 export function truncate(fd: number, sizeBytes: number, path = ''): void {
   entering('ftruncate', path)

@@ -1,8 +1,8 @@
 import { Worker } from 'node:worker_threads'
-import { LsyncError } from '@lsync/posix'
 import type { ObjectTable } from './object-table.ts'
 import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
-import type { FromSaveWorker, ToSaveWorker, TravellingError } from './snapshot-worker.ts'
+import type { FromSaveWorker, ToSaveWorker } from './snapshot-worker.ts'
+import { endWorker, startOf, unpackError } from './thread-pool.ts'
 
 // Starting a worker costs some 50 ms, so a small tree is saved by the calling thread alone.
 const ALONE_MS = 25
@@ -12,6 +12,7 @@ const BATCH = 16
 
 interface Member {
   readonly worker: Worker
+  readonly started: Promise<void>
   ready: boolean
   inFlight: number
 }
@@ -86,7 +87,7 @@ export class SavePool {
   }
 
   async close(): Promise<void> {
-    await Promise.all(this.#members.map(({ worker }) => worker.terminate()))
+    await Promise.all(this.#members.map(endWorker))
     this.own.close()
   }
 
@@ -135,7 +136,7 @@ export class SavePool {
   #start(): void {
     while (this.#members.length < this.#width) {
       const worker = new Worker(new URL('./snapshot-worker.ts', import.meta.url))
-      const member: Member = { worker, ready: false, inFlight: 0 }
+      const member: Member = { worker, started: startOf(worker), ready: false, inFlight: 0 }
       worker.on('message', (message: FromSaveWorker) => this.#receive(member, message))
       worker.on('error', (error) => {
         member.inFlight = 0
@@ -153,7 +154,7 @@ export class SavePool {
     else if ('rest' in message) this.#rests.push(...message.rest)
     else {
       member.inFlight--
-      if ('error' in message) this.#failure ??= unpacked(message.error)
+      if ('error' in message) this.#failure ??= unpackError(message.error)
       else {
         try {
           this.#deliver(message.result)
@@ -170,12 +171,4 @@ export class SavePool {
     this.#wake = undefined
     wake?.()
   }
-}
-
-function unpacked({ name, message, stack, code, path, hint }: TravellingError): Error {
-  const detail = { ...(path === undefined ? {} : { path }), ...(hint === undefined ? {} : { hint }) }
-  const error = code === undefined ? new Error(message) : new LsyncError(code, message, detail)
-  error.name = name
-  if (stack !== undefined) error.stack = stack
-  return error
 }

@@ -1,7 +1,7 @@
 import { parentPort } from 'node:worker_threads'
-import { LsyncError } from '@lsync/posix'
 import type { TableSegment } from './object-table.ts'
 import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
+import { packError, type TravellingError } from './thread-pool.ts'
 
 /** What the pool sends. */
 export type ToSaveWorker =
@@ -16,16 +16,6 @@ export type FromSaveWorker =
   | { readonly result: SaveResult }
   | { readonly rest: readonly SealedRest[] }
   | { readonly error: TravellingError }
-
-/** An error as it travels: its class is known by its code. */
-export interface TravellingError {
-  readonly name: string
-  readonly message: string
-  readonly stack: string | undefined
-  readonly code: string | undefined
-  readonly path: string | undefined
-  readonly hint: string | undefined
-}
 
 let saver: Saver | undefined
 
@@ -50,16 +40,10 @@ parentPort?.on('message', (message: ToSaveWorker) => {
       )
     }
   } catch (error) {
-    send({ error: packed(error) })
+    send({ error: packError(error) })
   }
 })
 
 function send(message: FromSaveWorker, transfer: readonly ArrayBuffer[] = []): void {
   parentPort?.postMessage(message, transfer)
-}
-
-function packed(error: unknown): TravellingError {
-  const { name, message, stack } = error instanceof Error ? error : new Error(String(error))
-  const { code, path, hint } = error instanceof LsyncError ? error : {}
-  return { name, message, stack, code, path, hint }
 }

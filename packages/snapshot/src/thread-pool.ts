@@ -1,0 +1,183 @@
+import { parentPort, Worker } from 'node:worker_threads'
+import { LsyncError } from '@lsync/posix'
+
+// Starting a worker costs some 50 ms, so a small job is done by the calling thread alone.
+const ALONE_MS = 25
+
+/** Something that does jobs with synchronous calls, in whatever thread it was made. */
+export interface Doer<Job, Result> {
+  run(job: Job): Result
+  close(): void
+}
+
+type ToThread<Init, Job> = { readonly init: Init } | { readonly id: number; readonly job: Job }
+
+type FromThread<Result> =
+  | { readonly ready: true }
+  | { readonly id: number; readonly result: Result }
+  | { readonly id: number; readonly error: TravellingError }
+
+/** An error as it travels: its class is known by its code. */
+export interface TravellingError {
+  readonly name: string
+  readonly message: string
+  readonly stack: string | undefined
+  readonly code: string | undefined
+  readonly path: string | undefined
+  readonly hint: string | undefined
+}
+
+interface Waiting<Job, Result> {
+  readonly job: Job
+  readonly transfer: readonly ArrayBuffer[]
+  readonly resolve: (result: Result) => void
+  readonly reject: (error: unknown) => void
+}
+
+interface Member<Job, Result> {
+  readonly worker: Worker
+  readonly jobs: Map<number, Waiting<Job, Result>>
+  /** Resolves when it has loaded everything, or never will. */
+  readonly started: Promise<void>
+}
+
+// One job at work and one that waits.
+const IN_FLIGHT = 2
+
+/** Does jobs in the calling thread at first, and in worker threads when there is more to do. */
+export class ThreadPool<Init, Job, Result> {
+  readonly #url: URL
+  readonly #init: Init
+  readonly #width: number
+  readonly #own: Doer<Job, Result>
+  readonly #members: Member<Job, Result>[] = []
+  #queue: Waiting<Job, Result>[] = []
+  #aloneMs = 0
+  #nextId = 0
+  #isRunning = false
+
+  /** `url`: a module that calls `serveJobs`. `own` does jobs until the workers have started. */
+  constructor(url: URL, init: Init, own: Doer<Job, Result>, width: number) {
+    this.#url = url
+    this.#init = init
+    this.#own = own
+    this.#width = Math.max(1, width)
+  }
+
+  /** Does a job. Memory in `transfer` is given away. */
+  run(job: Job, transfer: readonly ArrayBuffer[] = []): Promise<Result> {
+    return new Promise((resolve, reject) => {
+      this.#queue.push({ job, transfer, resolve, reject })
+      this.#handOut()
+    })
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#members.map(endWorker))
+    this.#own.close()
+  }
+
+  #handOut(): void {
+    if (this.#members.length === 0) {
+      if (!this.#isRunning) this.#runOwn()
+      return
+    }
+    for (let load = 0; load < IN_FLIGHT; load++) {
+      for (const { worker, jobs } of this.#members) {
+        if (jobs.size > load) continue
+        const waiting = this.#queue.shift()
+        if (waiting === undefined) return
+        const id = this.#nextId++
+        jobs.set(id, waiting)
+        worker.postMessage({ id, job: waiting.job } satisfies ToThread<Init, Job>, waiting.transfer)
+      }
+    }
+  }
+
+  #runOwn(): void {
+    this.#isRunning = true
+    setImmediate(() => {
+      this.#isRunning = false
+      const waiting = this.#queue.shift()
+      if (waiting === undefined) return
+      const start = performance.now()
+      try {
+        waiting.resolve(this.#own.run(waiting.job))
+      } catch (error) {
+        waiting.reject(error)
+      }
+      this.#aloneMs += performance.now() - start
+      if (this.#width > 1 && this.#aloneMs > ALONE_MS) this.#start()
+      if (this.#queue.length > 0) this.#handOut()
+    })
+  }
+
+  #start(): void {
+    while (this.#members.length < this.#width) {
+      const worker = new Worker(this.#url)
+      const member: Member<Job, Result> = { worker, jobs: new Map(), started: startOf(worker) }
+      worker.on('message', (message: FromThread<Result>) => {
+        if ('ready' in message) return
+        const waiting = member.jobs.get(message.id)
+        member.jobs.delete(message.id)
+        if ('error' in message) waiting?.reject(unpackError(message.error))
+        else waiting?.resolve(message.result)
+        this.#handOut()
+      })
+      worker.on('error', (error) => {
+        for (const { reject } of [...member.jobs.values(), ...this.#queue]) reject(error)
+        member.jobs.clear()
+        this.#queue = []
+      })
+      worker.postMessage({ init: this.#init } satisfies ToThread<Init, Job>)
+      this.#members.push(member)
+    }
+  }
+}
+
+/** Resolves with the first message of a worker, which says that it has started; or when it ends without one. */
+export function startOf(worker: Worker): Promise<void> {
+  return new Promise((resolve) => {
+    worker.once('message', () => resolve())
+    worker.once('exit', () => resolve())
+  })
+}
+
+/** Ends a worker. Not while it loads koffi: a native module that is interrupted there takes the process with it. */
+export async function endWorker(member: { readonly worker: Worker; readonly started: Promise<void> }): Promise<void> {
+  await member.started
+  await member.worker.terminate()
+}
+
+/** Makes a worker's module one that does the jobs of a pool. */
+export function serveJobs<Init, Job, Result>(make: (init: Init) => Doer<Job, Result>): void {
+  let doer: Doer<Job, Result> | undefined
+  parentPort?.on('message', (message: ToThread<Init, Job>) => {
+    if ('init' in message) {
+      doer = make(message.init)
+      parentPort?.postMessage({ ready: true } satisfies FromThread<Result>)
+      return
+    }
+    const { id, job } = message
+    try {
+      const result = (doer as Doer<Job, Result>).run(job)
+      parentPort?.postMessage({ id, result } satisfies FromThread<Result>)
+    } catch (error) {
+      parentPort?.postMessage({ id, error: packError(error) } satisfies FromThread<Result>)
+    }
+  })
+}
+
+export function packError(error: unknown): TravellingError {
+  const { name, message, stack } = error instanceof Error ? error : new Error(String(error))
+  const { code, path, hint } = error instanceof LsyncError ? error : {}
+  return { name, message, stack, code, path, hint }
+}
+
+export function unpackError({ name, message, stack, code, path, hint }: TravellingError): Error {
+  const detail = { ...(path === undefined ? {} : { path }), ...(hint === undefined ? {} : { hint }) }
+  const error = code === undefined ? new Error(message) : new LsyncError(code, message, detail)
+  error.name = name
+  if (stack !== undefined) error.stack = stack
+  return error
+}
