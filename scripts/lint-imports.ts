@@ -12,6 +12,7 @@ const FLOOR: Readonly<Record<string, number>> = {
   sync: 2,
   snapshot: 2,
   'overlay-merge': 1,
+  ssh: 1,
   posix: 0,
 }
 
@@ -35,6 +36,7 @@ const PURE_NAMES = new Set([
 
 /** Dependencies that only some places may have: koffi reaches libc in posix, and OpenSSL and zstd in one folder. */
 const ONLY_IN: Readonly<Record<string, readonly string[]>> = {
+  ssh2: ['packages/ssh/'],
   koffi: ['packages/posix/', 'packages/snapshot/src/crypto/'],
 }
 

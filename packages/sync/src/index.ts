@@ -1,9 +1,16 @@
+export {
+  type Connection,
+  ConnectionLostError,
+  ProtocolError,
+  type RemoteAddress,
+  SshConnections,
+  type SshOptions,
+} from '@lsync/ssh'
 export { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
 export { PatternInvalidError } from './filter.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
-
-export { OperationTooBigError, ProtocolError, ProtocolVersionError } from './protocol/errors.ts'
+export { OperationTooBigError, ProtocolVersionError } from './protocol/errors.ts'
 export {
   limitExtents,
   MAX_CONTENT_BYTES,
@@ -35,15 +42,11 @@ export { TargetPlace, TargetStateDamagedError } from './target-state.ts'
 export {
   formatTarget,
   parseTarget,
-  type RemoteAddress,
   type TargetAddress,
   TargetAddressError,
 } from './transport/address.ts'
-export type { Connection } from './transport/client-session.ts'
-export { ConnectionLostError } from './transport/errors.ts'
 export { LocalTarget } from './transport/local.ts'
 export { type RemoteOptions, remoteTarget } from './transport/open-target.ts'
 export { RemoteTarget, type RemoteTargetRequest } from './transport/remote.ts'
 export { SftpTarget, type SftpTargetRequest } from './transport/sftp.ts'
-export { SshConnections, type SshOptions } from './transport/ssh-connection.ts'
 export type { Target, TargetLoss, TargetState } from './transport/target.ts'

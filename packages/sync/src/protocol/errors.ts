@@ -1,14 +1,4 @@
-import { type ErrorDetail, LsyncError, printable } from '@lsync/posix'
-
-/** The other side of a connection sent what the protocol does not allow. The connection is of no use any more. */
-export class ProtocolError extends LsyncError {
-  constructor(reason: string, detail: ErrorDetail = {}) {
-    super('PROTOCOL_VIOLATED', `the other side broke the protocol: ${reason}`, {
-      hint: 'run the same version of lsync on both sides, and see that nothing but lsync writes to its standard output',
-      ...detail,
-    })
-  }
-}
+import { LsyncError, printable } from '@lsync/posix'
 
 /** One operation is larger than any that travels: its path, its attributes, or its extents. */
 export class OperationTooBigError extends LsyncError {

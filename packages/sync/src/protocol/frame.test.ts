@@ -1,6 +1,7 @@
+import { ProtocolError } from '@lsync/ssh'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { ProtocolError, ProtocolVersionError } from './errors.ts'
+import { ProtocolVersionError } from './errors.ts'
 import {
   agreeOnVersion,
   encodeHeader,

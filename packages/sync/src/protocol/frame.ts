@@ -1,5 +1,6 @@
 import { printable } from '@lsync/posix'
-import { ProtocolError, ProtocolVersionError } from './errors.ts'
+import { ProtocolError } from '@lsync/ssh'
+import { ProtocolVersionError } from './errors.ts'
 import { checksumOf } from './hash.ts'
 import { MAX_BATCH_BYTES } from './operation-codec.ts'
 

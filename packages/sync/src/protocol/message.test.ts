@@ -1,8 +1,8 @@
 import { type ByteString, LsyncError } from '@lsync/posix'
+import { ProtocolError } from '@lsync/ssh'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import type { TreePath } from '../model/operation.ts'
-import { ProtocolError } from './errors.ts'
 import {
   decodeCheckpoint,
   decodeError,

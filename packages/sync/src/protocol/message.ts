@@ -1,8 +1,8 @@
 import { type ByteString, LsyncError, printable } from '@lsync/posix'
+import { ProtocolError } from '@lsync/ssh'
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
 import type { TargetLoss, TargetState } from '../transport/target.ts'
-import { ProtocolError } from './errors.ts'
 import { assertBeneath, MAX_BATCH_OPERATIONS, MAX_PATH_BYTES } from './operation-codec.ts'
 
 // The payloads of all frames but `deliver`. Numbers are little-endian; strings are their length (4 bytes) and bytes.

@@ -1,8 +1,9 @@
 import type { ByteString } from '@lsync/posix'
+import { ProtocolError } from '@lsync/ssh'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import type { Extent, Operation, RawMeta, TreePath } from '../model/operation.ts'
-import { OperationTooBigError, ProtocolError } from './errors.ts'
+import { OperationTooBigError } from './errors.ts'
 import {
   contentBytesOf,
   hasContent,

@@ -1,6 +1,7 @@
 import type { ByteString } from '@lsync/posix'
+import { ProtocolError } from '@lsync/ssh'
 import type { EntryKind, Extent, Operation, RawMeta, TreePath } from '../model/operation.ts'
-import { OperationTooBigError, ProtocolError } from './errors.ts'
+import { OperationTooBigError } from './errors.ts'
 
 // What travels in a lane: records, each a tag and its fields. docs/format.md, "Operations on the wire", has every byte.
 

@@ -1,7 +1,7 @@
 import type { Readable, Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { ByteString, HostPath } from '@lsync/posix'
-import { ProtocolError } from '../protocol/errors.ts'
+import { ConnectionLostError, ProtocolError } from '@lsync/ssh'
 import {
   agreeOnVersion,
   CAPABILITY_ZSTD,
@@ -20,7 +20,6 @@ import {
 } from '../protocol/frame.ts'
 import { decodeCheckpoint, decodePath, encodeCheckpoint, encodeError } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES, MAX_PATH_BYTES } from '../protocol/operation-codec.ts'
-import { ConnectionLostError } from '../transport/errors.ts'
 import { AccessRefusedError } from './errors.ts'
 import { peekServed } from './place.ts'
 import type { ServedTarget, ServeJob, ServeResult } from './serve-worker.ts'

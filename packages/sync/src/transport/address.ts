@@ -1,15 +1,5 @@
 import { type ByteString, bytesOf, type HostPath, LsyncError, printable } from '@lsync/posix'
-
-/** A place on another machine. */
-export interface RemoteAddress {
-  readonly scheme: 'ssh' | 'sftp'
-  readonly user: string | undefined
-  /** Name or number; an IPv6 address without brackets. */
-  readonly host: string
-  readonly port: number | undefined
-  /** Absolute, without a slash at its end; `/` for the root. */
-  readonly path: ByteString
-}
+import type { RemoteAddress } from '@lsync/ssh'
 
 export type TargetAddress = { readonly scheme: 'local'; readonly path: HostPath } | RemoteAddress
 

@@ -1,8 +1,8 @@
-import type { Readable, Writable } from 'node:stream'
+import type { Writable } from 'node:stream'
 import { promisify } from 'node:util'
 import { constants, zstdCompress } from 'node:zlib'
+import { ConnectError, type Connection, ConnectionLostError, ProtocolError } from '@lsync/ssh'
 import { CompressionChoice } from '../protocol/compression.ts'
-import { ProtocolError } from '../protocol/errors.ts'
 import {
   agreeOnVersion,
   CAPABILITY_ZSTD,
@@ -22,8 +22,6 @@ import {
 } from '../protocol/frame.ts'
 import { decodeError } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES } from '../protocol/operation-codec.ts'
-import { ConnectionLostError } from './errors.ts'
-import { ConnectError } from './ssh-errors.ts'
 
 const compress = promisify(zstdCompress)
 // Frames below this are not worth a try.
@@ -32,16 +30,6 @@ const COMPRESS_FROM_BYTES = 1024
 const COMPRESSING = 4
 // Answers of all kinds but `deliver` are short.
 const SHORT_ANSWER_BYTES = 512 << 10
-
-/** Bytes both ways, whatever carries them. */
-export interface Connection {
-  readonly readable: Readable
-  readonly writable: Writable
-  /** Why it came to its end, as far as is known there. */
-  explain(): Promise<Error | undefined>
-  /** Ends it at once. */
-  destroy(): void
-}
 
 export interface SessionOptions {
   /** While something is expected, the hello included, a silence of this long ends the connection. */

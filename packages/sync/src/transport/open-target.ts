@@ -1,9 +1,8 @@
 import type { ByteString } from '@lsync/posix'
-import { formatTarget, type RemoteAddress } from './address.ts'
+import { type RemoteAddress, type SshConnections, serveCommand, spawnRemote } from '@lsync/ssh'
+import { formatTarget } from './address.ts'
 import { RemoteTarget } from './remote.ts'
-import { serveCommand, spawnRemote } from './remote-command.ts'
 import { SftpTarget } from './sftp.ts'
-import type { SshConnections } from './ssh-connection.ts'
 import type { Target } from './target.ts'
 
 /** How machines are reached. */

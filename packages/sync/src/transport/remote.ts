@@ -1,10 +1,10 @@
 import type { ByteString } from '@lsync/posix'
+import { type Connection, ConnectionLostError } from '@lsync/ssh'
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
 import { FRAME } from '../protocol/frame.ts'
 import { decodeCheckpoint, decodeFailures, decodeState, encodeCheckpoint, encodePath } from '../protocol/message.ts'
-import { ClientSession, type Connection, type SessionOptions } from './client-session.ts'
-import { ConnectionLostError } from './errors.ts'
+import { ClientSession, type SessionOptions } from './client-session.ts'
 import type { Target, TargetState } from './target.ts'
 
 export interface RemoteTargetRequest extends Omit<SessionOptions, 'signal'> {

@@ -1,7 +1,7 @@
 import { errnoOf, LsyncError } from '@lsync/posix'
+import { ConnectionLostError } from '@lsync/ssh'
 import type { Failure, Operation } from '../model/operation.ts'
 import { type ContentOperation, hasContent, OperationDecoder } from '../protocol/operation-codec.ts'
-import { ConnectionLostError } from './errors.ts'
 
 export type PlainOperation = Exclude<Operation, ContentOperation>
 

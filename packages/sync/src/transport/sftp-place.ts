@@ -3,9 +3,6 @@ import { readFileSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { TargetBusyError } from '@lsync/overlay-merge'
 import type { ByteString } from '@lsync/posix'
-import type { Checkpoint } from '../model/checkpoint.ts'
-import { STATE_INSIDE } from '../target-path.ts'
-import { TargetStateDamagedError } from '../target-state.ts'
 import {
   SFTP_CREATE,
   SFTP_EXCLUSIVE,
@@ -14,7 +11,10 @@ import {
   type SftpAttributes,
   type SftpClient,
   SftpError,
-} from './sftp-client.ts'
+} from '@lsync/ssh'
+import type { Checkpoint } from '../model/checkpoint.ts'
+import { STATE_INSIDE } from '../target-path.ts'
+import { TargetStateDamagedError } from '../target-state.ts'
 
 const STATE_BESIDE = '.lsync.sync.'
 const NAME_MAX = 255

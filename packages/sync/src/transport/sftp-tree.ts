@@ -1,7 +1,4 @@
 import type { ByteString } from '@lsync/posix'
-import type { Extent, Operation, RawMeta, TreePath } from '../model/operation.ts'
-import type { ContentOperation } from '../protocol/operation-codec.ts'
-import { checkPath, OperationRefusedError, placeOf, STATE_INSIDE } from '../target-path.ts'
 import {
   SFTP_CREATE,
   SFTP_EXCLUSIVE,
@@ -10,7 +7,10 @@ import {
   type SftpAttributes,
   type SftpClient,
   SftpError,
-} from './sftp-client.ts'
+} from '@lsync/ssh'
+import type { Extent, Operation, RawMeta, TreePath } from '../model/operation.ts'
+import type { ContentOperation } from '../protocol/operation-codec.ts'
+import { checkPath, OperationRefusedError, placeOf, STATE_INSIDE } from '../target-path.ts'
 import type { FileSink, OperationSink, PlainOperation } from './sftp-lane.ts'
 import { isDirectory, moveOver, removeTree, type SftpPlace } from './sftp-place.ts'
 import type { TargetLoss } from './target.ts'

@@ -1,9 +1,15 @@
 import type { ByteString } from '@lsync/posix'
+import {
+  type Connection,
+  ConnectionLostError,
+  SFTP_CREATE,
+  SFTP_EXCLUSIVE,
+  SFTP_WRITE,
+  SftpClient,
+  SftpError,
+} from '@lsync/ssh'
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
-import type { Connection } from './client-session.ts'
-import { ConnectionLostError } from './errors.ts'
-import { SFTP_CREATE, SFTP_EXCLUSIVE, SFTP_WRITE, SftpClient, SftpError } from './sftp-client.ts'
 import { ConcurrentLane } from './sftp-lane.ts'
 import { removeTree, SftpPlace } from './sftp-place.ts'
 import { SftpTree } from './sftp-tree.ts'

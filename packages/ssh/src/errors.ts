@@ -9,3 +9,13 @@ export class ConnectionLostError extends LsyncError {
     })
   }
 }
+
+/** The other side of a connection sent what the protocol does not allow. The connection is of no use any more. */
+export class ProtocolError extends LsyncError {
+  constructor(reason: string, detail: ErrorDetail = {}) {
+    super('PROTOCOL_VIOLATED', `the other side broke the protocol: ${reason}`, {
+      hint: 'run the same version of lsync on both sides, and see that nothing but lsync writes to its standard output',
+      ...detail,
+    })
+  }
+}

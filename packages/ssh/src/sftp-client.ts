@@ -1,8 +1,7 @@
 import type { ByteString } from '@lsync/posix'
 import { LsyncError, printable } from '@lsync/posix'
-import { ProtocolError } from '../protocol/errors.ts'
-import type { Connection } from './client-session.ts'
-import { ConnectionLostError } from './errors.ts'
+import type { Connection } from './connection.ts'
+import { ConnectionLostError, ProtocolError } from './errors.ts'
 
 // SFTP version 3 as OpenSSH speaks it, with names as bytes, which ssh2's own SFTP takes for UTF-8.
 // Source: draft-ietf-secsh-filexfer-02, and OpenSSH's PROTOCOL file for the extensions.

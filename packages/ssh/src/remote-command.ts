@@ -3,7 +3,7 @@ import type { Readable } from 'node:stream'
 import { setTimeout as delay } from 'node:timers/promises'
 import { LsyncError, printable } from '@lsync/posix'
 import type { RemoteAddress } from './address.ts'
-import type { Connection } from './client-session.ts'
+import type { Connection } from './connection.ts'
 import { ConnectError, RemoteCommandError, RemoteLsyncMissingError } from './ssh-errors.ts'
 
 /** How a remote command ended, and the last that it said on its standard error. */
