@@ -2,7 +2,7 @@ import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { afterAll, beforeAll } from 'vitest'
 import { releaseTestDirectory, testDirectory } from './image.ts'
-import { enterNetworkNamespace, isPresent, run } from './system.ts'
+import { enterNetworkNamespace, isPresent, mount, run } from './system.ts'
 import type { DiffOptions } from './tree.ts'
 
 /** Whether the programs of MooseFS are installed. */
@@ -42,6 +42,8 @@ mfsmaster -c ${base}/master.cfg stop
 ip netns delete ${name}
 `,
   )
+  // The chunkserver counts all that is used on its disk against its limit, so it gets a disk of its own.
+  mount('tmpfs', `${base}/chunks`, 'tmpfs', 0, 'size=3g')
   run('ip', 'netns', 'add', name)
   const inside = (...command: string[]) => run('ip', 'netns', 'exec', name, ...command)
   // The chunkserver refuses a master on localhost: a veth pair inside the namespace gives an address to both.
@@ -52,7 +54,7 @@ ip netns delete ${name}
   inside('ip', 'link', 'set', 'v1', 'up')
   copyFileSync('/var/lib/mfs/metadata.mfs.empty', `${base}/meta/metadata.mfs`)
   writeFileSync(`${base}/exports.cfg`, `${ADDRESS} / rw,alldirs,admin,maproot=0:0\n${ADDRESS} . rw\n`)
-  writeFileSync(`${base}/disks.cfg`, `${base}/chunks 3GiB\n`)
+  writeFileSync(`${base}/disks.cfg`, `${base}/chunks\n`)
   const common = ['WORKING_USER = root', 'WORKING_GROUP = root']
   writeFileSync(
     `${base}/master.cfg`,
