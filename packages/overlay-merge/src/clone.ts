@@ -66,15 +66,23 @@ export function emptyClonePart(): ClonePart {
 
 /**
  * Clones one directory of the source into the one of the same path that exists in the target: links or copies what is
- * not a directory, makes the subdirectories (given back in `part.next`), and sets the directory's metadata last.
+ * not a directory, makes the subdirectories (given back in `part.next`), and sets the directory's metadata last. Names in
+ * `replaced` are left out.
  */
-export function cloneDirectory(context: CloneContext, path: EntryPath, part: ClonePart): void {
+export function cloneDirectory(
+  context: CloneContext,
+  path: EntryPath,
+  part: ClonePart,
+  replaced: ReadonlySet<ByteString>,
+): void {
   const from = openBeneath(context.fromFd, path, O_DIRECTORY | O_NOFOLLOW)
   try {
     const to = openBeneath(context.toFd, path, O_DIRECTORY | O_NOFOLLOW)
     try {
       const entries: { name: ByteString; type: number }[] = []
-      readDirents(from, (name, type) => entries.push({ name, type }))
+      readDirents(from, (name, type) => {
+        if (!replaced.has(name)) entries.push({ name, type })
+      })
       let inherits: boolean | undefined
       for (const entry of entries) {
         const { name } = entry

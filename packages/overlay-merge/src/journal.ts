@@ -20,6 +20,7 @@ import {
   randomHex,
   readAt,
   readDirents,
+  readTextAt,
   removeDirectory,
   removeXattr,
   statFd,
@@ -69,6 +70,8 @@ export interface LineIndex {
   readonly isPart: boolean
   /** It makes something immutable or append-only. */
   readonly hasFlags: boolean
+  /** Something that the target has goes, or something else comes in its place. */
+  readonly replaces: boolean
 }
 
 /** A plan, sealed and indexed. */
@@ -87,7 +90,8 @@ const TRASH = 'trash' as ByteString
 export const TREE = 'tree' as ByteString
 const JOURNAL_PREFIX = '.lsync.'
 const NAME_MAX = 255
-const FLUSH_BYTES = 1 << 20
+const READ_BYTES = 1 << 20
+const WRITE_BYTES = 1 << 16
 /** Holds the name of the directory inside the target for stage and trash, where no rename leads out of the target. */
 const INSIDE = 'inside' as ByteString
 
@@ -327,9 +331,9 @@ export class PlanWriter {
   readonly #header: PlanHeader
   readonly #hash: Hasher
   readonly #path: string
+  readonly #buffer = Buffer.allocUnsafeSlow(WRITE_BYTES)
   #offset = 0
-  #buffered: Buffer[] = []
-  #bufferedBytes = 0
+  #buffered = 0
   #records = 0
   readonly #lines: LineIndex[] = []
   readonly #stages: StageRecord[] = []
@@ -346,22 +350,22 @@ export class PlanWriter {
     this.#header = header
     this.#hash = hash
     this.#path = path
-    this.#append(Buffer.from(`${JSON.stringify(header)}\n`))
+    this.#append(`${JSON.stringify(header)}\n`)
   }
 
   /** Adds a record as the JSON line that `lineOf` made. */
   addLine(line: EncodedLine): void {
-    const bytes = Buffer.from(line.text)
-    this.#lines.push({ ...line.index, offset: this.#offset, length: bytes.length - 1 })
+    const offset = this.#offset
+    const length = this.#append(line.text) - 1
+    this.#lines.push({ ...line.index, offset, length })
     for (const [group, path] of line.groups) addTo(this.#groups, group, path)
     this.#records++
-    this.#append(bytes)
   }
 
   addStage(record: StageRecord): void {
     this.#stages.push(record)
     this.#records++
-    this.#append(Buffer.from(`${JSON.stringify(record)}\n`))
+    this.#append(`${JSON.stringify(record)}\n`)
   }
 
   /** Makes the plan count: from here on an interrupted apply is finished, not undone. */
@@ -373,19 +377,34 @@ export class PlanWriter {
     return { header: this.#header, lines: sorted(this.#lines), stages: this.#stages, groups: sortGroups(this.#groups) }
   }
 
-  #append(bytes: Buffer): void {
-    this.#hash.update(bytes)
-    this.#buffered.push(bytes)
-    this.#bufferedBytes += bytes.length
-    this.#offset += bytes.length
-    if (this.#bufferedBytes >= FLUSH_BYTES) this.#flush()
+  // Into one buffer for all lines: one for each would be garbage faster than it is collected. Gives the length in bytes.
+  #append(text: string): number {
+    const most = text.length * 3
+    if (this.#buffered + most > WRITE_BYTES) this.#flush()
+    if (most > WRITE_BYTES) {
+      const bytes = Buffer.from(text)
+      this.#write(bytes)
+      this.#offset += bytes.length
+      return bytes.length
+    }
+    const length = this.#buffer.write(text, this.#buffered)
+    this.#buffered += length
+    this.#offset += length
+    return length
   }
 
   #flush(): void {
-    if (this.#bufferedBytes === 0) return
-    writeAt(this.#fd, this.#offset - this.#bufferedBytes, Buffer.concat(this.#buffered), this.#path)
-    this.#buffered = []
-    this.#bufferedBytes = 0
+    const bytes = this.#buffer.subarray(0, this.#buffered)
+    this.#offset -= bytes.length
+    this.#write(bytes)
+    this.#offset += bytes.length
+    this.#buffered = 0
+  }
+
+  #write(bytes: Buffer): void {
+    if (bytes.length === 0) return
+    this.#hash.update(bytes)
+    writeAt(this.#fd, this.#offset, bytes, this.#path)
   }
 }
 
@@ -402,7 +421,8 @@ export function lineOf(record: DirectoryRecord | CleanRecord): EncodedLine {
 
 function indexOf(record: DirectoryRecord | CleanRecord): EncodedLine['index'] {
   if (record.type === 'clean') {
-    return { path: record.upper, type: 'clean', hasStructure: false, upper: undefined, isPart: false, hasFlags: false }
+    const none = { hasStructure: false, upper: undefined, isPart: false, hasFlags: false, replaces: false }
+    return { path: record.upper, type: 'clean', ...none }
   }
   const hasStructure = record.steps.some(
     (step) => step.do === 'mkdir' || (step.do === 'graft' && step.meta === undefined),
@@ -415,6 +435,7 @@ function indexOf(record: DirectoryRecord | CleanRecord): EncodedLine['index'] {
     upper: record.upper,
     isPart: record.part === true,
     hasFlags,
+    replaces: record.steps.some(({ was }) => was !== 'nothing'),
   }
 }
 
@@ -472,7 +493,7 @@ function* linesOf(fd: number): Generator<{ bytes: Buffer; offset: number }> {
   let offset = 0
   let at = 0
   for (;;) {
-    const chunk = readAt(fd, at, FLUSH_BYTES)
+    const chunk = readAt(fd, at, READ_BYTES)
     if (chunk.length === 0) return
     at += chunk.length
     const whole = carry.length === 0 ? chunk : Buffer.concat([carry, chunk])
@@ -488,14 +509,14 @@ function* linesOf(fd: number): Generator<{ bytes: Buffer; offset: number }> {
 
 /** One record of a sealed plan. */
 export function readRecord(planFd: number, line: { offset: number; length: number }): DirectoryRecord | CleanRecord {
-  return JSON.parse(readAt(planFd, line.offset, line.length).toString('utf8')) as DirectoryRecord | CleanRecord
+  return JSON.parse(readTextAt(planFd, line.offset, line.length)) as DirectoryRecord | CleanRecord
 }
 
 /** Every line of a plan but the end, in the order for people: header, stages, records by path. */
 export function planLines(plan: SealedPlan, planFd: number, emit: (line: string) => void): void {
   emit(JSON.stringify(plan.header))
   for (const stage of plan.stages) emit(JSON.stringify(stage))
-  for (const { offset, length } of plan.lines) emit(readAt(planFd, offset, length).toString('utf8'))
+  for (const { offset, length } of plan.lines) emit(readTextAt(planFd, offset, length))
 }
 
 function hex(value: bigint): string {

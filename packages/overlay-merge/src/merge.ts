@@ -44,7 +44,7 @@ import { OpenSources, resolve } from './resolve.ts'
 import { assertHolds, assertMergeable, type Holding, type Loss } from './safety.ts'
 import { hasManyEntries, type Layer } from './scan.ts'
 import { closeStack, type OpenStack, openStack, type StackRequest, stackInit } from './stack.ts'
-import type { Job, WorkInit } from './work.ts'
+import type { Job, LinePlace, WorkInit } from './work.ts'
 
 /** What to merge, and into what. */
 export interface MergeRequest extends StackRequest {
@@ -373,8 +373,10 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
     else makeDirectory(journal.fd, TREE, 0o700)
     treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    if (clone !== 'moosefs' && clone !== 'btrfs')
-      await cloneBase(request, stack, { fd: treeFd, path: target, lacking: holding.lacking }, pool, clone)
+    if (clone !== 'moosefs' && clone !== 'btrfs') {
+      const to = { fd: treeFd, path: target, lacking: holding.lacking }
+      await cloneBase({ request, stack, index, pool }, to, { plan: planned.plan, fd: journal.planFd }, clone)
+    }
     journal.prepare(treeFd)
     const execution: Execution = {
       stack,
@@ -448,10 +450,9 @@ export function publish(journal: Journal, target: HostPath): void {
 }
 
 async function cloneBase(
-  request: MergeRequest,
-  stack: OpenStack,
+  { request, stack, pool }: Run,
   to: { fd: number; path: HostPath; lacking: readonly Need[] },
-  pool: Pool,
+  planned: { plan: SealedPlan; fd: number },
   method: CloneContext['method'],
 ): Promise<void> {
   const base = stack.layers.at(-1) as OpenStack['layers'][number]
@@ -464,7 +465,8 @@ async function cloneBase(
     below: stack.below,
     plain: request.plain === true,
   }
-  pool.prepare({ stack: stackInit(stack), clone })
+  const changes = changesOf(planned.plan)
+  pool.prepare({ stack: stackInit(stack), clone: { ...clone, planFd: planned.fd, changes } })
   const pending: EntryPath[] = [ROOT]
   const groups = new Map<string, EntryPath[]>()
   const flagged: ClonePart['flagged'] = []
@@ -487,6 +489,16 @@ async function cloneBase(
   linkGroups(context, [...groups.values()])
   // As in the base itself, they go along with what is moved and come off what is changed. The root is to be renamed yet.
   for (const [path, flags] of flagged) if (path !== ROOT) protect(context, path, flags)
+}
+
+// What will be replaced need not be cloned, unless something else is made of it.
+function changesOf({ lines, stages }: SealedPlan): Map<EntryPath, LinePlace[]> {
+  const changes = new Map<EntryPath, LinePlace[]>()
+  if (stages.length > 0) return changes
+  for (const { path, offset, length, replaces } of lines) {
+    if (replaces) addTo(changes, planPath(path), { offset, length })
+  }
+  return changes
 }
 
 function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {

@@ -13,7 +13,14 @@ import { type EncodedLine, lineOf, readRecord } from './journal.ts'
 import type { Namespace } from './model/marks.ts'
 import { MARKS } from './model/marks.ts'
 import type { EntryPath } from './model/path.ts'
-import { type CleanRecord, type DirectoryRecord, type PlanHeader, planPath, type StageRecord } from './model/plan.ts'
+import {
+  type CleanRecord,
+  type DirectoryRecord,
+  type PlanHeader,
+  planName,
+  planPath,
+  type StageRecord,
+} from './model/plan.ts'
 import { emptyPart, type PlanContext, type PlanPart, type PlanTask, planDirectory } from './plan.ts'
 import type { Stack } from './resolve.ts'
 
@@ -29,8 +36,20 @@ export interface StackInit {
 export interface WorkInit {
   readonly stack: StackInit
   readonly plan?: Omit<PlanContext, 'stack'>
-  readonly clone?: Omit<CloneContext, 'marks'>
+  readonly clone?: CloneInit
   readonly apply?: ApplyInit
+}
+
+/** What cloning needs: by path, where in the plan stands what will take the place of something there. */
+export interface CloneInit extends Omit<CloneContext, 'marks'> {
+  readonly planFd: number
+  readonly changes: ReadonlyMap<EntryPath, readonly LinePlace[]>
+}
+
+/** Where a line of the plan is. */
+export interface LinePlace {
+  readonly offset: number
+  readonly length: number
 }
 
 /** What carrying out a sealed plan needs, in a form that travels. */
@@ -58,14 +77,14 @@ const PARTLY_CHARS = 1 << 20
 export type Job =
   | { readonly kind: 'plan'; readonly tasks: readonly PlanTask[]; readonly budgetMs: number }
   | { readonly kind: 'clone'; readonly paths: readonly EntryPath[]; readonly budgetMs: number }
-  | { readonly kind: 'apply'; readonly phase: Phase; readonly lines: readonly { offset: number; length: number }[] }
+  | { readonly kind: 'apply'; readonly phase: Phase; readonly lines: readonly LinePlace[] }
   | { readonly kind: 'rmdir'; readonly parent: EntryPath; readonly names: readonly ByteString[] }
   | { readonly kind: 'group'; readonly members: readonly GroupRef[][] }
   | { readonly kind: 'discard'; readonly names: readonly ByteString[] }
 
 /** One name of a link group, by the lines of its directory. */
 export interface GroupRef {
-  readonly lines: readonly { readonly offset: number; readonly length: number }[]
+  readonly lines: readonly LinePlace[]
   readonly name: string
 }
 
@@ -154,14 +173,12 @@ export class Workshop {
 
   #clone(paths: readonly EntryPath[], budgetMs: number): ClonePart {
     const part = emptyClonePart()
-    const context: CloneContext = {
-      ...(this.#init.clone as NonNullable<WorkInit['clone']>),
-      marks: MARKS[this.#init.stack.namespace],
-    }
+    const { planFd, changes, ...clone } = this.#init.clone as CloneInit
+    const context: CloneContext = { ...clone, marks: MARKS[this.#init.stack.namespace] }
     const pending = [...paths]
     const start = performance.now()
     for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
-      cloneDirectory(context, path, part)
+      cloneDirectory(context, path, part, replacedNames(planFd, changes.get(path) ?? []))
       pending.push(...part.next)
       part.next.length = 0
       if (performance.now() - start > budgetMs) break
@@ -179,6 +196,15 @@ export class Workshop {
     }
     throw new Error('a group without its step')
   }
+}
+
+function replacedNames(planFd: number, lines: readonly LinePlace[]): ReadonlySet<ByteString> {
+  const names = new Set<ByteString>()
+  for (const line of lines) {
+    const { steps } = readRecord(planFd, line) as DirectoryRecord
+    for (const step of steps) if (step.was !== 'nothing') names.add(planName(step.name))
+  }
+  return names
 }
 
 /** What `applyRecord` and its like need; `tag` keeps the names that threads and runs make in the trash apart. */

@@ -21,6 +21,7 @@ import {
   openRoot,
   readAt,
   readInto,
+  readTextAt,
   truncate,
   withFd,
   writeAt,
@@ -155,6 +156,12 @@ describe('reading and writing', () => {
       writeAt(file, 3, content)
       expect(readAt(file, 3, 1 << 20).equals(content)).toBe(true)
       expect(readAt(file, 100_000, 5)).toEqual(content.subarray(99_997, 100_002))
+      const text = Buffer.from('ä'.repeat(50_000))
+      writeAt(file, 7, text)
+      for (const length of [0, 2, 65_536, 100_000]) {
+        expect(readTextAt(file, 7, length)).toBe(text.toString('utf8', 0, length))
+      }
+      expect(readTextAt(file, 200_000, 9)).toBe(content.toString('utf8', 199_997))
       expect(readAt(file, 1 << 21, 5)).toHaveLength(0)
       truncate(file, 10)
       expect(readAt(file, 0, 99)).toHaveLength(10)

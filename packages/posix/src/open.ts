@@ -170,6 +170,15 @@ export function readInto(fd: number, offset: number, memory: Memory, at: number,
   return done
 }
 
+/** As `readAt`, for UTF-8. */
+export function readTextAt(fd: number, offset: number, length: number): string {
+  if (length <= transfer.buffer.length) {
+    const count = preadNative(fd, transfer.address, length, offset)
+    if (count === length) return transfer.buffer.toString('utf8', 0, length)
+  }
+  return readAt(fd, offset, length).toString('utf8')
+}
+
 /** Writes all of `bytes` at `offset`. */
 export function writeAt(fd: number, offset: number, bytes: Uint8Array, path = ''): void {
   entering('pwrite', path)
