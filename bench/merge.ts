@@ -251,7 +251,11 @@ async function* measureOutput(context: MergeContext): AsyncGenerator<Row> {
     try {
       // The lower is a plain folder here, on btrfs too: what a subvolume gains is the row growth.
       const clone = cloneCommand(fs === 'moosefs' ? fs : 'ext4')
-      const { peers, missing } = outputPeers(peerRequest(context, fs), { clone, copiesView: true })
+      const { peers, missing } = outputPeers(peerRequest(context, fs), {
+        clone,
+        copiesView: true,
+        copiesUpper: fs !== 'moosefs',
+      })
       for (const peer of missing) context.missing(peer)
       const series = await runContests(context, [{ states, peers, x: 0 }], options.runs)
       const rival = `${clone.name} + floor`
@@ -308,7 +312,11 @@ async function* measureGrowth(context: MergeContext): AsyncGenerator<Row> {
         progress(`growth on ${fs}: making ${count(workload.files)} files`)
         const name = `growth-${fs}-${workload.files}`
         const states = await prepareKeptLower({ scratch, place, workload, name })
-        const { peers, missing } = outputPeers(peerRequest(context, fs), { clone, copiesView: false })
+        const { peers, missing } = outputPeers(peerRequest(context, fs), {
+          clone,
+          copiesView: false,
+          copiesUpper: false,
+        })
         for (const peer of missing) context.missing(peer)
         contests.push({ states, peers, x: workload.files })
       }
@@ -439,7 +447,7 @@ async function* measureMemory(context: MergeContext): AsyncGenerator<Row> {
       }
       progress(`memory: making ${count(entries)} files`)
       const below = await prepareKeptLower({ scratch, place, workload, name: 'below' })
-      const output = outputPeers(request(fs), { clone: cloneCommand(fs), copiesView: false })
+      const output = outputPeers(request(fs), { clone: cloneCommand(fs), copiesView: false, copiesUpper: false })
       const inPlace = inPlacePeers(request(fs))
       await run(below, pick(output.peers), 'lsync --output, all below')
       // Last on this lower, for it is merged into.

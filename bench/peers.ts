@@ -124,11 +124,12 @@ export function cloneCommand(fs: Fs): { name: string; command: (from: string, to
 
 /**
  * Peers that make a new tree and leave the lower alone. The first rival is the file system's own clone of the lower with
- * the floor upon it; where renames cannot cross over (btrfs subvolumes, MooseFS) it copies the upper there first.
+ * the floor upon it; where renames cannot cross over (btrfs subvolumes, MooseFS) it copies the upper there first. With
+ * `copiesUpper` there is one that always does, and so leaves the upper as it is, too.
  */
 export function outputPeers(
   request: PeerRequest,
-  options: { clone: ReturnType<typeof cloneCommand>; copiesView: boolean },
+  options: { clone: ReturnType<typeof cloneCommand>; copiesView: boolean; copiesUpper: boolean },
 ): { peers: Peer[]; missing: MissingPeer[] } {
   const { clone } = options
   const result = (state: State): string => state.output
@@ -154,8 +155,24 @@ export function outputPeers(
     result,
     readsView: false,
   }
+  const copied: Peer = {
+    name: `${clone.name} + cp -a of the upper + floor`,
+    command: (state) => {
+      const upper = join(state.output, `.${basename(state.upper)}`)
+      return script(
+        words(...clone.command(state.lower, state.output)),
+        words('cp', '-a', state.upper, upper),
+        words(...floorCommand(request, upper, state.output, '-r')),
+      )
+    },
+    result,
+    readsView: false,
+  }
   const copies = options.copiesView ? copiesOfView() : { peers: [], missing: [] }
-  return { peers: [...lsync.peers, cloned, ...copies.peers], missing: [...lsync.missing, ...copies.missing] }
+  return {
+    peers: [...lsync.peers, cloned, ...(options.copiesUpper ? [copied] : []), ...copies.peers],
+    missing: [...lsync.missing, ...copies.missing],
+  }
 }
 
 /** Versions of the programs that run here, for the record. */
