@@ -1,9 +1,10 @@
 import { randomBytes } from 'node:crypto'
 import { type ByteString, type FileHandle, LsyncError } from '@lsync/posix'
 import { type Database, open, type RootDatabase } from 'lmdb'
+import { MAX_BITS, PAGE_BYTES, pageRows } from './index-pages.ts'
 import type { DirectoryRecord, IndexChange, NamePlace } from './model/index-change.ts'
 import type { TreePath } from './model/operation.ts'
-import { eachRow, findRow, pageOf, type Row, rowAt, rowBytes, withoutRow, withRow } from './model/row.ts'
+import { eachRow, findRow, pageOf, type Row, rowAt, rowBytes, rowLength, withoutRow, withRow } from './model/row.ts'
 
 /** The index is of a version that this lsync does not know. */
 export class IndexVersionError extends LsyncError {
@@ -29,19 +30,17 @@ interface IndexMeta {
   readonly upper: string
 }
 
-const PAGE_BYTES = 24 * 1024
-const MAX_BITS = 16
+/** How long the calling thread may be kept busy at a time. */
+const TURN_MS = 5
 const META_KEY = Buffer.from('meta')
 const EMPTY = Buffer.alloc(0)
 
-/** Where the environment's pages are found; workers open them to read. */
-export function openIndexTables(path: string, readOnly: boolean) {
+function openTables(path: string) {
   const env: RootDatabase<Buffer, Buffer> = open({
     path,
     maxDbs: 8,
     encoding: 'binary',
     keyEncoding: 'binary',
-    readOnly,
     // Grown as needed; the address space is not memory.
     mapSize: 1 << 30,
   })
@@ -66,8 +65,7 @@ export function openIndexTables(path: string, readOnly: boolean) {
   }
 }
 
-/** The open tables of an index. */
-export type IndexTables = ReturnType<typeof openIndexTables>
+type IndexTables = ReturnType<typeof openTables>
 
 /**
  * What a target holds of an upper, by directory id and name, so that moving a directory changes one record. Reads see
@@ -89,7 +87,7 @@ export class IndexStore {
    * @throws {IndexVersionError} if it was made by a later lsync
    */
   static async open(path: string, upper: string): Promise<IndexStore> {
-    const tables = openIndexTables(path, false)
+    const tables = openTables(path)
     const stored = tables.meta.get(META_KEY)
     const meta = stored === undefined ? undefined : (JSON.parse(stored.toString()) as IndexMeta)
     if (meta !== undefined && meta.version !== 1) {
@@ -182,13 +180,32 @@ export class IndexStore {
 
   /** The pages of a directory that are not empty. */
   pages(directory: number): Buffer[] {
-    return pagesOf(this.#tables, directory)
+    return [...this.#tables.pages.getRange(rangeOf(directory))].map(({ value }) => value)
   }
 
   /** The names of an inode that has several, as far as they are in the index. */
   namesOf(identity: string): NamePlace[] {
     const value = this.#tables.names.get(Buffer.from(identity, 'latin1'))
     return value === undefined ? [] : readNames(value)
+  }
+
+  /** The names of inodes that had only this one when it was carried over. Looks at every row, 0.1 s for a million. */
+  async findSingle(identities: ReadonlySet<string>): Promise<NamePlace[]> {
+    const found: NamePlace[] = []
+    const inos = new Set([...identities].map((identity) => Buffer.from(identity, 'latin1').readUInt32LE(0)))
+    let turnEndsAt = performance.now() + TURN_MS
+    for (const { key, value } of this.#tables.pages.getRange({})) {
+      for (let at = 0; at < value.length; at += rowLength(value[at + 14] as number)) {
+        if (!inos.has(value.readUInt32LE(at + 16))) continue
+        const row = rowAt(value, at)
+        if (row.isDirectory || row.nlink > 1 || !identities.has(row.identity)) continue
+        found.push({ directory: (key as Buffer).readUIntBE(0, 6), name: row.name })
+      }
+      if (performance.now() < turnEndsAt) continue
+      await new Promise(setImmediate)
+      turnEndsAt = performance.now() + TURN_MS
+    }
+    return found
   }
 
   blocks(id: number): Buffer | undefined {
@@ -400,24 +417,6 @@ export class IndexStore {
     if (names.length === 0) void this.#tables.names.remove(key)
     else void this.#tables.names.put(key, writeNames(names))
   }
-}
-
-/** The pages of a directory that are not empty, for whoever has the tables open. */
-export function pagesOf(tables: Pick<IndexTables, 'pages'>, directory: number): Buffer[] {
-  return [...tables.pages.getRange(rangeOf(directory)).map(({ value }) => value)]
-}
-
-/** Rows in as many pages as `bits` says, or as their length asks for. */
-export function pageRows(pages: readonly Buffer[], bits?: number): Buffer[] {
-  const total = pages.reduce((sum, page) => sum + page.length, 0)
-  let chosen = bits ?? 0
-  if (bits === undefined) while (total >> chosen > PAGE_BYTES / 2 && chosen < MAX_BITS) chosen++
-  if (chosen === 0) return [pages.length === 1 ? (pages[0] as Buffer) : Buffer.concat(pages)]
-  const parts: Buffer[][] = Array.from({ length: 1 << chosen }, () => [])
-  for (const page of pages) {
-    eachRow(page, (name, at) => (parts[pageOf(name, chosen)] as Buffer[]).push(rowBytes(rowAt(page, at))))
-  }
-  return parts.map((rows) => Buffer.concat(rows))
 }
 
 /** Whether a row's inode has several names that belong together. */

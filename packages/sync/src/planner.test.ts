@@ -4,7 +4,7 @@ import { expect, test } from 'vitest'
 import type { DirectoryHandle, IndexChange, NamePlace } from './model/index-change.ts'
 import type { Operation } from './model/operation.ts'
 import { ROW_BYTES, Row, writeImage } from './model/row.ts'
-import { needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
+import { missingLinks, needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
 
 // A file system in memory, one that is the upper and one that is the target, and an index between them.
 
@@ -264,7 +264,9 @@ function change(tree: Tree, step: Change, tell: (directory: Inode, name: string)
       target.parent.children?.set(target.name, old)
     }
     old.changes = clock++
-    touch(place, target)
+    // The kernel tells of a new link alone, not of the other names of its inode.
+    if (step.do === 'link') touch(target)
+    else touch(place, target)
   }
 }
 
@@ -283,6 +285,7 @@ function newWorld(): World {
 
 function look(world: World, inodes: ReadonlyMap<number, Inode>, place: NamePlace): Observation {
   const { upper, index } = world
+  if (place.directory === 0) return observe(upper, place, upper.root)
   const ino = index.records.get(place.directory)?.handle?.bytes.readUInt32LE()
   const parent = ino === undefined ? undefined : inodes.get(ino)
   const inode = parent !== undefined && upper.holds(parent) ? parent.children?.get(place.name) : undefined
@@ -306,6 +309,14 @@ function planRound(
   const known = new Map<number, number>()
   let hasPeeked = false
   for (let round = 0; round < 20; round++) {
+    const missing = missingLinks(observations.values(), index)
+    for (const [id, rows] of index.rowsOf) {
+      for (const row of rows.values()) {
+        const place = { directory: id, name: row.name }
+        const key = `${id}/${row.name}`
+        if (missing.has(row.identity) && !observations.has(key)) observations.set(key, look(world, inodes, place))
+      }
+    }
     const plan = planChanges({
       observations: [...observations.values()],
       index,

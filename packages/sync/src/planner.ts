@@ -62,6 +62,8 @@ export interface ContentTask extends NamePlace {
 export interface MetaTask {
   readonly id: number
   readonly path: TreePath
+  /** Another directory in its place is none of this. */
+  readonly identity: string
 }
 
 export interface Plan {
@@ -87,6 +89,26 @@ export interface Plan {
   readonly changes: readonly IndexChange[]
   /** Every name of the new tree that the plan writes to or removes; after a crash none of them is believed. */
   readonly touched: readonly TreePath[]
+}
+
+/**
+ * Inodes that have more names than are known of: the index may have another one of them from a time when it was the only
+ * one, and the kernel tells of the new name alone.
+ */
+export function missingLinks(observations: Iterable<Observation>, index: Pick<IndexView, 'namesOf'>): Set<string> {
+  const names = new Map<string, Set<string>>()
+  const wanted = new Map<string, number>()
+  for (const observation of observations) {
+    const { seen } = observation
+    if (seen === undefined || !hasSeveralNames(seen)) continue
+    const known = names.get(seen.identity) ?? new Set(index.namesOf(seen.identity).map(keyOf))
+    known.add(keyOf(observation))
+    names.set(seen.identity, known)
+    wanted.set(seen.identity, seen.nlink)
+  }
+  return new Set(
+    [...wanted].filter(([identity, nlink]) => (names.get(identity)?.size ?? 0) < nlink).map(([identity]) => identity),
+  )
 }
 
 /** Whether replaying `first` after `second` has begun would undo something: a barrier has to stand between them. */
@@ -156,6 +178,7 @@ class Planner {
 
   plan(): Plan {
     for (const observation of this.#request.observations) this.#classify(observation)
+    for (const key of this.#observed.keys()) this.#alsoLook.delete(key)
     const groups = this.#gatherGroups()
     const fresh: { observation: Observation; seen: Row; id: number }[] = []
     const moves: { left: Left; arrival: Observation; seen: Row; id: number | undefined }[] = []
@@ -200,6 +223,12 @@ class Planner {
     if (isSame) {
       this.#stayed.push({ observation, row, seen })
       return
+    }
+    if (row === undefined && seen === undefined) {
+      // Something was there for a while, which shows in the times of the directory alone.
+      const record = this.#index.directory(observation.directory)
+      const place = record && { directory: record.parent, name: record.name }
+      if (place !== undefined) this.#alsoLook.set(keyOf(place), place)
     }
     if (row !== undefined) {
       const left: Left = { observation, row }
@@ -382,22 +411,26 @@ class Planner {
       if (isUnchangedRow(row, seen) || groups.has(seen.identity)) continue
       const path = newPathOf(observation)
       if (path === undefined) continue
-      if (seen.isDirectory) metas.set(row.ref, path)
-      else contents.push({ ...placeOf(observation), path, seen, row, isShared: false, others: [] })
+      if (seen.isDirectory) {
+        metas.set(row.ref, path)
+        // It may have been away and come back.
+        touchParent(observation.directory)
+      } else contents.push({ ...placeOf(observation), path, seen, row, isShared: false, others: [] })
     }
     for (const group of groups.values()) this.#composeGroup(group, newPathOf, touchParent, contents, links)
     for (const left of this.#unclaimed()) {
       const { observation, row } = left
       touchParent(observation.directory)
+      const newPath = newPathOf(observation)
+      if (newPath !== undefined) touched.add(newPath)
+      const isBeneathRemoved = this.#isBeneathRemoved(observation.directory)
+      const arrival = this.#arrivals.get(keyOf(observation))
+      // What comes in its place replaces it in one step; until then it is there, and the index says so.
+      if (!isBeneathRemoved && !row.isDirectory && arrival?.seen !== undefined && !arrival.seen.isDirectory) continue
       this.#dropRow(left, changes)
       if (row.isDirectory) changes.push({ set: 'no directory', id: row.ref })
       else if (row.isFile && row.ref !== 0 && row.nlink === 1) changes.push({ set: 'no blocks', id: row.ref })
-      const newPath = newPathOf(observation)
-      if (newPath !== undefined) touched.add(newPath)
-      if (this.#isBeneathRemoved(observation.directory)) continue
-      const arrival = this.#arrivals.get(keyOf(observation))
-      // What comes in its place replaces it in one step.
-      if (!row.isDirectory && arrival?.seen !== undefined && !arrival.seen.isDirectory) continue
+      if (isBeneathRemoved) continue
       const path = this.#oldPathOf(observation)
       first.push({ path, operation: { do: 'remove', path } })
     }
@@ -411,7 +444,11 @@ class Planner {
       touched.add(path)
     }
     if (this.#isInconsistent) return { ...EMPTY, isInconsistent: true }
-    for (const { path } of contents) touched.add(path)
+    for (const { path, directory, others } of contents) {
+      touched.add(path)
+      // A file is replaced by a rename, which its directory's time shows even where the upper's was only written to.
+      for (const place of [{ directory }, ...others]) touchParent(place.directory)
+    }
     for (const operation of links) if (operation.do === 'link') touched.add(operation.path)
     for (const { path } of second) touched.add(path)
     return {
@@ -428,7 +465,9 @@ class Planner {
       ),
       contents: contents.sort((one, other) => compare(one.path, other.path)),
       links,
-      metas: [...metas].map(([id, path]) => ({ id, path })).sort((one, other) => compare(other.path, one.path)),
+      metas: [...metas]
+        .map(([id, path]) => ({ id, path, identity: this.#identityOf(id) }))
+        .sort((one, other) => compare(other.path, one.path)),
       rescans,
       changes: changes.sort((one, other) => order(one) - order(other)),
       touched: [...touched].sort(compare),
@@ -445,25 +484,40 @@ class Planner {
     if (!isChangedGroup(group)) return
     const stayed = group.stayed.filter(({ observation }) => newPathOf(observation) !== undefined)
     const arrived = group.arrived.filter((observation) => newPathOf(observation) !== undefined)
-    const base = stayed[0]?.observation ?? arrived[0]
+    // Names that had the inode for themselves when they were carried over are not linked at the target yet.
+    const linked = stayed.filter(({ row }) => row.nlink > 1)
+    const [first] = linked.length > 0 ? linked : stayed
+    const base = first?.observation ?? arrived[0]
     if (base === undefined) return
     const path = newPathOf(base) as TreePath
-    const linked = arrived.filter((observation) => observation !== base)
-    for (const observation of arrived) touchParent(observation.directory)
-    for (const observation of linked) links.push({ do: 'link', path: newPathOf(observation) as TreePath, to: path })
+    const solitary = stayed
+      .filter((one) => one !== first && !linked.includes(one))
+      .map(({ observation }) => observation)
+    const toLink = [...solitary, ...arrived].filter((observation) => observation !== base)
+    for (const observation of [...arrived, ...toLink]) touchParent(observation.directory)
+    for (const observation of toLink) links.push({ do: 'link', path: newPathOf(observation) as TreePath, to: path })
     const others = [...stayed.map(({ observation }) => observation), ...arrived].filter((other) => other !== base)
     contents.push({
       ...placeOf(base),
       path,
       seen: base.seen as Row,
-      row: stayed[0]?.row ?? (group.carrier?.arrival === base ? group.carrier.row : undefined),
-      isShared: stayed.length > 1,
+      row: first?.row ?? (group.carrier?.arrival === base ? group.carrier.row : undefined),
+      isShared: linked.length > 1,
       others: others.map(placeOf),
     })
   }
 
   #dropRow({ observation }: Left, changes: IndexChange[]): void {
     changes.push({ set: 'no row', directory: observation.directory, name: observation.name })
+  }
+
+  #identityOf(id: number): string {
+    if (this.#freshIds.has(id)) {
+      const { parent, name } = this.#placed.get(id) as Placed
+      return this.#arrivals.get(keyOf({ directory: parent, name }))?.seen?.identity ?? ''
+    }
+    const record = this.#index.directory(id)
+    return (record && this.#index.row(record.parent, record.name)?.identity) ?? ''
   }
 
   /** One rename will do: nothing else happens to the old name, and every directory on the way to it stays where it is. */

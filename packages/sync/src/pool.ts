@@ -95,10 +95,8 @@ class WorkerPool {
     credit[0] = CREDIT_BYTES
     const member: Member = { lane, worker, credit, task: undefined, closing: new Map() }
     worker.on('message', (message: FromWorker) => this.#receive(member, message))
-    worker.on('error', (error) => this.#fail(error))
-    worker.on('exit', (code) => {
-      if (code !== 0 && this.#sessions.size > 0) this.#fail(new Error(`a worker ended with code ${code}`))
-    })
+    worker.on('error', (error) => this.#fail(member, error))
+    worker.on('exit', (code) => this.#fail(member, new Error(`a worker ended with code ${code}`)))
     // The process may end while nothing is under way.
     worker.unref()
     this.#members.push(member)
@@ -150,7 +148,9 @@ class WorkerPool {
     this.#next()
   }
 
-  #fail(error: unknown): void {
+  #fail(failed: Member, error: unknown): void {
+    // Those that were told to end are no members any more.
+    if (!this.#members.includes(failed)) return
     this.#failure = error
     for (const { task } of this.#members) task?.reject(error)
     for (const task of this.#queue.splice(0)) task.reject(error)

@@ -52,7 +52,8 @@ parentPort?.on('message', (message: ToWorker) => {
   if ('close' in message) {
     const workshop = workshops.get(message.close)
     workshops.delete(message.close)
-    void workshop?.close().then(() => parentPort?.postMessage({ closed: message.close } satisfies FromWorker))
+    workshop?.close()
+    parentPort?.postMessage({ closed: message.close } satisfies FromWorker)
     return
   }
   try {

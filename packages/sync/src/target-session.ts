@@ -23,7 +23,7 @@ import type { IndexChange, NamePlace } from './model/index-change.ts'
 import type { Failure, Operation, TreePath } from './model/operation.ts'
 import { Row } from './model/row.ts'
 import type { Pace } from './pace.ts'
-import { needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
+import { missingLinks, needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
 import { type Deliver, workers } from './pool.ts'
 import { rowOf } from './send.ts'
 import type { DirectoryRef, Hint } from './source/source.ts'
@@ -98,7 +98,6 @@ interface SessionEvents {
 const TASKS_PER_JOB = 128
 const JOB_BYTES = 8 << 20
 const FRESH_MS = 150
-const SCAN_MS = 100
 const DIRECTORY_IDS = 8192
 const BLOCKS_IDS = 256
 /** How much of a first pass may have to be repeated after a crash. */
@@ -180,12 +179,11 @@ export class TargetSession {
     const opened = await SyncJournal.open(`${stateDir}/journal`)
     this.#journal = opened.journal
     const root = rowOf(NO_NAME, rawStatFd(upperFd))
-    const indexPath = `${stateDir}/index`
-    this.#index = await IndexStore.open(indexPath, Buffer.from(root.identity, 'latin1').toString('hex'))
+    this.#index = await IndexStore.open(`${stateDir}/index`, Buffer.from(root.identity, 'latin1').toString('hex'))
     const isBelieved = await this.#believe(state.checkpoint, state.isEmpty, opened.unfinished.length > 0)
     const losses = state.losses.map(({ what }) => what)
     const { delivery } = target
-    this.#session = workers.open({ upperFd, delivery, losses, indexPath, namespace, patterns })
+    this.#session = workers.open({ upperFd, delivery, losses, namespace, patterns })
     if (isBelieved) {
       await this.#recover(opened.unfinished)
       this.#queuePending()
@@ -242,14 +240,17 @@ export class TargetSession {
   /** Whether a round would find something to do now. */
   get hasWork(): boolean {
     const now = performance.now()
+    return this.#isUnsettled || [...this.#retries.values()].some(({ dueAt }) => dueAt <= now)
+  }
+
+  get #isUnsettled(): boolean {
     return (
       this.#dirty.size > 0 ||
       this.#isScanDue ||
       this.#isBroken ||
       this.#rescans.size > 0 ||
       this.#unknown.size > 0 ||
-      this.#freshQueue.length > 0 ||
-      [...this.#retries.values()].some(({ dueAt }) => dueAt <= now)
+      this.#freshQueue.length > 0
     )
   }
 
@@ -312,7 +313,7 @@ export class TargetSession {
       if (this.#oldestChangeAt === undefined) this.#oldestChangeAt = oldest
       throw error
     }
-    return { isSettled: this.#dirty.size === 0 && this.#rescans.size === 0 }
+    return { isSettled: !this.#isUnsettled }
   }
 
   async close(): Promise<void> {
@@ -357,7 +358,8 @@ export class TargetSession {
       { set: 'row', directory: 0, row: root.with({ ref: ROOT_ID, settled: false }) },
     ])
     this.#checkpoint = undefined
-    this.#freshQueue = [{ id: ROOT_ID, parent: 0, name: NO_NAME, path: '' as TreePath, isDirty }]
+    const { identity } = root
+    this.#freshQueue = [{ id: ROOT_ID, parent: 0, name: NO_NAME, path: '' as TreePath, identity, isDirty }]
   }
 
   // What a first pass had begun, and what had not been reached yet: nothing of it is believed.
@@ -366,7 +368,9 @@ export class TargetSession {
       const record = this.#index.directory(id)
       const path = this.#index.pathOf(id)
       if (record === undefined || path === undefined) continue
-      this.#freshQueue.push({ id, parent: record.parent, name: record.name, path, isDirty: true })
+      const { parent, name } = record
+      const identity = this.#index.row(parent, name)?.identity ?? ''
+      this.#freshQueue.push({ id, parent, name, path, identity, isDirty: true })
     }
   }
 
@@ -494,7 +498,11 @@ export class TargetSession {
         const { directory, rest } = this.#index.resolve(path)
         const [missing] = rest
         if (missing !== undefined) this.#add(directory, missing)
-        else for (const name of names) this.#markKnown(directory, name)
+        else {
+          // Another directory than the one that the index has there.
+          this.#markKnown(directory, DOT)
+          for (const name of names) this.#markKnown(directory, name)
+        }
       }
     }
   }
@@ -549,10 +557,11 @@ export class TargetSession {
 
   async #scanList(queue: ScanDirectory[], flat: boolean): Promise<void> {
     await this.#inParallel(queue, 64, async (directories) => {
-      const { dirty, rest, failures } = await this.#run({ do: 'scan', directories, budgetMs: SCAN_MS, flat })
+      const indexed = directories.map((directory) => ({ ...directory, pages: this.#index.pages(directory.id) }))
+      const { dirty, children, failures } = await this.#run({ do: 'scan', directories: indexed })
       for (const { directory, name } of dirty) this.#add(directory, name)
       for (const failure of failures) this.#fail(failure)
-      return rest
+      return flat ? [] : children
     })
   }
 
@@ -627,8 +636,16 @@ export class TargetSession {
     }
     let places = taken
     let hasPeeked = false
+    const searched = new Set<string>()
     for (let round = 0; round < PLAN_ROUNDS; round++) {
       await this.#look(places, forced, observations)
+      const missing = missingLinks(observations.values(), index)
+      for (const identity of searched) missing.delete(identity)
+      if (missing.size > 0) {
+        for (const identity of missing) searched.add(identity)
+        const found = await index.findSingle(missing)
+        await this.#look(found, forced, observations)
+      }
       const plan = planChanges({
         observations: [...observations.values()],
         index: view,
@@ -742,8 +759,9 @@ export class TargetSession {
       for (const identity of known.keys()) moved.delete(identity)
       for (const { identity } of fresh) moved.delete(identity)
       const changes: IndexChange[] = [...kept.changes]
-      await this.#sendContents(kept, changes, retried)
-      this.#failLinks(await this.#operations(kept.links), links)
+      const skipped = await this.#sendContents(kept, changes, retried)
+      const linkable = kept.links.filter((operation) => operation.do !== 'link' || !skipped.has(operation.to))
+      this.#failLinks(await this.#operations(linkable), links)
       await this.#sendMetas(kept, changes)
       await this.#checkpointNow(changes)
       for (const key of retried)
@@ -755,7 +773,7 @@ export class TargetSession {
       throw error
     }
     // They are in the index by now, as pending, so that a crash does not lose them.
-    const roots = kept.fresh.map(({ id, parent, name, path, isDirty }) => ({ id, parent, name, path, isDirty }))
+    const roots = kept.fresh
     if (roots.length > 0) await this.#carryFresh(roots, known, moved)
   }
 
@@ -813,7 +831,9 @@ export class TargetSession {
       .map(({ path, code, message }) => ({ directory: 0, name: NO_NAME, path, code, message }))
   }
 
-  async #sendContents(plan: Plan, changes: IndexChange[], retried: Set<string>): Promise<void> {
+  /** Sends contents; gives the paths that were not sent. */
+  async #sendContents(plan: Plan, changes: IndexChange[], retried: Set<string>): Promise<ReadonlySet<TreePath>> {
+    const skipped = new Set<TreePath>()
     const tasks = [...plan.contents]
     const byPath = new Map(tasks.map((task) => [task.path, task]))
     const jobs: (typeof tasks)[] = []
@@ -827,15 +847,22 @@ export class TargetSession {
       bytes += task.seen.sizeBytes
     }
     await this.#inParallel(jobs.reverse(), 1, async ([job]) => {
-      const result = await this.#run({ do: 'contents', tasks: (job as typeof tasks).map(sendTaskOf) })
+      const result = await this.#run({
+        do: 'contents',
+        tasks: (job as typeof tasks).map((task) => this.#sendTaskOf(task)),
+      })
       this.#mergeContents(result, byPath, changes, retried)
+      for (const { path } of result.failures) skipped.add(path)
+      for (const { path } of result.again) skipped.add(path)
       return []
     })
     for (const failure of this.#takeDelivered()) {
       const task = byPath.get(failure.path)
       if (task === undefined) throw new BatchFailedError(failure)
       this.#failContent({ ...failure, directory: task.directory, name: task.name }, changes, retried)
+      skipped.add(task.path)
     }
+    return skipped
   }
 
   #mergeContents(
@@ -1014,8 +1041,9 @@ export class TargetSession {
       })
     }
     for (const { id, hashes } of result.blocks) changes.push({ set: 'blocks', id, hashes })
-    for (const { directory, name } of result.again) {
+    for (const { directory, name, isForced } of result.again) {
       if (name === DOT) this.#rescans.add(directory)
+      else if (isForced) this.#force({ directory, name })
       else this.#add(directory, name)
     }
     for (const failure of result.failures) {
@@ -1045,6 +1073,13 @@ export class TargetSession {
     if (checkpoint !== undefined) this.#checkpoint = checkpoint
   }
 
+  #sendTaskOf(task: Plan['contents'][number]): SendTask {
+    const { directory, name, path, seen, row, isShared } = task
+    const blocks = row?.isFile === true && row.ref !== 0 ? this.#index.blocks(row.ref) : undefined
+    const { identity, isWhiteout } = seen
+    return { directory, name, path, identity, isWhiteout, row: row?.image, blocks, isShared }
+  }
+
   readonly #deliver: Deliver = async (lane, batch) => {
     const { target, pace, signal } = this.#request
     await pace?.take(batch.length, 1, signal)
@@ -1055,11 +1090,6 @@ export class TargetSession {
     this.#request.signal.throwIfAborted()
     return workers.run<K>(this.#session, job, this.#deliver)
   }
-}
-
-function sendTaskOf(task: Plan['contents'][number]): SendTask {
-  const { directory, name, path, seen, row, isShared } = task
-  return { directory, name, path, identity: seen.identity, row: row?.image, isShared }
 }
 
 /** Where things were to go that could not be taken out of their old places. */

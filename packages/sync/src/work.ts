@@ -3,6 +3,7 @@ import {
   type ByteString,
   close,
   DT_REG,
+  DT_UNKNOWN,
   errnoOf,
   handleAt,
   LsyncError,
@@ -20,10 +21,11 @@ import {
 } from '@lsync/posix'
 import type { PlainOperation } from './applier.ts'
 import { compilePatterns, type IsExcluded, type Patterns } from './filter.ts'
-import { type IndexTables, openIndexTables, pageRows, pagesOf } from './index-store.ts'
+import { pageRows } from './index-pages.ts'
 import type { DirectoryHandle, NamePlace } from './model/index-change.ts'
 import type { Operation, TreePath } from './model/operation.ts'
 import { eachRow, isUnchanged, type Row, rowAt, rowBytes } from './model/row.ts'
+import type { MetaTask } from './planner.ts'
 import { isRacy, keptAttributes, metaOf, rowOf, type SendContext, type Sent, sendFile, sendOther } from './send.ts'
 import { DirectSink, EncodedSink, type Sink } from './sink.ts'
 import type { Target, TargetLoss } from './transport/target.ts'
@@ -34,7 +36,6 @@ export interface SessionInit {
   readonly upperFd: number
   readonly delivery: Target['delivery']
   readonly losses: readonly TargetLoss['what'][]
-  readonly indexPath: string
   readonly namespace: Namespace
   readonly patterns: Patterns
 }
@@ -45,6 +46,8 @@ export interface FreshDirectory {
   readonly parent: number
   readonly name: ByteString
   readonly path: TreePath
+  /** Of the directory that was found there: another one in its place is none of this. */
+  readonly identity: string
   /** The target may hold names in it that the upper does not. */
   readonly isDirty: boolean
 }
@@ -65,18 +68,13 @@ export type Job =
       readonly budgetBytes: number
     }
   | { readonly do: 'look'; readonly directories: readonly LookDirectory[] }
-  /** Compares directories with the index, with what is beneath them unless it is `flat`, within a budget. */
-  | {
-      readonly do: 'scan'
-      readonly directories: readonly ScanDirectory[]
-      readonly budgetMs: number
-      readonly flat?: boolean
-    }
+  /** Compares directories with their rows of the index. */
+  | { readonly do: 'scan'; readonly directories: readonly IndexedDirectory[] }
   /** Looks for inodes beneath new directories. */
   | { readonly do: 'peek'; readonly path: TreePath; readonly identities: readonly string[] }
   | { readonly do: 'operations'; readonly operations: readonly PlainOperation[] }
   | { readonly do: 'contents'; readonly tasks: readonly SendTask[] }
-  | { readonly do: 'metas'; readonly tasks: readonly { readonly id: number; readonly path: TreePath }[] }
+  | { readonly do: 'metas'; readonly tasks: readonly MetaTask[] }
   | { readonly do: 'sync' }
 
 export interface LookDirectory {
@@ -93,10 +91,18 @@ export interface ScanDirectory {
   readonly path: TreePath
 }
 
+/** A directory with its rows of the index. */
+export interface IndexedDirectory extends ScanDirectory {
+  readonly pages: readonly Uint8Array[]
+}
+
 export interface SendTask extends NamePlace {
   readonly path: TreePath
   readonly identity: string
+  readonly isWhiteout: boolean
   readonly row: Uint8Array | undefined
+  /** Hashes of its blocks, as the target has them. */
+  readonly blocks: Uint8Array | undefined
   readonly isShared: boolean
 }
 
@@ -127,7 +133,8 @@ export interface FreshResult extends Tally {
   readonly rest: readonly FreshDirectory[]
   /** A directory has more directories in it than ids were given. */
   readonly needsIds: number
-  readonly again: readonly NamePlace[]
+  /** To be looked at; `isForced` where the target may have something that the index does not know. */
+  readonly again: readonly (NamePlace & { readonly isForced: boolean })[]
   readonly blocks: readonly { readonly id: number; readonly hashes: Uint8Array }[]
   readonly failures: readonly NameFailure[]
   /** Of the directories themselves. */
@@ -146,7 +153,8 @@ export interface LookResult {
 
 export interface ScanResult {
   readonly dirty: readonly NamePlace[]
-  readonly rest: readonly ScanDirectory[]
+  /** Directories in them that the index knows. */
+  readonly children: readonly ScanDirectory[]
   readonly failures: readonly NameFailure[]
   readonly entries: number
 }
@@ -173,7 +181,7 @@ export interface ContentsResult extends Tally {
     readonly how: Sent['how']
   })[]
   /** Something else has the name by now. */
-  readonly again: readonly NamePlace[]
+  readonly again: readonly (NamePlace & { readonly path: TreePath })[]
   readonly failures: readonly NameFailure[]
 }
 
@@ -204,7 +212,6 @@ export class Workshop {
   readonly #sink: Sink
   readonly #context: SendContext
   readonly #isExcluded: IsExcluded | undefined
-  #tables: IndexTables | undefined
 
   constructor(init: SessionInit, emit: (batch: Uint8Array<ArrayBuffer>) => void) {
     this.#init = init
@@ -224,7 +231,7 @@ export class Workshop {
         case 'look':
           return this.#look(job.directories)
         case 'scan':
-          return this.#scan(job.directories, job.budgetMs, job.flat === true)
+          return this.#scan(job.directories)
         case 'peek':
           return this.#peek(job.path, new Set(job.identities))
         case 'operations':
@@ -243,9 +250,8 @@ export class Workshop {
     }
   }
 
-  async close(): Promise<void> {
+  close(): void {
     this.#sink.forget()
-    await this.#tables?.env.close()
   }
 
   #look(directories: readonly LookDirectory[]): LookResult {
@@ -316,31 +322,29 @@ export class Workshop {
     return undefined
   }
 
-  #scan(directories: readonly ScanDirectory[], budgetMs: number, flat: boolean): ScanResult {
-    const start = performance.now()
-    const queue = [...directories]
+  #scan(directories: readonly IndexedDirectory[]): ScanResult {
+    const children: ScanDirectory[] = []
     const dirty: NamePlace[] = []
     const failures: NameFailure[] = []
     let entries = 0
-    for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
-      const { id, path } = next
+    for (const directory of directories) {
+      const { id, path } = directory
       try {
-        entries += this.#scanDirectory(id, path, dirty, flat ? [] : queue)
+        entries += this.#scanDirectory(directory, dirty, children)
       } catch (error) {
         // The directory above tells that it is gone.
         if (!VANISHED.has(codeOf(error))) failures.push(failureOf({ directory: id, name: EMPTY_NAME }, path, error))
       }
-      if (performance.now() - start > budgetMs) break
     }
-    return { dirty, rest: queue, failures, entries }
+    return { dirty, children, failures, entries }
   }
 
-  #scanDirectory(id: number, path: TreePath, dirty: NamePlace[], queue: ScanDirectory[]): number {
-    const tables = this.#openTables()
+  #scanDirectory(directory: IndexedDirectory, dirty: NamePlace[], children: ScanDirectory[]): number {
+    const { id, path } = directory
+    const pages = directory.pages.map((page) => Buffer.from(page.buffer, page.byteOffset, page.byteLength))
     const fd = openBeneath(this.#init.upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
     return withFd(fd, () => {
       const places = new Map<string, number>()
-      const pages = pagesOf(tables, id)
       for (const [number, page] of pages.entries())
         eachRow(page, (name, at) => places.set(name, number * PAGE_SPAN + at))
       let entries = 0
@@ -361,7 +365,7 @@ export class Workshop {
         if (!isSame) dirty.push({ directory: id, name })
         const row = page.readUInt16LE(at + 12) >> 12 === 4 ? rowAt(page, at) : undefined
         if (row !== undefined && (isSame || rowOf(name, words).identity === row.identity)) {
-          queue.push({ id: row.ref, path: join(path, name) })
+          children.push({ id: row.ref, path: join(path, name) })
         }
       })
       for (const name of places.keys()) dirty.push({ directory: id, name: name as ByteString })
@@ -420,7 +424,7 @@ export class Workshop {
 
   #contents(tasks: readonly SendTask[]): ContentsResult {
     const sent: ContentsResult['sent'][number][] = []
-    const again: NamePlace[] = []
+    const again: ContentsResult['again'][number][] = []
     const failures: NameFailure[] = []
     const tally: Tally = { files: 0, bytes: 0 }
     for (const task of tasks) {
@@ -430,7 +434,7 @@ export class Workshop {
       try {
         const result = this.#send(task, name)
         if (result === undefined) {
-          again.push(place)
+          again.push({ ...place, path })
           continue
         }
         const { row, blocks, isUnsettled, how } = result
@@ -438,7 +442,7 @@ export class Workshop {
         if (how !== 'nothing') tally.files++
         tally.bytes += result.bytes
       } catch (error) {
-        if (VANISHED.has(codeOf(error)) && !this.#isThere(path, task.identity)) again.push(place)
+        if (VANISHED.has(codeOf(error)) && !this.#isThere(path, task.identity)) again.push({ ...place, path })
         else failures.push(failureOf(place, path, error))
       }
     }
@@ -468,7 +472,9 @@ export class Workshop {
       const words = tryRawStatAt(fd, name)
       if (words === undefined) return undefined
       const seen = rowOf(name, words)
-      if (seen.isDirectory || (seen.identity !== task.identity && !seen.isWhiteout)) return undefined
+      // The inode of a whiteout says nothing.
+      const isSame = task.isWhiteout ? seen.isWhiteout : !seen.isWhiteout && seen.identity === task.identity
+      if (seen.isDirectory || !isSame) return undefined
       const known = task.row === undefined ? undefined : rowAt(Buffer.concat([task.row]), 0)
       if (!seen.isFile) return sendOther(this.#context, fd, seen, task.path, known)
       return sendFile(
@@ -476,30 +482,22 @@ export class Workshop {
         fd,
         name,
         task.path,
-        known && { row: known, blocks: this.#blocksOf(known), isShared: task.isShared },
+        known && { row: known, blocks: task.blocks, isShared: task.isShared },
       )
     })
   }
 
-  #blocksOf(row: Row): Uint8Array | undefined {
-    if (row.ref === 0) return undefined
-    const key = Buffer.allocUnsafe(6)
-    key.writeUIntBE(row.ref, 0, 6)
-    return this.#openTables().blocks.get(key)
-  }
-
-  #openTables(): IndexTables {
-    this.#tables ??= openIndexTables(this.#init.indexPath, true)
-    return this.#tables
-  }
-
-  #metas(tasks: readonly { readonly id: number; readonly path: TreePath }[]): MetasResult {
+  #metas(tasks: readonly MetaTask[]): MetasResult {
     const rows: MetasResult['rows'][number][] = []
     const again: number[] = []
     const failures: NameFailure[] = []
-    for (const { id, path } of tasks) {
+    for (const { id, path, identity } of tasks) {
       try {
         withFd(openBeneath(this.#init.upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => {
+          if (rowOf(EMPTY_NAME, rawStatFd(fd)).identity !== identity) {
+            again.push(id)
+            return
+          }
           const { row, isUnsettled } = sendDirectoryMeta(this.#context, fd, nameOf(path), path)
           rows.push({ id, row: row.image, isUnsettled })
         })
@@ -540,7 +538,7 @@ class FreshCopy {
   #nextBlocks: number
   readonly #tally: Tally = { files: 0, bytes: 0 }
   readonly #directories = new Map<number, FreshResult['directories'][number]>()
-  readonly #again: NamePlace[] = []
+  readonly #again: (NamePlace & { readonly isForced: boolean })[] = []
   readonly #blocks: { id: number; hashes: Uint8Array }[] = []
   readonly #failures: NameFailure[] = []
   readonly #rows: { id: number; row: Uint8Array }[] = []
@@ -591,62 +589,67 @@ class FreshCopy {
   #carry(directory: FreshDirectory, children: FreshDirectory[]): boolean {
     const { parent, name, path } = directory
     try {
-      return this.#carryDirectory(directory, children)
+      const fd = openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+      try {
+        return withFd(fd, () => this.#carryDirectory(fd, directory, children))
+      } catch (error) {
+        this.#failures.push(failureOf({ directory: parent, name }, path, error))
+      }
     } catch (error) {
-      this.#failures.push(failureOf({ directory: parent, name }, path, error))
-      return true
+      if (VANISHED.has(codeOf(error))) this.#again.push({ directory: parent, name, isForced: false })
+      else this.#failures.push(failureOf({ directory: parent, name }, path, error))
     }
+    return true
   }
 
-  #carryDirectory({ id, parent, name: ownName, path, isDirty }: FreshDirectory, children: FreshDirectory[]): boolean {
-    return withFd(openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => {
-      const names: ByteString[] = []
-      const types: number[] = []
-      readDirents(fd, (name, type) => {
-        names.push(name)
-        types.push(type)
-      })
-      const [first, count] = this.#job.directoryIds
-      if (this.#nextDirectory + names.length > first + count) {
-        const directories = types.filter((type) => type !== DT_REG).length
-        if (this.#nextDirectory + directories > first + count) {
-          this.#needsIds = directories
-          return false
-        }
-      }
-      const rows: Buffer[] = []
-      const before = rawStatFd(fd)
-      const own = rowOf(ownName, before)
-      if (!isDirty) this.#context.sink.adopt(path)
-      if (isDirty) {
-        this.#context.sink.run({ do: 'directory', path })
-        this.#context.sink.run({
-          do: 'keep',
-          path,
-          names: names.filter((name) => !this.#isOut(fd, join(path, name), name)),
-        })
-      }
-      for (const [index, name] of names.entries()) {
-        try {
-          this.#carryName(
-            fd,
-            { directory: id, name },
-            join(path, name),
-            types[index] as number,
-            isDirty,
-            rows,
-            children,
-          )
-        } catch (error) {
-          if (!VANISHED.has(codeOf(error))) {
-            this.#failures.push(failureOf({ directory: id, name }, join(path, name), error))
-          }
-          this.#again.push({ directory: id, name })
-        }
-      }
-      this.#finish(fd, { id, parent, path }, own, rows)
+  #carryDirectory(fd: number, directory: FreshDirectory, children: FreshDirectory[]): boolean {
+    const { id, parent, name: ownName, path, isDirty } = directory
+    const own = rowOf(ownName, rawStatFd(fd))
+    if (own.identity !== directory.identity) {
+      this.#again.push({ directory: parent, name: ownName, isForced: false })
       return true
+    }
+    const names: ByteString[] = []
+    const types: number[] = []
+    readDirents(fd, (name, type) => {
+      names.push(name)
+      types.push(type)
     })
+    const [first, count] = this.#job.directoryIds
+    if (this.#nextDirectory + names.length > first + count) {
+      const directories = types.filter((type) => type !== DT_REG).length
+      if (this.#nextDirectory + directories > first + count) {
+        this.#needsIds = directories
+        return false
+      }
+    }
+    const rows: Buffer[] = []
+    if (!isDirty) this.#context.sink.adopt(path)
+    if (isDirty) {
+      this.#context.sink.run({ do: 'directory', path })
+      this.#context.sink.run({
+        do: 'keep',
+        path,
+        names: names.filter((name) => !this.#isOut(fd, join(path, name), name)),
+      })
+    }
+    for (const [index, name] of names.entries()) {
+      try {
+        this.#carryName(fd, { directory: id, name }, join(path, name), types[index] as number, isDirty, rows, children)
+      } catch (error) {
+        // The target may say the same of its own side, where it is a failure.
+        const isGone = VANISHED.has(codeOf(error)) && this.#hasChanged(fd, name, types[index] as number)
+        if (isGone) this.#again.push({ directory: id, name, isForced: isDirty })
+        else this.#failures.push(failureOf({ directory: id, name }, join(path, name), error))
+      }
+    }
+    this.#finish(fd, { id, parent, path }, own, rows)
+    return true
+  }
+
+  #hasChanged(fd: number, name: ByteString, type: number): boolean {
+    const words = tryRawStatAt(fd, name)
+    return words === undefined || (type !== DT_UNKNOWN && ((words[7] as number) & 0o170000) >> 12 !== type)
   }
 
   #isOut(fd: number, path: TreePath, name: ByteString): boolean {
@@ -660,7 +663,7 @@ class FreshCopy {
     const { row, isUnsettled } = sendDirectoryMeta(this.#context, fd, own.name, path)
     const isSame = !isUnsettled && row.change === own.change
     // Names may have come while they were carried over: all of it is compared again.
-    if (!isSame) this.#again.push({ directory: id, name: '.' as ByteString })
+    if (!isSame) this.#again.push({ directory: id, name: '.' as ByteString, isForced: false })
     const pages = pageRows([Buffer.concat(rows)])
     const made = this.#directories.get(id)
     this.#directories.set(id, {
@@ -687,13 +690,15 @@ class FreshCopy {
     const { name } = place
     if (type === DT_REG && this.#moved.size === 0) {
       if (this.#isExcluded?.(path, name, false) === true) return
-      this.#carryFile(fd, place, path, rows)
+      this.#carryFile(fd, place, path, isDirty, rows)
       return
     }
     const words = tryRawStatAt(fd, name)
     if (words === undefined) return
     const row = rowOf(name, words)
-    if (this.#isExcluded?.(path, name, row.isDirectory) === true || this.#moved.has(row.identity)) return
+    if (this.#isExcluded?.(path, name, row.isDirectory) === true) return
+    const hasLinks = row.nlink > 1 && !row.isDirectory && !row.isWhiteout
+    if (!hasLinks && this.#moved.has(row.identity)) return
     if (row.isDirectory) {
       const id = this.#known.get(row.identity) ?? this.#nextDirectory++
       this.#context.sink.run({ do: 'directory', path })
@@ -707,27 +712,27 @@ class FreshCopy {
         pages: undefined,
       })
       rows.push(rowBytes(row.with({ ref: id, settled: false })))
-      children.push({ id, parent: place.directory, name, path, isDirty })
+      children.push({ id, parent: place.directory, name, path, identity: row.identity, isDirty })
       return
     }
-    if (row.nlink > 1 && !row.isWhiteout) {
-      this.#again.push(place)
+    if (hasLinks) {
+      this.#again.push({ ...place, isForced: isDirty })
       return
     }
-    if (row.isFile) this.#carryFile(fd, place, path, rows)
+    if (row.isFile) this.#carryFile(fd, place, path, isDirty, rows)
     else this.#keep(place, sendOther(this.#context, fd, row, path, undefined), rows)
   }
 
-  #carryFile(fd: number, place: NamePlace, path: TreePath, rows: Buffer[]): void {
+  #carryFile(fd: number, place: NamePlace, path: TreePath, isDirty: boolean, rows: Buffer[]): void {
     const sent = sendFile(this.#context, fd, place.name, path, undefined, 'single')
-    if (sent === undefined) this.#again.push(place)
+    if (sent === undefined) this.#again.push({ ...place, isForced: isDirty })
     else this.#keep(place, sent, rows)
   }
 
   #keep(place: NamePlace, { row, blocks, isUnsettled, bytes }: Sent, rows: Buffer[]): void {
     this.#tally.files++
     this.#tally.bytes += bytes
-    if (isUnsettled) this.#again.push(place)
+    if (isUnsettled) this.#again.push({ ...place, isForced: false })
     const [first, count] = this.#job.blocksIds
     if (blocks === undefined || this.#nextBlocks >= first + count) {
       rows.push(rowBytes(row))
