@@ -62,6 +62,12 @@ const koffi: Plugin = {
   },
 }
 
+/** ssh2 names a program for Windows by where its own file is, as soon as it is loaded. A bundle has no such place. */
+const ssh2: Plugin = {
+  name: 'ssh2',
+  transform: (code, id) => (id.includes('/node_modules/ssh2/') ? code.replaceAll('__dirname', '"."') : undefined),
+}
+
 // What merging needs, in the command and in its workers.
 const ENGINE = [
   /packages\/posix\/src\//,
@@ -85,7 +91,7 @@ export default defineConfig({
   platform: 'node',
   // Native parts of ssh2 that are not built; it goes without them.
   external: [/^node:/, /\.node$/],
-  plugins: [builtins, workers, koffi],
+  plugins: [builtins, workers, koffi, ssh2],
   output: {
     dir: 'dist',
     format: 'esm',
