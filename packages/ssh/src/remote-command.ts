@@ -93,7 +93,9 @@ export function errorOfExit(end: CommandEnd | undefined, where: string): Error |
   // Whoever was killed lost the connection, and did not refuse it.
   if (code === undefined) return undefined
   const lsync = /^lsync: (?<message>.*) \((?<code>[A-Z][A-Z0-9_]*)\)$/m.exec(said)?.groups
-  if (lsync?.['code'] !== undefined) return new LsyncError(lsync['code'], lsync['message'] ?? '')
+  // Of a bug there all is wanted that it says.
+  if (lsync?.['code'] !== undefined && lsync['code'] !== 'BUG')
+    return new LsyncError(lsync['code'], lsync['message'] ?? '')
   return new RemoteCommandError(where, said === '' ? `it ended with ${signal ?? code}` : said)
 }
 
