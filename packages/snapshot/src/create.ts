@@ -106,7 +106,7 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     const host = request.hostname ?? hostname()
     const parent = await findParent(repository, request, targets, host, signal)
     await repository.loadIndex(signal)
-    const store = new PackStore(repository, signal)
+    const store = new PackStore(repository, { signal })
     const init = {
       sources,
       key: repository.key,

@@ -4,9 +4,32 @@ export { LocalBackend } from './backend/local.ts'
 export { RestBackend, type RestOptions } from './backend/rest.ts'
 export type { RemoteOptions, RetryEvent } from './backend/retries.ts'
 export { S3Backend, type S3Options } from './backend/s3.ts'
+export * from './check.ts'
+export * from './copy.ts'
 export * from './create.ts'
+export * from './diff.ts'
+export * from './forget.ts'
+export * from './inspect.ts'
+export { type KeyInfo, KeyInvalidError, type PasswordCost, PasswordWrongError } from './key-file.ts'
 export * from './lock.ts'
+export type { NodeType } from './model/mode.ts'
+export {
+  type Duration,
+  type GroupKey,
+  groupSnapshots,
+  type KeepRules,
+  parseDuration,
+  type Verdict,
+} from './model/retention.ts'
 export type { Snapshot } from './model/snapshot.ts'
+export type { ObjectId, TreeNode, Xattr } from './model/tree.ts'
+export { type PruneReport, type PruneRequest, pruneRepository } from './prune.ts'
+export * from './repair.ts'
 export * from './repository.ts'
-export * from './restore.ts'
+export { type RestoreReport, type RestoreRequest, restoreSnapshot } from './restore.ts'
+export type { RestoreAction, RestoreProblem } from './restore-files.ts'
+export type { SaveCounts, SaveProblem } from './save.ts'
 export * from './select.ts'
+export * from './source/source.ts'
+export * from './tag.ts'
+export type { ShownNode } from './walk.ts'

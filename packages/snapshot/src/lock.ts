@@ -92,7 +92,11 @@ export class RepositoryLock {
    */
   async settled(): Promise<void> {
     await this.#settled
+    await this.#refreshing
     this.#lost.signal.throwIfAborted()
+    // A machine that slept may have been taken for dead; whoever took it removed the file.
+    const file = await this.#repository.backend.stat({ kind: 'lock', name: this.#id })
+    if (file === undefined) throw new LockLostError(this.#repository.backend.location, undefined)
   }
 
   /** Gives the lock back. A second time does nothing. */

@@ -9,6 +9,7 @@ const INDEX_AFTER_MS = 5 * 60_000
 export class PackStore {
   readonly #repository: Repository
   readonly #signal: AbortSignal | undefined
+  readonly #writesIndex: boolean
   readonly #running = new Set<Promise<void>>()
   readonly #writers: Readonly<Record<ObjectKind, PackWriter>>
   #failure: unknown
@@ -18,9 +19,13 @@ export class PackStore {
   #indexedMs = performance.now()
   #listeners: (() => void)[] = []
 
-  constructor(repository: Repository, signal?: AbortSignal) {
+  constructor(
+    repository: Repository,
+    options: { readonly signal?: AbortSignal | undefined; readonly writesIndex?: boolean } = {},
+  ) {
     this.#repository = repository
-    this.#signal = signal
+    this.#signal = options.signal
+    this.#writesIndex = options.writesIndex ?? true
     const { engine, compresses } = repository
     this.#writers = {
       data: new PackWriter('data', engine, { compresses }),
@@ -59,12 +64,17 @@ export class PackStore {
     if (writer.isFull) this.add(writer.finish())
   }
 
-  /** Writes what waits, and the indexes of all. When it resolves, every object that was added is durable and indexed. */
-  async flush(): Promise<void> {
+  /**
+   * Writes what waits, and the indexes of all: when it resolves, every object that was added is durable and indexed. With
+   * `writesIndex` false, the packs that the caller is to index are given back instead.
+   */
+  async flush(): Promise<readonly IndexedPack[]> {
     for (const writer of Object.values(this.#writers)) if (writer.sizeBytes > 0) this.add(writer.finish())
     await Promise.all(this.#running)
     this.#throwFailure()
+    if (!this.#writesIndex) return this.#stored
     await this.#writeIndex()
+    return []
   }
 
   /** Waits for what is under way, whatever came of it. */
@@ -77,7 +87,7 @@ export class PackStore {
     this.#stored.push({ id, objects })
     this.#storedObjects += objects.length
     const isDue = this.#storedObjects >= INDEX_OBJECTS || performance.now() - this.#indexedMs > INDEX_AFTER_MS
-    if (isDue) await this.#writeIndex()
+    if (isDue && this.#writesIndex) await this.#writeIndex()
   }
 
   async #writeIndex(): Promise<ObjectId | undefined> {

@@ -106,8 +106,8 @@ export class Repository {
   readonly key: CipherKey
   readonly keyId: ObjectId
   readonly engine: Engine
-  readonly table = new ObjectTable()
-  #loadedIndexes = new Set<ObjectId>()
+  #table = new ObjectTable()
+  readonly #loadedIndexes = new Set<ObjectId>()
 
   private constructor(backend: Backend, key: CipherKey, keyId: ObjectId, config: RepositoryConfig) {
     this.backend = backend
@@ -150,6 +150,17 @@ export class Repository {
     engine.close()
     if (plain === undefined) throw new FileDamagedError(CONFIG, 'its MAC is wrong')
     return new Repository(backend, master, keyId, parseConfig(plain, backend.location))
+  }
+
+  /** Where every object lies that an index names, as far as indexes were read. */
+  get table(): ObjectTable {
+    return this.#table
+  }
+
+  /** Forgets what indexes said, after packs were moved or removed. */
+  resetIndex(): void {
+    this.#table = new ObjectTable()
+    this.#loadedIndexes.clear()
   }
 
   /** Where content is cut. */
@@ -295,8 +306,8 @@ export class Repository {
   }
 
   /** Adds a password. Returns the id of its key. */
-  async addKey(password: string, signal?: AbortSignal): Promise<ObjectId> {
-    return writeKey(this.backend, this.key, password, { signal })
+  async addKey(password: string, signal?: AbortSignal, cost?: PasswordCost): Promise<ObjectId> {
+    return writeKey(this.backend, this.key, password, { signal }, cost)
   }
 
   /** Removes a password's key. @throws {KeyInUseError} for the one that opened the repository */

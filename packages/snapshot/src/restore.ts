@@ -491,7 +491,7 @@ function isOfRepository(error: unknown): boolean {
 }
 
 /** The memory of a buffer that nothing else shares, to be given away. */
-function ownMemory(buffer: Buffer): ArrayBuffer {
+export function ownMemory(buffer: Buffer): ArrayBuffer {
   if (buffer.byteOffset === 0 && buffer.buffer.byteLength === buffer.length) return buffer.buffer as ArrayBuffer
   return Uint8Array.from(buffer).buffer
 }

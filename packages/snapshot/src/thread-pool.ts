@@ -6,7 +6,7 @@ const ALONE_MS = 25
 
 /** Something that does jobs with synchronous calls, in whatever thread it was made. */
 export interface Doer<Job, Result> {
-  run(job: Job): Result
+  run(job: Job): Result | Promise<Result>
   close(): void
 }
 
@@ -96,16 +96,15 @@ export class ThreadPool<Init, Job, Result> {
 
   #runOwn(): void {
     this.#isRunning = true
-    setImmediate(() => {
-      this.#isRunning = false
+    setImmediate(async () => {
       const waiting = this.#queue.shift()
-      if (waiting === undefined) return
       const start = performance.now()
       try {
-        waiting.resolve(this.#own.run(waiting.job))
+        if (waiting !== undefined) waiting.resolve(await this.#own.run(waiting.job))
       } catch (error) {
-        waiting.reject(error)
+        waiting?.reject(error)
       }
+      this.#isRunning = false
       this.#aloneMs += performance.now() - start
       if (this.#width > 1 && this.#aloneMs > ALONE_MS) this.#start()
       if (this.#queue.length > 0) this.#handOut()
@@ -152,7 +151,7 @@ export async function endWorker(member: { readonly worker: Worker; readonly star
 /** Makes a worker's module one that does the jobs of a pool. */
 export function serveJobs<Init, Job, Result>(make: (init: Init) => Doer<Job, Result>): void {
   let doer: Doer<Job, Result> | undefined
-  parentPort?.on('message', (message: ToThread<Init, Job>) => {
+  parentPort?.on('message', async (message: ToThread<Init, Job>) => {
     if ('init' in message) {
       doer = make(message.init)
       parentPort?.postMessage({ ready: true } satisfies FromThread<Result>)
@@ -160,7 +159,7 @@ export function serveJobs<Init, Job, Result>(make: (init: Init) => Doer<Job, Res
     }
     const { id, job } = message
     try {
-      const result = (doer as Doer<Job, Result>).run(job)
+      const result = await (doer as Doer<Job, Result>).run(job)
       parentPort?.postMessage({ id, result } satisfies FromThread<Result>)
     } catch (error) {
       parentPort?.postMessage({ id, error: packError(error) } satisfies FromThread<Result>)
