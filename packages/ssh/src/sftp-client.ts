@@ -216,17 +216,24 @@ export class SftpClient {
 
   /** Every name but `.` and `..`. */
   async readdir(path: ByteString): Promise<SftpEntry[]> {
-    const handle = handleOf(await this.#call(REQUEST.opendir, path, path), path)
     const entries: SftpEntry[] = []
+    for await (const some of this.readdirInParts(path)) {
+      for (const entry of some) entries.push(entry)
+      if (entries.length > MAX_NAMES * 100) throw new ProtocolError('a directory without end')
+    }
+    return entries
+  }
+
+  /** The same as the server sends it, some names at a time, so that whoever asks can stop. */
+  async *readdirInParts(path: ByteString): AsyncGenerator<SftpEntry[]> {
+    const handle = handleOf(await this.#call(REQUEST.opendir, path, path), path)
     try {
       for (;;) {
         const reply = await this.#call(REQUEST.readdir, path, handle)
-        if (reply.type === STATUS && reply.body.length >= 4 && reply.body.readUInt32BE(0) === STATUS_EOF) return entries
+        if (reply.type === STATUS && reply.body.length >= 4 && reply.body.readUInt32BE(0) === STATUS_EOF) return
         expectType(reply, NAME, path)
-        for (const entry of new PacketReader(reply.body).names()) {
-          if (entry.name !== '.' && entry.name !== '..') entries.push(entry)
-        }
-        if (entries.length > MAX_NAMES * 100) throw new ProtocolError('a directory without end')
+        const entries = [...new PacketReader(reply.body).names()]
+        yield entries.filter(({ name }) => name !== '.' && name !== '..')
       }
     } finally {
       await this.close(handle)

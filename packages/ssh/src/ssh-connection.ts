@@ -90,7 +90,13 @@ export class SshConnections {
     return {
       readable: channel,
       writable: channel,
-      destroy: () => channel.destroy(),
+      destroy: () => {
+        channel.destroy()
+        // A connection that fell silent says nothing of its channels' ends either, and nobody must try it again.
+        if (shared.channels > 1) return
+        shared.failure ??= new ConnectionLostError('it was given up')
+        shared.client.destroy()
+      },
       explain: async () => errorOfExit(await end, whereOf(address)) ?? shared.failure,
     }
   }

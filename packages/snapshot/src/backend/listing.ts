@@ -1,23 +1,27 @@
 import { type FileKind, isFileName, type ListedFile } from './backend.ts'
 import { BackendAnswerError } from './errors.ts'
+import type { RemoteOptions } from './retries.ts'
 
-// Packs of the usual 16 MiB are then 64 TiB. What lists more does not end.
+// Packs of the usual 16 MiB are then 64 TiB.
 const MAX_LISTED_FILES = 4_000_000
 
-/** Counts what a storage lists. @throws {BackendAnswerError} from the four-millionth file on */
+/** Counts what a storage lists, since a hostile one may never end. */
 export class ListingLimit {
   readonly #what: string
   readonly #location: string
   readonly #limit: number
   #count = 0
 
-  constructor(what: string, location: string, limit = MAX_LISTED_FILES) {
+  constructor(what: string, location: string, { maxListedFiles = MAX_LISTED_FILES }: RemoteOptions) {
     this.#what = what
     this.#location = location
-    this.#limit = limit
+    this.#limit = maxListedFiles
   }
 
-  /** Takes names that no repository has into account, too. */
+  /**
+   * Names that no repository has count, too.
+   * @throws {BackendAnswerError}
+   */
   count(files: number): void {
     this.#count += files
     if (this.#count > this.#limit) {

@@ -15,6 +15,7 @@ import {
 } from './backend.ts'
 import { BackendAnswerError, BackendDeniedError, RepositoryAddressError, withoutPassword } from './errors.ts'
 import { type HttpAnswer, HttpClient, type HttpRequest, isTransientStatus, retryAfterMs } from './http.ts'
+import { ListingLimit } from './listing.ts'
 import { DEFAULT_IDLE_TIMEOUT_MS, REMOTE_SETTLE_MS, type RemoteOptions, Retries, TransientError } from './retries.ts'
 
 const LISTING_V2 = 'application/vnd.x.restic.rest.v2'
@@ -39,6 +40,7 @@ export class RestBackend implements Backend {
   readonly location: string
   readonly concurrency: number
   readonly settleMs = REMOTE_SETTLE_MS
+  readonly #options: RestOptions
   readonly #base: URL
   readonly #authorization: string | undefined
   readonly #client: HttpClient
@@ -49,6 +51,7 @@ export class RestBackend implements Backend {
     if (!/^https?:\/\//.test(address) || !URL.canParse(address)) {
       throw new RepositoryAddressError(`rest:${address}`, 'rest: is followed by http:// or https:// and a host')
     }
+    this.#options = options
     const base = new URL(address)
     if (!base.pathname.endsWith('/')) base.pathname += '/'
     const username = decodeURIComponent(base.username) || (options.username ?? '')
@@ -93,6 +96,7 @@ export class RestBackend implements Backend {
     })
     // A server whose storage has no folders knows none that is empty.
     if (answer.status === 404) return
+    const limit = new ListingLimit(what, this.location, this.#options)
     const isSized = answer.headers['content-type']?.startsWith(LISTING_V2) === true
     for (const element of jsonElements(answer.body, (reason) => new BackendAnswerError(what, this.location, reason))) {
       const { name, size } = isSized
@@ -101,6 +105,7 @@ export class RestBackend implements Backend {
       if (typeof name !== 'string' || typeof size !== 'number' || !Number.isSafeInteger(size) || size < 0) {
         throw new BackendAnswerError(what, this.location, 'an entry of the list has no name or size')
       }
+      limit.count(1)
       if (!isFileName(name)) continue
       const found = isSized ? { sizeBytes: size } : await this.stat({ kind, name }, { signal })
       if (found !== undefined) yield { name, ...found }

@@ -23,6 +23,8 @@ export interface RemoteOptions {
   readonly firstDelayMs?: number
   /** How many calls are worth having in flight. */
   readonly concurrency?: number
+  /** A list of more files is taken for one without an end. Default four million. */
+  readonly maxListedFiles?: number
   /** Told before each wait. */
   readonly onRetry?: (event: RetryEvent) => void
 }

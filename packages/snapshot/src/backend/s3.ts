@@ -65,7 +65,9 @@ export interface S3Address {
  * @throws {RepositoryAddressError}
  */
 export function parseS3Address(text: string): S3Address {
-  const parts = /^(?:(https?:)?\/\/)?([^/?#@]+)\/+([^/?#]+)(\/[^?#]*)?$/.exec(text)
+  const parts = /^(?:(https?:)?\/\/)?((?:[^/?#@:[\]]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?)\/+([^/?#@:]+)(\/[^?#]*)?$/.exec(
+    text,
+  )
   const [, scheme = 'https:', host = '', bucket = '', path = ''] = parts ?? []
   if (parts === null || !URL.canParse(`${scheme}//${host}`)) {
     throw new RepositoryAddressError(`s3:${text}`, 's3: is followed by a host and a bucket')
@@ -132,7 +134,7 @@ export class S3Backend implements Backend {
       return
     }
     const what = `listing ${DIRECTORIES[kind]}`
-    const limit = new ListingLimit(what, this.location)
+    const limit = new ListingLimit(what, this.location, this.#options)
     const prefix = `${this.#address.prefix}${DIRECTORIES[kind]}/`
     for (let token: string | undefined, isLast = false; !isLast; ) {
       const page = await this.#unlessMissing(what, signal, ({ sdk, client, how }) => {
