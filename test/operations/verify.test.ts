@@ -3,7 +3,7 @@ import { chmodSync, linkSync, mkdirSync, readdirSync, rmSync, symlinkSync, unlin
 import { tmpdir } from 'node:os'
 import { merge, verify } from '@lsync/overlay-merge'
 import { type ByteString, type HostPath, openRoot, setTimes, setXattr, withFd } from '@lsync/posix'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, onTestFinished, test } from 'vitest'
 import {
   buildTree,
   type DirectorySpec,
@@ -20,7 +20,7 @@ import {
 } from '../support/build.ts'
 import { copyTree } from '../support/copy.ts'
 import { useFileSystem } from '../support/image.ts'
-import { mountOverlay, optionMatrix, plainOptions } from '../support/overlay.ts'
+import { mountOverlay, optionMatrix, plainOptions, withOverlay } from '../support/overlay.ts'
 import { runs, timeLimit } from '../support/runs.ts'
 import { run, unmount } from '../support/system.ts'
 import { anyHistory, fc, storyOf, withGrown } from './stacks.ts'
@@ -96,6 +96,24 @@ describe('verify finds', () => {
       ['content', 'times'],
       (tree) => {
         run('dd', 'if=/dev/zero', `of=${tree}/big`, 'bs=1', 'seek=2000001', 'count=1', 'conv=notrunc', 'status=none')
+      },
+    ],
+    [
+      'the loss of all holes',
+      'big',
+      ['holes'],
+      (tree) => {
+        run('cp', '-a', '--sparse=never', `${tree}/big`, `${tree}/dense`)
+        run('mv', `${tree}/dense`, `${tree}/big`)
+      },
+    ],
+    [
+      'flags',
+      'd',
+      ['flags'],
+      (tree) => {
+        run('chattr', '+a', `${tree}/d`)
+        onTestFinished(() => void run('chattr', '-a', `${tree}/d`))
       },
     ],
     ['a size', 'f', ['size', 'times'], (tree) => writeFileSync(`${tree}/f`, 'contents')],
@@ -199,6 +217,38 @@ describe('verify reads', () => {
     expect((await verify({ ...request, by: 'resolver' })).differences).toEqual([])
     const whole = await verify({ layers: [upper, middle, bottom], against: delta })
     expect(whole.differences.map(({ path }) => path)).toContain('b')
+  })
+
+  test('flags that an upper emulates, with its workdir or without', async () => {
+    const directory = disk.current.fresh()
+    const [upper, lower, workdir, output] = ['u', 'l', 'w', 'new'].map((name) => `${directory}/${name}`) as [
+      HostPath,
+      HostPath,
+      HostPath,
+      HostPath,
+    ]
+    buildTree(lower, dir({ f: file('f'), d: dir({ g: file('g', { flags: 'i' }) }) }))
+    mkdirSync(upper)
+    withOverlay({ lowers: [lower], upper, work: workdir }, plainOptions, (merged) => {
+      run('chattr', '+i', `${merged}/f`)
+      run('chattr', '+a', `${merged}/d`)
+    })
+    const stack = { layers: [upper, lower], against: output }
+    await merge({
+      upper,
+      lowers: [lower],
+      mode: 'output',
+      output: stack.against,
+      workers: 0,
+    })
+    const ways = [{ by: 'mount' }, { by: 'mount', workdir }, { by: 'resolver' }] as const
+    for (const way of ways) expect((await verify({ ...stack, ...way })).differences).toEqual([])
+    run('chattr', '-ia', `${output}/f`, `${output}/d`)
+    const lost = (path: string, expected: string) => ({ path, what: 'flags', expected, actual: 'none' })
+    for (const way of ways) {
+      expect((await verify({ ...stack, ...way })).differences).toEqual([lost('d', 'a'), lost('f', 'i')])
+    }
+    run('chattr', '-i', `${output}/d/g`, `${lower}/d/g`)
   })
 
   test('data-only layers, and an upper with its workdir', async () => {

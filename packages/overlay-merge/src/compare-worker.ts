@@ -14,8 +14,8 @@ let trees: { expected: OpenTree; actual: OpenTree; options: CompareTreesOptions 
 
 parentPort?.on('message', (message: ToCompareWorker) => {
   if ('options' in message) {
-    const { expectedFd, actualFd, options } = message
-    trees = { expected: new OpenTree(expectedFd), actual: new OpenTree(actualFd), options }
+    const { expectedFd, actualFd, emulated, options } = message
+    trees = { expected: new OpenTree(expectedFd, emulated), actual: new OpenTree(actualFd), options }
     return
   }
   try {

@@ -10,6 +10,8 @@ import {
   DT_REG,
   DT_SOCK,
   errnoOf,
+  FS_APPEND_FL,
+  FS_IMMUTABLE_FL,
   LsyncError,
   nextData,
   O_DIRECTORY,
@@ -42,6 +44,10 @@ export interface CompareOptions {
   readonly content?: boolean
   /** Times that fall into the same grain are equal. Default 1n. */
   readonly timeGranularityNs?: bigint
+  /** Compare the immutable and append-only flags (chattr). Default false. */
+  readonly flags?: boolean
+  /** Report a file that has holes and comes out without any. Default false. */
+  readonly holes?: boolean
 }
 
 const TYPE_NAMES: Readonly<Record<number, string>> = {
@@ -75,12 +81,47 @@ export function compareInodes(expected: ShownInode, actual: ShownInode, options:
   } else if (want.isFile) {
     if (want.sizeBytes !== got.sizeBytes) {
       found.push({ what: 'size', expected: String(want.sizeBytes), actual: String(got.sizeBytes) })
-    } else if (options.content !== false) {
-      const at = compareContent(expected, actual)
-      if (at !== undefined) found.push({ what: 'content', expected: `as is at byte ${at}`, actual: 'other bytes' })
+    } else {
+      if (options.content !== false) {
+        const at = compareContent(expected, actual)
+        if (at !== undefined) found.push({ what: 'content', expected: `as is at byte ${at}`, actual: 'other bytes' })
+      }
+      if (options.holes === true && lostHoles(expected, actual)) {
+        found.push({ what: 'holes', expected: 'some', actual: 'none' })
+      }
     }
   }
   return found
+}
+
+const HOLE_BYTES = 64 * 1024
+
+/**
+ * Whether all holes of a file are gone. Where exactly they are is each file system's own business, and what is allocated
+ * differs with compression and preallocation: only both together tell.
+ */
+function lostHoles(expected: ShownInode, actual: ShownInode): boolean {
+  const { sizeBytes, blocks } = expected.stat
+  if (sizeBytes < HOLE_BYTES || blocks * 512 + HOLE_BYTES > sizeBytes || actual.stat.blocks * 512 < sizeBytes)
+    return false
+  return holesOf(expected) >= HOLE_BYTES && holesOf(actual) === 0
+}
+
+function holesOf(inode: ShownInode): number {
+  const fd = inode.openData()
+  try {
+    const { sizeBytes } = inode.stat
+    let holes = sizeBytes
+    for (let at = 0; at < sizeBytes; ) {
+      const data = dataFrom(fd, at)
+      if (data === undefined) break
+      holes -= Math.min(data.end, sizeBytes) - data.start
+      at = data.end
+    }
+    return holes
+  } finally {
+    close(fd)
+  }
 }
 
 /** What `compareInodes` compares besides type, target, device, size and content. */
@@ -100,7 +141,16 @@ export function compareMetadata(expected: ShownInode, actual: ShownInode, option
     found.push({ what: 'times', expected: String(wantTime), actual: String(gotTime) })
   }
   compareXattrs(expected.xattrs, actual.xattrs, found)
+  if (options.flags === true && expected.protection !== actual.protection) {
+    found.push({ what: 'flags', expected: flagLetters(expected.protection), actual: flagLetters(actual.protection) })
+  }
   return found
+}
+
+/** The flags of chattr(1) that protect an inode, in its letters. */
+export function flagLetters(flags: number): string {
+  const letters = `${flags & FS_IMMUTABLE_FL ? 'i' : ''}${flags & FS_APPEND_FL ? 'a' : ''}`
+  return letters === '' ? 'none' : letters
 }
 
 function octal(mode: number): string {
@@ -209,9 +259,12 @@ export interface ComparableDirectory<Ref> {
 export class OpenTree implements ComparableTree<EntryPath> {
   readonly root = ROOT
   readonly fd: number
+  readonly emulated: ReadonlyMap<EntryPath, number>
 
-  constructor(fd: number) {
+  /** `emulated`: flags that the tree would show if its first layer were mounted as an upper. */
+  constructor(fd: number, emulated: ReadonlyMap<EntryPath, number> = new Map()) {
     this.fd = fd
+    this.emulated = emulated
   }
 
   shownRoot(): ShownInode {
@@ -225,7 +278,8 @@ export class OpenTree implements ComparableTree<EntryPath> {
       find: (name) => {
         const stat = tryStatAt(fd, name)
         if (stat === undefined) return undefined
-        const inode = new TreeInode(fd, name, stat)
+        const emulated = this.emulated.size === 0 ? 0 : (this.emulated.get(join(path, name)) ?? 0)
+        const inode = new TreeInode(fd, name, stat, emulated)
         return stat.isDirectory ? { inode, child: join(path, name) } : { inode }
       },
       close: () => close(fd),
@@ -367,7 +421,12 @@ export async function compareTrees<A, B>(
 
 /** What a helper is told: the trees, then directories of both to be compared. */
 export type ToCompareWorker =
-  | { readonly expectedFd: number; readonly actualFd: number; readonly options: CompareOptions & { limit?: number } }
+  | {
+      readonly expectedFd: number
+      readonly actualFd: number
+      readonly emulated: ReadonlyMap<EntryPath, number>
+      readonly options: CompareOptions & { limit?: number }
+    }
   | { readonly paths: readonly EntryPath[]; readonly budgetMs: number }
 
 /** What a helper answers. */
@@ -406,8 +465,10 @@ class Helpers {
   start(): void {
     if (this.#trees === undefined || this.#helpers.length > 0) return
     const { expected, actual } = this.#trees
-    const { content, timeGranularityNs, limit } = this.#options
+    const { content, timeGranularityNs, limit, flags = false, holes = false } = this.#options
     const options = {
+      flags,
+      holes,
       ...(content === undefined ? {} : { content }),
       ...(timeGranularityNs === undefined ? {} : { timeGranularityNs }),
       ...(limit === undefined ? {} : { limit }),
@@ -420,7 +481,8 @@ class Helpers {
       worker.on('error', (error: Error) =>
         this.#receive(helper, { error: { code: undefined, message: error.message } }),
       )
-      worker.postMessage({ expectedFd: expected.fd, actualFd: actual.fd, options } satisfies ToCompareWorker)
+      const { fd: expectedFd, emulated } = expected
+      worker.postMessage({ expectedFd, actualFd: actual.fd, emulated, options } satisfies ToCompareWorker)
       this.#helpers.push(helper)
     }
   }

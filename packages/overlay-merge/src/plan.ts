@@ -612,7 +612,12 @@ function marksToDrop(attributes: readonly ByteString[], marks: MarkNames): ByteS
 }
 
 /** The inode flags that `NS.protattr` stands for: `i` and `a`. */
-function protectedFlags(dirfd: number, name: Name | '', marked: readonly ByteString[], marks: MarkNames): number {
+export function protectedFlags(
+  dirfd: number,
+  name: Name | '',
+  marked: readonly ByteString[],
+  marks: MarkNames,
+): number {
   if (!marked.includes(marks.protattr)) return 0
   const value = getXattr(dirfd, name, marks.protattr)?.toString('latin1') ?? ''
   return (value.includes('i') ? FS_IMMUTABLE_FL : 0) | (value.includes('a') ? FS_APPEND_FL : 0)

@@ -17,6 +17,7 @@ import {
   type ComparableTree,
   codeOf,
   type Discrepancy,
+  flagLetters,
   kindOf,
   OpenTree,
   ResolvedTree,
@@ -26,7 +27,7 @@ import type { Namespace } from './model/marks.ts'
 import { type EntryPath, join, type Name, ROOT } from './model/path.ts'
 import { openTemporaryPlan, type Progress } from './planning.ts'
 import { closeStack, openStack } from './stack.ts'
-import { mountForReading, type VerifyReport } from './verify.ts'
+import { emulatedFlags, mountForReading, type VerifyReport } from './verify.ts'
 import type { ShownInode } from './view.ts'
 
 /** The stack whose view is written down. */
@@ -68,7 +69,7 @@ export async function recordView(request: RecordViewRequest): Promise<RecordedVi
   const opened: (() => void)[] = []
   const fd = openTemporaryPlan()
   try {
-    const { tree, by, why } = openView(request, opened)
+    const { tree, by, why } = openView(request, opened, true)
     const file = new LineWriter(fd)
     const entries = await record(tree, file, new Pace(request, 'scan'))
     file.flush()
@@ -103,7 +104,7 @@ export async function compareWithRecord(
   const opened: (() => void)[] = []
   try {
     const layers = [request.against, ...(request.againstLowers ?? [])]
-    const { tree } = openView({ ...request, layers, by: recorded.by }, opened)
+    const { tree } = openView({ ...request, layers, by: recorded.by }, opened, false)
     const comparison = new RecordComparison(tree, new RecordReader(recorded.fd), request)
     await comparison.run(new Pace(request, 'verify'))
     const { by, why } = recorded
@@ -118,13 +119,14 @@ type AnyTree = ComparableTree<unknown>
 function openView(
   request: RecordViewRequest,
   opened: (() => void)[],
+  isUpper: boolean,
 ): { tree: AnyTree; by: 'mount' | 'resolver'; why?: string } {
   let why = 'asked for'
   if (request.by !== 'resolver') {
     try {
       const fd = mountForReading(request, opened)
       opened.push(() => close(fd))
-      return { tree: new OpenTree(fd) as AnyTree, by: 'mount' }
+      return { tree: new OpenTree(fd, isUpper ? emulatedFlags(request) : undefined) as AnyTree, by: 'mount' }
     } catch (error) {
       if (errnoOf(error) !== 'EPERM' || request.by === 'mount') throw error
       why = 'mounting needs CAP_SYS_ADMIN'
@@ -163,6 +165,8 @@ interface InodeLine {
   readonly content?: string
   readonly target?: string
   readonly rdev?: number
+  /** chattr flags `i` and `a`, where there are some. */
+  readonly flags?: string
   /** Inodes with several names: the first one in the order of the record. */
   readonly first?: EntryPath
 }
@@ -218,7 +222,7 @@ async function describe(
 
 /** What every kind of inode has; `contentOf` adds what a file holds. */
 function metadataOf(inode: ShownInode): InodeLine {
-  const { stat, xattrs } = inode
+  const { stat, xattrs, protection } = inode
   return {
     kind: kindOf(stat),
     mode: stat.permissions,
@@ -229,6 +233,7 @@ function metadataOf(inode: ShownInode): InodeLine {
     ...(stat.isFile ? { sizeBytes: stat.sizeBytes } : {}),
     ...(stat.type === S_IFLNK ? { target: inode.target } : {}),
     ...(stat.type === S_IFCHR || stat.type === S_IFBLK ? { rdev: stat.rdev } : {}),
+    ...(protection === 0 ? {} : { flags: flagLetters(protection) }),
   }
 }
 
@@ -390,6 +395,9 @@ class RecordComparison {
     const grain = this.#request.timeGranularityNs ?? 1n
     if (want.mtimeNs !== got.mtimeNs && BigInt(want.mtimeNs) / grain !== BigInt(got.mtimeNs) / grain) {
       found.push({ what: 'times', expected: want.mtimeNs, actual: got.mtimeNs })
+    }
+    if (want.flags !== got.flags) {
+      found.push({ what: 'flags', expected: want.flags ?? 'none', actual: got.flags ?? 'none' })
     }
     const values = new Map(got.xattrs)
     for (const [name, value] of want.xattrs) {

@@ -4,6 +4,9 @@ import {
   close,
   createFileSystem,
   createOverlay,
+  DT_DIR,
+  DT_REG,
+  DT_UNKNOWN,
   errnoOf,
   type HostPath,
   hostPath,
@@ -15,11 +18,17 @@ import {
   openRoot,
   randomHex,
   removeDirectory,
+  statAt,
   unmount,
+  withFd,
 } from '@lsync/posix'
+import { isRemote } from './clone-method.ts'
 import { type ComparableTree, type Comparison, compareTrees, OpenTree, ResolvedTree } from './compare.ts'
 import type { Namespace } from './model/marks.ts'
+import { type EntryPath, join, ROOT } from './model/path.ts'
+import { protectedFlags } from './plan.ts'
 import type { Progress } from './planning.ts'
+import { closeLayer, openLayer, openLayerDirectory, sortedDirents, typeOf } from './scan.ts'
 import { closeStack, openStack } from './stack.ts'
 
 /** A stack, and the tree that should be what it shows. */
@@ -60,8 +69,10 @@ export interface VerifyReport extends Comparison {
 
 /**
  * Mounts a stack read-only, in no one's sight, and compares everything that it shows with a tree: type, mode, owner,
- * size, content, mtime to the ns, attributes, ACLs, capabilities, device numbers, link groups, symlink targets. Nothing
- * is followed and nothing is written, the layers included. Access times, inode numbers and holes are not compared.
+ * size, content, mtime to the ns, attributes, ACLs, capabilities, device numbers, link groups, symlink targets, chattr
+ * flags `i` and `a`, and whether a file that has holes still has some (not where a result lies on FUSE or a network file
+ * system, which cannot tell). Nothing is followed and nothing is written, the layers included. Access times and inode
+ * numbers are not compared.
  * @throws {PosixError} when the kernel does not mount the stack for another reason than privilege
  */
 export async function verify(request: VerifyRequest): Promise<VerifyReport> {
@@ -73,6 +84,8 @@ export async function verify(request: VerifyRequest): Promise<VerifyReport> {
       signal: request.signal,
       ...(request.limit === undefined ? {} : { limit: request.limit }),
       ...(request.timeGranularityNs === undefined ? {} : { timeGranularityNs: request.timeGranularityNs }),
+      flags: true,
+      holes: !withFd(openRoot(request.against), isRemote),
       onProgress: (done) => request.onProgress?.({ phase: 'verify', done }),
     })
     return { ...comparison, by, ...(why === undefined ? {} : { why }), elapsedMs: performance.now() - start }
@@ -93,9 +106,9 @@ function openTrees(request: VerifyRequest, opened: (() => void)[]): Trees {
   const isLayer = request.asLayer === true || against.length > 1
   if (request.by !== 'resolver') {
     try {
-      const expected = mountedTree(request.layers, request, opened)
+      const expected = new OpenTree(mountedRoot(request.layers, request, opened), emulatedFlags(request))
       const { workdir: _, ...plain } = request
-      const actual = isLayer ? mountedTree(against, plain, opened) : rawTree(request.against, opened)
+      const actual = isLayer ? new OpenTree(mountedRoot(against, plain, opened)) : rawTree(request.against, opened)
       return { expected, actual, by: 'mount' }
     } catch (error) {
       if (errnoOf(error) !== 'EPERM' || request.by === 'mount') throw error
@@ -129,14 +142,42 @@ function resolvedTree(
   return new ResolvedTree(stack)
 }
 
-function mountedTree(
+function mountedRoot(
   layers: readonly HostPath[],
   request: Pick<VerifyRequest, 'data' | 'namespace' | 'options' | 'workdir'>,
   opened: (() => void)[],
-): OpenTree {
+): number {
   const fd = mountForReading({ ...request, layers }, opened)
   opened.push(() => close(fd))
-  return new OpenTree(fd)
+  return fd
+}
+
+/**
+ * The flags (chattr) that the first layer emulates, by path. The kernel shows them only where it is mounted as an upper,
+ * which takes its workdir; so without one, the layer itself is asked.
+ */
+export function emulatedFlags({ layers, workdir, namespace }: ReadOnlyStack): ReadonlyMap<EntryPath, number> {
+  const flags = new Map<EntryPath, number>()
+  if (workdir !== undefined) return flags
+  const layer = openLayer(layers[0] as HostPath, namespace ?? 'trusted')
+  try {
+    const pending: EntryPath[] = [ROOT]
+    for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
+      const current = path
+      withFd(openLayerDirectory(layer, current), (fd) => {
+        for (const { name, type } of sortedDirents(fd)) {
+          const kind = type === DT_UNKNOWN ? typeOf(statAt(fd, name)) : type
+          if (kind === DT_DIR) pending.push(join(current, name))
+          else if (kind !== DT_REG) continue
+          const found = protectedFlags(fd, name, [layer.marks.protattr], layer.marks)
+          if (found !== 0) flags.set(join(current, name), found)
+        }
+      })
+    }
+  } finally {
+    closeLayer(layer)
+  }
+  return flags
 }
 
 /** What `mountForReading` mounts. */

@@ -17,10 +17,11 @@ import {
   statAt,
   statFd,
 } from '@lsync/posix'
-import { resultMeta } from './effects.ts'
+import { PROTECTION, resultMeta } from './effects.ts'
 import { openRegular, readXattrs } from './encodings/inode.ts'
 import type { Xattr } from './model/entry.ts'
 import { components, type EntryPath, type Name, ROOT, split } from './model/path.ts'
+import { protectedFlags } from './plan.ts'
 import { type Directory, type Found, layerAt, lookup, OpenSources, type Source, type Stack } from './resolve.ts'
 import { inspect, openLayerDirectory, type RawEntry, sortedDirents, tryInspect } from './scan.ts'
 import type { StackRequest } from './stack.ts'
@@ -189,6 +190,8 @@ export interface ShownInode {
   readonly group: string
   /** chattr(1) flags, those of the file system's own included; 0 for what has none. */
   readonly flags: number
+  /** Of those the immutable and append-only ones, as the view shows them: also those that an upper emulates. */
+  readonly protection: number
   /** Opens the bytes of a file for reading. Close it. */
   openData(): number
 }
@@ -198,10 +201,12 @@ export class TreeInode implements ShownInode {
   readonly stat: Stat
   readonly #dirfd: number
   readonly #name: ByteString | ''
+  readonly #emulated: number
 
-  constructor(dirfd: number, name: ByteString | '', stat: Stat) {
+  constructor(dirfd: number, name: ByteString | '', stat: Stat, emulated = 0) {
     this.#dirfd = dirfd
     this.#name = name
+    this.#emulated = emulated
     this.stat = stat
   }
 
@@ -219,6 +224,10 @@ export class TreeInode implements ShownInode {
 
   get flags(): number {
     return flagsOf(this.#dirfd, this.#name, this.stat)
+  }
+
+  get protection(): number {
+    return this.#emulated | (this.stat.isProtected ? this.flags & PROTECTION : 0)
   }
 
   openData(): number {
@@ -278,6 +287,13 @@ class LayerInode implements ShownInode {
     return flagsOf(this.#dirfd, this.#name, this.stat)
   }
 
+  get protection(): number {
+    const { marks } = layerAt(this.#stack, this.#source.layer)
+    const { attributes } = this.#found.top
+    const emulated = this.#source.layer === 0 ? protectedFlags(this.#dirfd, this.#name, attributes, marks) : 0
+    return emulated | (this.stat.isProtected ? this.flags & PROTECTION : 0)
+  }
+
   openData(): number {
     const data = this.#found.kind === 'object' ? this.#found.data : this.#source
     if (data.layer === 'below') throw new Error('the data lies below the stack')
@@ -307,7 +323,9 @@ export function shownDirectory(stack: Stack, directory: Directory): ShownInode {
   try {
     const stat = statFd(fd)
     const { xattrs } = resultMeta(fd, '', stat, layer.marks, true)
-    return { stat, xattrs, target: '' as ByteString, group: '', flags: getInodeFlags(fd), openData: () => -1 }
+    const flags = getInodeFlags(fd)
+    const protection = flags & PROTECTION
+    return { stat, xattrs, target: '' as ByteString, group: '', flags, protection, openData: () => -1 }
   } finally {
     close(fd)
   }
