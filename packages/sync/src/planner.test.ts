@@ -211,6 +211,26 @@ const anyChange: fc.Arbitrary<Change> = fc.oneof(
   },
 )
 
+/**
+ * What was written through a name that is gone when somebody looks shows at the other names of the inode, of which no
+ * event tells: a sweep finds them. Here it does so at once.
+ */
+function tellOthers(tree: Tree, gone: Inode, tell: (directory: Inode, name: string) => void): void {
+  const inodes = new Set<Inode>()
+  const collect = (inode: Inode) => {
+    inodes.add(inode)
+    for (const child of inode.children?.values() ?? []) collect(child)
+  }
+  collect(gone)
+  const visit = (directory: Inode) => {
+    for (const [name, child] of directory.children ?? []) {
+      if (inodes.has(child)) tell(directory, name)
+      visit(child)
+    }
+  }
+  visit(tree.root)
+}
+
 /** Does what a user does; tells of every name that may have changed, by directory inode. */
 function change(tree: Tree, step: Change, tell: (directory: Inode, name: string) => void): void {
   const place = tree.place(step.path)
@@ -240,6 +260,7 @@ function change(tree: Tree, step: Change, tell: (directory: Inode, name: string)
     siblings.delete(place.name)
     old.changes = clock++
     touch(place)
+    tellOthers(tree, old, tell)
   } else {
     const target = tree.place(step.to)
     if (target === undefined || old === undefined) return
@@ -257,6 +278,7 @@ function change(tree: Tree, step: Change, tell: (directory: Inode, name: string)
         if ((there.children === undefined) !== (old.children === undefined)) return
       }
       siblings.delete(place.name)
+      if (there !== undefined) tellOthers(tree, there, tell)
       if (step.do === 'exchange' && there !== undefined) {
         siblings.set(place.name, there)
         there.changes = clock++
