@@ -90,14 +90,11 @@ export default defineConfig({
     'sync-worker': 'cached:../sync/src/sync-worker.ts',
   },
   platform: 'node',
-  // Native parts of ssh2 that are not built; it goes without them.
-  external: [/^node:/, /\.node$/],
-  plugins: [builtins, workers, koffi, ssh2],
   // lmdb finds its native part beside itself. Those of ssh2 are not built; it goes without them.
   external: [/^node:/, 'lmdb', /\.node$/],
   // Whoever uses nothing of lmdb does not load it.
   treeshake: { moduleSideEffects: 'no-external' },
-  plugins: [builtins, workers, koffi],
+  plugins: [builtins, workers, koffi, ssh2],
   output: {
     dir: 'dist',
     format: 'esm',

@@ -26,6 +26,7 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: 'turn layers into other forms: tar, OCI, .wh. files',
     load: () => import('./commands/layer.ts'),
   },
+  sync: { summary: 'follow an upper and carry it to other places', load: () => import('./commands/sync.ts') },
   serve: {
     summary: 'be the other end of a sync, over standard input and output',
     load: () => import('./commands/serve.ts'),

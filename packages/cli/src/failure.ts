@@ -43,8 +43,8 @@ export interface Failure {
   readonly fields: Readonly<Record<string, unknown>>
 }
 
-const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY'])
-const USAGE = new Set(['USAGE', 'REQUEST_INVALID'])
+const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY', 'SYNC_RUNNING'])
+const USAGE = new Set(['USAGE', 'REQUEST_INVALID', 'SYNC_REQUEST_INVALID', 'SYNC_PATTERN_INVALID'])
 
 /** Renders whatever was thrown. A bug keeps its stack, so that it can be reported. */
 export function failureOf(error: unknown, command: string): Failure {

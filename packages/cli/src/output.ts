@@ -74,6 +74,16 @@ export class Output {
     process.stderr.write(`\r\x1b[K${line.slice(0, (process.stderr.columns ?? 80) - 1)}`)
   }
 
+  /** As `progress`, for operations that have more to say than one count. */
+  readonly progressText = (text: () => string): void => {
+    if (this.isJson || !process.stderr.isTTY) return
+    const now = performance.now()
+    if (now - this.#drawnAt < REDRAW_MS) return
+    this.#drawnAt = now
+    this.#isDrawn = true
+    process.stderr.write(`\r\x1b[K${text().slice(0, (process.stderr.columns ?? 80) - 1)}`)
+  }
+
   /** Styles text for stdout: only on a terminal, and never with NO_COLOR. */
   styled(style: Style, text: string): string {
     return styleText(style, text, { stream: process.stdout })

@@ -3,7 +3,7 @@ import { bytesOf, LsyncError } from '@lsync/posix'
 /** A pattern that no path can match, or that cannot be read. */
 export class PatternInvalidError extends LsyncError {
   constructor(pattern: string, why: string) {
-    super('PATTERN_INVALID', `the pattern ${pattern}: ${why}`, {
+    super('SYNC_PATTERN_INVALID', `the pattern ${pattern}: ${why}`, {
       hint: 'see `lsync sync --help` for what patterns are',
     })
   }

@@ -99,6 +99,19 @@ export class IndexStore {
     return index
   }
 
+  /**
+   * Opens an index as it is, whatever it is of.
+   * @throws {IndexVersionError} if it was made by a later lsync
+   */
+  static async openExisting(path: string): Promise<IndexStore> {
+    const tables = openTables(path)
+    const stored = tables.meta.get(META_KEY)
+    const meta = stored === undefined ? newMeta('') : (JSON.parse(stored.toString()) as IndexMeta)
+    if (meta.version === 1) return new IndexStore(path, tables, meta)
+    await tables.env.close()
+    throw new IndexVersionError(path, meta.version)
+  }
+
   /** Forgets everything: from now on this is another index, which no target knows. */
   async reset(upper: string = this.#meta.upper): Promise<void> {
     const { env, pages, directories, handles, names, pending, blocks, meta } = this.#tables

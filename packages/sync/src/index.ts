@@ -7,9 +7,18 @@ export {
   type SshOptions,
 } from '@lsync/ssh'
 export { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
+export {
+  askSync,
+  type ControlAnswers,
+  ControlSocket,
+  type ControlVerb,
+  SyncNotRunningError,
+  SyncRunningError,
+} from './control-socket.ts'
 export { PatternInvalidError } from './filter.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
+export { type PreviewedChange, previewSync } from './preview.ts'
 export { OperationTooBigError, ProtocolVersionError } from './protocol/errors.ts'
 export {
   limitExtents,
@@ -20,9 +29,7 @@ export {
 } from './protocol/operation-codec.ts'
 export { AccessRefusedError, ServedPathError } from './serve/errors.ts'
 export { type ServeReport, type ServeRequest, serve } from './serve/server.ts'
-
 export { openSource } from './source/choose.ts'
-
 export { SourceUnavailableError, WatchLimitError } from './source/errors.ts'
 export type { BlindSpot, DirectoryRef, Hint, Source, SourceRequest } from './source/source.ts'
 export {

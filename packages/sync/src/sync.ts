@@ -13,7 +13,7 @@ import type { BlindSpot, Source } from './source/source.ts'
 import { Sweep } from './sweep.ts'
 import { SETTLE_MS, TargetSession, type TargetStatus } from './target-session.ts'
 import { LocalTarget } from './transport/local.ts'
-import type { Target, TargetLoss } from './transport/target.ts'
+import type { Target } from './transport/target.ts'
 import type { NameFailure } from './work.ts'
 
 /** A sync was asked for something while it ends, or has ended. */
@@ -88,7 +88,6 @@ interface SyncEvents {
   failure: [NameFailure & { readonly target: string }]
   /** A target as a whole does not work; it is tried again. */
   problem: [{ readonly target: string; readonly error: Error }]
-  losses: [{ readonly target: string; readonly losses: readonly TargetLoss[] }]
 }
 
 const TICK_MS = 1000
@@ -109,6 +108,11 @@ export function defaultStateDir(source: HostPath): string {
   const { XDG_STATE_HOME: state, HOME: home } = process.env
   const base = process.geteuid?.() === 0 ? '/var/lib' : (state ?? `${home ?? '/tmp'}/.local/state`)
   return `${base}/lsync/sync/${id}`
+}
+
+/** Where, within the state directory of an upper, index and journal of one target are. */
+export function targetStateDir(stateDir: string, { description }: Pick<Target, 'description'>): string {
+  return `${stateDir}/targets/${createHash('sha256').update(description).digest('hex').slice(0, 16)}`
 }
 
 /**
@@ -217,7 +221,10 @@ export class Sync {
   /** Stops carrying over; changes are collected meanwhile. */
   pause(): void {
     this.#isPaused = true
-    for (const member of this.#members) clearTimeout(member.timer)
+    for (const member of this.#members) {
+      clearTimeout(member.timer)
+      member.timer = undefined
+    }
   }
 
   resume(): void {
@@ -285,7 +292,6 @@ export class Sync {
   async #openTarget(given: HostPath | Target, upperFd: number): Promise<void> {
     const { source, bytesPerSecond, operationsPerSecond, heedsPressure = true, namespace, adopt } = this.#request
     const target = typeof given === 'string' ? new LocalTarget(given) : given
-    const id = createHash('sha256').update(target.description).digest('hex').slice(0, 16)
     const limits = {
       ...(bytesPerSecond === undefined ? {} : { bytesPerSecond }),
       ...(operationsPerSecond === undefined ? {} : { operationsPerSecond }),
@@ -295,7 +301,7 @@ export class Sync {
       upperPath: source,
       upperFd,
       target,
-      stateDir: `${this.#stateDir}/targets/${id}`,
+      stateDir: targetStateDir(this.#stateDir, target),
       namespace: namespace ?? 'trusted',
       patterns: this.#patterns,
       adopt: adopt === true,
@@ -316,8 +322,6 @@ export class Sync {
       target: description,
     })
     await session.open()
-    const { losses } = session.status
-    if (losses.length > 0) this.events.emit('losses', { target: description, losses })
   }
 
   #sweep(member: Member, periodMs: number): void {

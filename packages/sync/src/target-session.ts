@@ -289,6 +289,7 @@ export class TargetSession {
    */
   async round(): Promise<{ readonly isSettled: boolean }> {
     const startedAt = performance.now()
+    const before = this.#checkpoint?.sequence
     const oldest = this.#oldestChangeAt
     this.#oldestChangeAt = undefined
     try {
@@ -306,7 +307,7 @@ export class TargetSession {
         names = await this.#follow()
       }
       this.#phase = 'waiting'
-      if (this.#checkpoint !== undefined) {
+      if (this.#checkpoint !== undefined && this.#checkpoint.sequence !== before) {
         this.events.emit('checkpoint', { ...this.#checkpoint, names, tookMs: performance.now() - startedAt })
       }
     } catch (error) {
@@ -425,7 +426,21 @@ export class TargetSession {
     const { journal, unfinished } = await SyncJournal.open(`${this.#request.stateDir}/journal`)
     this.#journal = journal
     this.#delivered = []
+    const { target, signal, upperFd } = this.#request
+    if (target.delivery.mode === 'encoded') {
+      // Its connection may be gone, and what it held back with it.
+      await target.close()
+      const state = await target.open(signal)
+      this.#checkpoint = state.checkpoint
+      if (!(await this.#believe(state.checkpoint, state.isEmpty, unfinished.length > 0))) {
+        await this.#journal.clear()
+        await this.#beginAnew(rowOf(NO_NAME, rawStatFd(upperFd)), !state.isEmpty)
+        this.#isBroken = false
+        return
+      }
+    }
     await this.#recover(unfinished)
+    this.#freshQueue = []
     this.#queuePending()
     this.#isBroken = false
     // What the broken batch had taken from the list of changes is found by comparing.

@@ -1,0 +1,256 @@
+import type { Namespace } from '@lsync/overlay-merge'
+import { type HostPath, textOf } from '@lsync/posix'
+import { SshConnections } from '@lsync/ssh'
+import {
+  askSync,
+  ControlSocket,
+  type ControlVerb,
+  defaultStateDir,
+  LocalTarget,
+  openSync,
+  parseTarget,
+  previewSync,
+  remoteTarget,
+  type Sync,
+  type SyncStatus,
+  type Target,
+  type TargetStatus,
+} from '@lsync/sync'
+import { type Command, InvalidArgumentError, Option } from 'commander'
+import { examples } from '../examples.ts'
+import { UsageError } from '../failure.ts'
+import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument } from '../options.ts'
+import { countOf, durationOf, sizeOf } from '../progress-line.ts'
+import type { Session } from '../session.ts'
+
+interface SyncOptions {
+  readonly once?: true
+  readonly tick: number
+  readonly include?: string[]
+  readonly exclude?: string[]
+  readonly bwlimit?: number
+  readonly iops?: number
+  readonly dryRun?: true
+  readonly state?: HostPath
+  readonly source: 'auto' | 'fanotify' | 'chokidar' | 'poll'
+  readonly namespace: Namespace
+  readonly adopt?: true
+  readonly sweep?: true
+  readonly rsh?: string
+  readonly remoteLsync?: string
+}
+
+const VERBS: readonly ControlVerb[] = ['flush', 'pause', 'resume', 'status']
+
+export function define(command: Command, session: Session): void {
+  command.addHelpText(
+    'before',
+    examples(
+      'lsync sync /srv/c1/upper /store/c1',
+      'lsync sync /srv/c1/upper ssh://backup@store:22/c1 --exclude .cache/',
+    ),
+  )
+  addNamespaceOption(
+    addDryRunOption(
+      command
+        .argument('<upper>', 'the upper to follow; or flush, pause, resume, status, for one that is followed')
+        .argument('<targets...>', '/path, ssh://user@host:port/path or sftp://user@host:port/path; or that upper')
+        .option('--once', 'carry over what there is, then end')
+        .option('--tick <time>', 'how long changes are collected: 1s, 200ms', timeArgument, 1000)
+        .option('--include <pattern>', 'an exception from what is excluded; may be repeated', listArgument)
+        .option('--exclude <pattern>', 'leave out: NAME, dir/, path/*, **; may be repeated', listArgument)
+        .option('--bwlimit <rate>', 'at most so many bytes a second: 50M', sizeArgument)
+        .option('--iops <count>', 'at most so many batches a second', countArgument)
+        .option('--state <dir>', 'keep index and journal there', pathArgument)
+        .addOption(
+          new Option('--source <kind>', 'how changes are seen')
+            .choices(['auto', 'fanotify', 'chokidar', 'poll'])
+            .default('auto'),
+        )
+        .option('--adopt', 'take a target that is not empty; what the upper lacks goes')
+        .option('--sweep', 'with flush: compare the whole upper as well')
+        .option('--rsh <command>', 'reach other machines through this instead: "ssh -J jump"')
+        .option('--remote-lsync <path>', 'lsync on the other machine'),
+    ),
+  ).action(async (upper: string, targets: string[], options: SyncOptions) => {
+    const verb = VERBS.find((name) => name === upper)
+    if (verb !== undefined) await control(verb, targets, options, session)
+    else await follow(pathArgument(upper), targets, options, session)
+  })
+}
+
+async function control(verb: ControlVerb, rest: readonly string[], options: SyncOptions, session: Session) {
+  const [upper, more] = rest
+  if (upper === undefined || more !== undefined) {
+    throw new UsageError(`${verb} needs one upper`, `lsync sync ${verb} UPPER; a directory of that name is ./${verb}`)
+  }
+  const { signal } = session
+  const stateDir = options.state === undefined ? undefined : textOf(options.state)
+  const asked = given({ signal, stateDir, sweep: options.sweep })
+  if (verb === 'flush') {
+    const report = await askSync(pathArgument(upper), verb, asked)
+    session.output.data(
+      () => ({ type: 'flush', ...report }),
+      () => (report.isSettled ? 'Everything is safe.' : 'Everything is safe that was not being written.'),
+    )
+    if (report.failures.length > 0) session.foundProblems()
+    return
+  }
+  const status = await askSync(pathArgument(upper), verb, asked)
+  session.output.data(
+    () => ({ type: 'status', ...status }),
+    () => statusText(status),
+  )
+}
+
+async function follow(source: HostPath, targets: readonly string[], options: SyncOptions, session: Session) {
+  const connections = new SshConnections()
+  const opened = targets.map((text) => targetOf(text, options, connections))
+  const { output } = session
+  const { include, exclude, bwlimit, iops, namespace, once, adopt, tick } = options
+  const stateDir = options.state === undefined ? defaultStateDir(source) : textOf(options.state)
+  const request = {
+    source,
+    targets: opened,
+    stateDir,
+    namespace,
+    tickMs: tick,
+    sourceChoice: options.source,
+    ...given({ include, exclude, once, adopt, bytesPerSecond: bwlimit, operationsPerSecond: iops }),
+  }
+  if (options.dryRun === true) {
+    for (const target of opened) {
+      for (const { path, change } of await previewSync(request, target)) {
+        output.data(
+          () => ({ type: 'change', target: target.description, path: textOf(path), change }),
+          () => `${change.padEnd(8)} ${textOf(path) || '(everything)'}`,
+        )
+      }
+    }
+    return
+  }
+  const sync = await openSync(request)
+  const socket = await ControlSocket.listen(sync, stateDir).catch(async (error: unknown) => {
+    await sync.stop()
+    throw error
+  })
+  report(sync, session)
+  try {
+    if (once === true) {
+      const stopped = new Promise<never>((_, reject) => {
+        session.signal.addEventListener('abort', () => reject(session.signal.reason), { once: true })
+      })
+      await Promise.race([sync.flush(), stopped])
+    } else await untilStopped(session.signal)
+  } finally {
+    await socket.close()
+    // A last barrier, unless that is what was interrupted.
+    await sync.stop({ flush: once !== true }).catch((error: unknown) => tell(session, error))
+  }
+  for (const target of sync.status.targets) finish(target, session)
+}
+
+function untilStopped(signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    if (signal.aborted) resolve()
+    else signal.addEventListener('abort', () => resolve(), { once: true })
+  })
+}
+
+function targetOf(text: string, options: SyncOptions, connections: SshConnections): Target {
+  const address = parseTarget(text.startsWith('/') || text.includes('://') ? text : textOf(pathArgument(text)))
+  if (address.scheme === 'local') return new LocalTarget(address.path)
+  return remoteTarget(address, { connections, ...given({ rsh: options.rsh, remoteLsync: options.remoteLsync }) })
+}
+
+/** Says what goes on: lines on a terminal and for programs, and nothing else unless something is wrong. */
+function report(sync: Sync, session: Session): void {
+  const { output } = session
+  const { watch, blindSpots, targets } = sync.status
+  for (const { target, losses } of targets) {
+    for (const { what, message } of losses) output.warning('TARGET_LOSS', `${target}: ${message}`, { target, what })
+  }
+  if (watch !== 'none') {
+    output.data(
+      () => ({ type: 'watch', kind: watch, blindSpots }),
+      () => undefined,
+    )
+    output.note(`watched by ${watch}`)
+    for (const { message } of blindSpots) output.note(`  ${message}`)
+  }
+  sync.events.on('checkpoint', (checkpoint) => {
+    output.data(
+      () => ({ type: 'checkpoint', ...checkpoint }),
+      () => undefined,
+    )
+    output.flush()
+  })
+  sync.events.on('failure', ({ target, path, code, message }) =>
+    output.warning(code, `${target}: ${message}; it is tried again`, { target, path: textOf(path) }),
+  )
+  sync.events.on('problem', ({ target, error }) => tell(session, error, target))
+  const startMs = performance.now()
+  sync.events.on('progress', (status) => output.progressText(() => progressText(status, startMs)))
+}
+
+function tell({ output }: Session, error: unknown, target?: string): void {
+  const code = (error as { code?: unknown }).code
+  const message = error instanceof Error ? error.message : String(error)
+  output.warning(
+    typeof code === 'string' ? code : 'SYNC_PROBLEM',
+    target === undefined ? message : `${target}: ${message}`,
+  )
+}
+
+function progressText(status: TargetStatus, startMs: number): string {
+  const { phase, files, bytes, queuedDirectories, queuedNames, lagMs, failures } = status
+  const seconds = (performance.now() - startMs) / 1000
+  const parts = [phase, `${countOf(files)} files`, sizeOf(bytes), `${sizeOf(Math.round(bytes / seconds))}/s`]
+  if (queuedDirectories > 0) parts.push(`${countOf(queuedDirectories)} directories to go`)
+  if (queuedNames > 0) parts.push(`${countOf(queuedNames)} names waiting`)
+  if (lagMs > 0) parts.push(`lag ${durationOf(lagMs)}`)
+  if (failures.length > 0) parts.push(`${countOf(failures.length)} failed`)
+  return parts.join('  ')
+}
+
+function finish(target: TargetStatus, session: Session): void {
+  const { target: name, files, bytes, failures } = target
+  session.output.data(
+    () => ({
+      type: 'done',
+      target: name,
+      files,
+      bytes,
+      failures: failures.map((one) => ({ ...one, path: textOf(one.path) })),
+    }),
+    () =>
+      `${name}: ${countOf(files)} files, ${sizeOf(bytes)}${failures.length > 0 ? `, ${failures.length} failed` : ''}`,
+  )
+  if (failures.length > 0) session.foundProblems()
+}
+
+function statusText(status: SyncStatus): string {
+  const lines = [`${status.source}: ${status.isPaused ? 'paused' : `watched by ${status.watch}`}`]
+  for (const { target, phase, checkpoint, files, bytes, lagMs, failures } of status.targets) {
+    const safe = checkpoint === undefined ? 'no checkpoint yet' : `checkpoint ${checkpoint.sequence}`
+    lines.push(`  ${target}: ${phase}, ${safe}, ${countOf(files)} files, ${sizeOf(bytes)}, lag ${durationOf(lagMs)}`)
+    for (const { path, code, attempts } of failures) lines.push(`    ${path}: ${code}, tried ${attempts} times`)
+  }
+  return lines.join('\n')
+}
+
+function listArgument(text: string, before: string[] | undefined): string[] {
+  return [...(before ?? []), text]
+}
+
+function timeArgument(text: string): number {
+  const [, count, unit] = /^(\d{1,7})(ms|s|m)?$/.exec(text) ?? []
+  if (count === undefined) throw new InvalidArgumentError('Expected a time such as 1s or 200ms.')
+  return Number(count) * (unit === 'ms' ? 1 : unit === 'm' ? 60_000 : 1000)
+}
+
+function sizeArgument(text: string): number {
+  const [, count, unit = ''] = /^(\d{1,9})([kKMGT]?)$/.exec(text) ?? []
+  if (count === undefined || Number(count) === 0) throw new InvalidArgumentError('Expected bytes such as 800k or 50M.')
+  return Number(count) * 1000 ** (unit === '' ? 0 : 'kMGT'.indexOf(unit.replace('K', 'k')) + 1)
+}
