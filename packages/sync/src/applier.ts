@@ -224,7 +224,8 @@ export class Applier {
     if (tryStatAt(this.#stageFd, stageName) !== undefined) return
     const place = this.#parent(parent)
     this.#drop(path)
-    if (!moveOver(place.fd, name, this.#stageFd, stageName, this.#trash)) throw missing('out', path)
+    if (moveOver(place.fd, name, this.#stageFd, stageName, this.#trash) || this.#mayBeLost) return
+    throw missing('out', path)
   }
 
   #in(stage: number, path: TreePath): void {
@@ -244,7 +245,7 @@ export class Applier {
     if (sourcePlace !== undefined) {
       if (moveOver(sourcePlace.fd, source.name, targetPlace.fd, target.name, this.#trash)) return
     }
-    if (tryStatAt(targetPlace.fd, target.name) === undefined) throw missing('rename', from)
+    if (tryStatAt(targetPlace.fd, target.name) === undefined && !this.#mayBeLost) throw missing('rename', from)
   }
 
   #directory(path: TreePath): void {
@@ -290,13 +291,17 @@ export class Applier {
     const { parent, name } = placeOf(path)
     const { fd } = this.#parent(parent)
     const fromFd = this.#parent(existing.parent).fd
+    const source = tryStatAt(fromFd, existing.name)
+    if (source === undefined) {
+      if (!this.#mayBeLost) throw missing('link', to)
+      this.#remove(path)
+      return
+    }
     if (this.#losses.has('hard-link')) {
       this.#copy(fromFd, existing.name, fd, name)
       return
     }
     const stat = tryStatAt(fd, name)
-    const source = tryStatAt(fromFd, existing.name)
-    if (source === undefined) throw missing('link', to)
     if (stat !== undefined && stat.ino === source.ino && stat.dev === source.dev) return
     const linkTo = (dirfd: number, as: ByteString) => {
       const code = tryLink(fromFd, existing.name, dirfd, as)
@@ -338,7 +343,11 @@ export class Applier {
   #special(operation: Extract<Operation, { do: 'special' }>): void {
     const { type, rdev } = operation
     if (!SPECIAL_TYPES.has(type)) throw new OperationRefusedError(operation.path, 'no such type of file')
-    if (this.#losses.has('special')) return
+    if (this.#losses.has('special')) {
+      // It cannot be there, and neither may what was there before.
+      this.#remove(operation.path)
+      return
+    }
     this.#make(operation, 'special', (dirfd, name) => makeNode(dirfd, name, type | 0o600, rdev))
   }
 
@@ -517,6 +526,11 @@ export class Applier {
 
   #temporaryName(): ByteString {
     return `t${this.#tag}.${this.#count++}` as ByteString
+  }
+
+  /** What is missing may be a special file, which this target does not hold. */
+  get #mayBeLost(): boolean {
+    return this.#losses.has('special')
   }
 
   #flags(meta: RawMeta): number {

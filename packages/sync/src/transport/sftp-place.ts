@@ -218,12 +218,16 @@ function besideOf(root: ByteString): ByteString {
 /** The state beside the target, if it can be there. */
 async function tryState(client: SftpClient, root: ByteString, state: ByteString): Promise<ByteString | undefined> {
   try {
+    const isNew = (await client.lstat(state)) === undefined
     await makeState(client, state)
+    if (!isNew) return state
+    const mtime = (await client.lstat(root))?.mtime
     const [from, to] = [`${state}/stage/probe`, `${root}/.lsync-${randomBytes(16).toString('hex')}`] as ByteString[]
     await client.close(await client.open(from as ByteString, SFTP_WRITE | SFTP_CREATE))
     try {
       await client.rename(from as ByteString, to as ByteString)
       await client.remove(to as ByteString)
+      if (mtime !== undefined) await client.setstat(root, { mtime })
     } catch (error) {
       await client.remove(from as ByteString)
       throw error

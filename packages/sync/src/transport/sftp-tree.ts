@@ -114,7 +114,8 @@ export class SftpTree implements OperationSink {
     if ((await this.#client.lstat(staged)) !== undefined) return
     const full = await this.#named(path)
     this.#forget(path)
-    await this.#client.rename(full, staged)
+    // What is missing may be a special file, which is not held; here as in `rename` and `link`.
+    await this.#client.rename(full, staged).catch(ifGone)
   }
 
   async #in(stage: number, path: TreePath): Promise<void> {
@@ -128,8 +129,7 @@ export class SftpTree implements OperationSink {
     const target = await this.#named(to)
     this.#forget(from)
     this.#forget(to)
-    if (source !== undefined && (await this.#over(source, target))) return
-    if ((await this.#client.lstat(target)) === undefined) throw new SftpError('ENOENT', from, 'it is not there')
+    if (source !== undefined) await this.#over(source, target)
   }
 
   async #directory(path: TreePath): Promise<void> {
@@ -162,6 +162,7 @@ export class SftpTree implements OperationSink {
 
   async #link(path: TreePath, to: TreePath): Promise<void> {
     const existing = await this.#named(to)
+    if ((await this.#client.lstat(existing)) === undefined) return this.#remove(path)
     const full = await this.#named(path)
     if (this.#losses.has('hard-link')) return this.#copy(existing, full)
     this.#forget(path)
