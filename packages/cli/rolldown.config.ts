@@ -88,6 +88,9 @@ export default defineConfig({
     'poll-worker': 'cached:../sync/src/source/poll-worker.ts',
     'serve-worker': 'cached:../sync/src/serve/serve-worker.ts',
     'sync-worker': 'cached:../sync/src/sync-worker.ts',
+    'snapshot-worker': 'cached:../snapshot/src/snapshot-worker.ts',
+    'restore-worker': 'cached:../snapshot/src/restore-worker.ts',
+    'check-worker': 'cached:../snapshot/src/check-worker.ts',
   },
   platform: 'node',
   // lmdb finds its native part beside itself. Those of ssh2 are not built; it goes without them.

@@ -238,8 +238,10 @@ describe.skipIf(!isRoot)('what cannot be saved', () => {
   test('nothing is saved of a tree that cannot be read at all', async () => {
     const { repository } = await newRepository()
     await expect(save(repository, '/dev/shm/not there')).rejects.toMatchObject({ code: 'ENOENT' })
-    await expect(createSnapshot(repository, { targets: [] })).rejects.toMatchObject({ code: 'REQUEST_INVALID' })
-    await expect(save(repository, 'relative' as HostPath)).rejects.toMatchObject({ code: 'REQUEST_INVALID' })
+    await expect(createSnapshot(repository, { targets: [] })).rejects.toMatchObject({
+      code: 'SNAPSHOT_REQUEST_INVALID',
+    })
+    await expect(save(repository, 'relative' as HostPath)).rejects.toMatchObject({ code: 'SNAPSHOT_REQUEST_INVALID' })
     expect(await repository.listIds('snapshot')).toEqual([])
     expect(await repository.listIds('lock')).toEqual([])
   })

@@ -27,6 +27,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     load: () => import('./commands/layer.ts'),
   },
   sync: { summary: 'follow an upper and carry it to other places', load: () => import('./commands/sync.ts') },
+  snapshot: {
+    summary: "keep versions of directories in a repository of restic's format",
+    load: () => import('./commands/snapshot.ts'),
+  },
   serve: {
     summary: 'be the other end of a sync, over standard input and output',
     load: () => import('./commands/serve.ts'),

@@ -43,8 +43,17 @@ export interface Failure {
   readonly fields: Readonly<Record<string, unknown>>
 }
 
-const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY', 'SYNC_RUNNING'])
-const USAGE = new Set(['USAGE', 'REQUEST_INVALID', 'SYNC_REQUEST_INVALID', 'SYNC_PATTERN_INVALID'])
+const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY', 'SYNC_RUNNING', 'REPOSITORY_LOCKED'])
+const USAGE = new Set([
+  'USAGE',
+  'REQUEST_INVALID',
+  'SYNC_REQUEST_INVALID',
+  'SYNC_PATTERN_INVALID',
+  'SNAPSHOT_REQUEST_INVALID',
+  'EXCLUDE_INVALID',
+  'DURATION_INVALID',
+  'PASSWORD_UNKNOWN',
+])
 
 /** Renders whatever was thrown. A bug keeps its stack, so that it can be reported. */
 export function failureOf(error: unknown, command: string): Failure {

@@ -76,7 +76,7 @@ export class SourceUnreadableError extends LsyncError {
 /** A snapshot to make cannot be as asked. */
 export class CreateInvalidError extends LsyncError {
   constructor(why: string) {
-    super('REQUEST_INVALID', why, { hint: 'see `lsync snapshot create --help`' })
+    super('SNAPSHOT_REQUEST_INVALID', why, { hint: 'see `lsync snapshot create --help`' })
   }
 }
 

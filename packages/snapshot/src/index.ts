@@ -1,3 +1,4 @@
+export { backendOf, parseRepositoryAddress, type RepositoryAddress } from './backend/address.ts'
 export * from './backend/backend.ts'
 export * from './backend/errors.ts'
 export { LocalBackend } from './backend/local.ts'

@@ -55,7 +55,18 @@ function optionShape(option: Option): OptionShape[] {
   ]
 }
 
-const REPEATABLE = new Set(['--lower', '--data', '--beneath'])
+const REPEATABLE = new Set([
+  '--exclude',
+  '--exclude-file',
+  '--include',
+  '--host',
+  '--tag',
+  '--path',
+  '--keep-tag',
+  '--lower',
+  '--data',
+  '--beneath',
+])
 
 function operandShape(name: string, { argChoices }: Option | Argument): OperandShape {
   const path = name === 'dir' ? 'directory' : FILES.has(name) ? 'file' : undefined

@@ -3,7 +3,7 @@ import { type ByteString, LsyncError, textOf } from '@lsync/posix'
 /** A pattern that means nothing. */
 export class PatternInvalidError extends LsyncError {
   constructor(pattern: string, why: string) {
-    super('PATTERN_INVALID', `the pattern ${pattern} is not valid: ${why}`, {
+    super('EXCLUDE_INVALID', `the pattern ${pattern} is not valid: ${why}`, {
       hint: 'see `lsync snapshot create --help`',
     })
   }

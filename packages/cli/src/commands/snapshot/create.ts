@@ -1,0 +1,113 @@
+import { readFileSync } from 'node:fs'
+import { type HostPath, printable, textOf } from '@lsync/posix'
+import { type CreateReport, createSnapshot, findSnapshot, type ObjectId, type Repository } from '@lsync/snapshot'
+import { type Command, InvalidArgumentError } from 'commander'
+import { examples } from '../../examples.ts'
+import { addWorkersOption, given, pathArgument, pathsArgument } from '../../options.ts'
+import { countOf, durationOf, sizeOf } from '../../progress-line.ts'
+import type { Session } from '../../session.ts'
+import {
+  addRepositoryOptions,
+  type RepositoryOptions,
+  tagsArgument,
+  textsArgument,
+  withRepository,
+} from './repository.ts'
+
+interface CreateOptions extends RepositoryOptions {
+  readonly tag?: string[]
+  readonly host?: string
+  readonly time?: bigint
+  readonly exclude?: string[]
+  readonly excludeFile?: HostPath[]
+  readonly parent?: string
+  readonly force?: true
+  readonly workers?: number
+}
+
+export function defineCreate(command: Command, session: Session): void {
+  command
+    .addHelpText(
+      'before',
+      examples(
+        'lsync snapshot create -r /backup/repo /srv/up',
+        "lsync snapshot create -r rest:https://backup:8000/ --tag nightly --exclude '*.o' /home",
+      ),
+    )
+    .argument('<dir...>', 'what to save')
+  addRepositoryOptions(command)
+    .option('--tag <tags>', 'tags of the snapshot (a,b); may be repeated', tagsArgument)
+    .option('--host <name>', "whose snapshot it is (default: this machine's name)")
+    .option('--time <time>', 'when it was taken, such as 2024-05-01T12:00:00Z (default: now)', timeArgument)
+    .option(
+      '--exclude <pattern>',
+      'leave out what matches (*.o, /srv/cache, a/**/b, !keep); may be repeated',
+      textsArgument,
+    )
+    .option('--exclude-file <file>', 'a file of such patterns, one a line; may be repeated', pathsArgument)
+    .option('--parent <snapshot>', 'files unchanged since this one are not read; none: read all (default: the latest)')
+    .option('--force', 'read every file, whatever its times say')
+  addWorkersOption(command).action(async (dirs: string[], options: CreateOptions) => {
+    const { tag, host, time, force, workers } = options
+    const paths = dirs.map((dir) => pathArgument(dir))
+    await withRepository(options, session, async (repository) => {
+      const parent = await parentOf(repository, options.parent, session)
+      const report = await createSnapshot(repository, {
+        targets: paths.map((path) => ({ path })),
+        excludes: [...(options.exclude ?? []), ...(options.excludeFile ?? []).flatMap(patternsOf)],
+        ...given({ tags: tag, hostname: host, timeNs: time, force, workers, parent }),
+        signal: session.signal,
+        onProgress: session.output.progress,
+      })
+      render(report, paths, session)
+    })
+  })
+}
+
+async function parentOf(
+  repository: Repository,
+  text: string | undefined,
+  session: Session,
+): Promise<ObjectId | 'none' | undefined> {
+  if (text === undefined || text === 'none') return text
+  return (await findSnapshot(repository, text, {}, session.signal)).id
+}
+
+function timeArgument(text: string): bigint {
+  const ms = Date.parse(text)
+  if (Number.isNaN(ms)) throw new InvalidArgumentError('Expected a time such as 2024-05-01T12:00:00Z.')
+  return BigInt(ms) * 1_000_000n
+}
+
+function patternsOf(file: HostPath): string[] {
+  const lines = readFileSync(Buffer.from(file, 'latin1'), 'utf8').split('\n')
+  return lines.map((line) => line.trim()).filter((line) => line !== '' && !line.startsWith('#'))
+}
+
+function render(report: CreateReport, paths: readonly HostPath[], session: Session): void {
+  const { snapshotId, tree, parent, counts, problems, skipped, elapsedMs } = report
+  for (const { path, code, message } of problems) session.output.warning(code, message, { path: textOf(path) })
+  for (const path of skipped) {
+    session.output.note(`${printable(path)} is another file system: what is mounted there is not in the snapshot`)
+  }
+  session.output.data(
+    () => ({
+      type: 'created',
+      id: snapshotId,
+      tree,
+      parent: parent ?? null,
+      paths: paths.map((path) => textOf(path)),
+      ...counts,
+      problems: problems.length,
+      skipped: skipped.map((path) => textOf(path)),
+      elapsedMs,
+    }),
+    () => {
+      const { filesNew, filesChanged, filesUnmodified, addedBytes } = counts
+      const files = countOf(filesNew + filesChanged + filesUnmodified)
+      const changes = `${countOf(filesNew)} new, ${countOf(filesChanged)} changed`
+      return `snapshot ${snapshotId.slice(0, 8)}: ${files} files (${changes}), ${sizeOf(addedBytes)} added in ${durationOf(elapsedMs)}`
+    },
+  )
+  if (problems.length > 0) session.foundProblems()
+}
