@@ -41,6 +41,7 @@ import {
   type SourceDirectory,
   type SourceFile,
   type SourceInit,
+  type SourceName,
 } from './source/source.ts'
 
 /** Everything that a thread needs to save directories, in a form that travels. */
@@ -66,7 +67,7 @@ export interface SaveTask {
   /** Absolute, as the snapshot shows it: for patterns and messages. */
   readonly shownPath: ByteString
   /** Only these; absent: all that the directory has. */
-  readonly names?: readonly ByteString[]
+  readonly names?: readonly SourceName[]
   /** The root of a source has no directory that could hold its node: under this name it is given back. */
   readonly rootName?: ByteString
   /** The content of the tree that the parent snapshot has here. */
@@ -117,7 +118,7 @@ export interface SavedDirectory {
   /** The node of a source's root, without its tree and closing brace. */
   readonly rootNode: string | undefined
   /** Slices of a directory that is too large for one task: these are to be saved instead. */
-  readonly slices: readonly (readonly ByteString[])[]
+  readonly slices: readonly (readonly SourceName[])[]
   /** Whether it could not be read at all. */
   readonly isLost: boolean
 }
@@ -239,21 +240,25 @@ export class Saver {
   }
 
   #saveDirectory(task: SaveTask, directory: SourceDirectory): SavedDirectory {
-    const names = task.names ?? directory.names().sort()
-    if (task.names === undefined && names.length > WHOLE_NAMES && task.older === undefined) {
-      const slices: ByteString[][] = []
-      for (let at = 0; at < names.length; at += SLICE_NAMES) slices.push(names.slice(at, at + SLICE_NAMES))
+    const entries = task.names ?? directory.entries().sort(byName)
+    if (task.names === undefined && entries.length > WHOLE_NAMES && task.older === undefined) {
+      const slices: SourceName[][] = []
+      for (let at = 0; at < entries.length; at += SLICE_NAMES) slices.push(entries.slice(at, at + SLICE_NAMES))
       return { ...nothingOf(task.id), rootNode: this.#rootNodeOf(task, directory), slices, isLost: false }
     }
     const older = task.older === undefined ? undefined : olderNodes(task.older)
     const nodes: string[] = []
     const subdirectories: Subdirectory[] = []
-    for (const name of names) {
+    for (const { name, isFile } of entries) {
       const shownPath = joinShown(task.shownPath, name)
       if (isMatched(this.#init.excludes, shownPath)) continue
       try {
         const before = older?.get(name)
-        const node = this.#nodeOf(directory, name, shownPath, before)
+        // A file that is new is opened at once, and asked what it is when it is open.
+        const node =
+          isFile && before === undefined
+            ? this.#openedFileOf(directory, name, shownPath, undefined)
+            : this.#nodeOf(directory, name, shownPath, before)
         if (node === undefined) continue
         if (node.type === 'dir' && node.subtree === undefined) {
           subdirectories.push({ name, index: nodes.length, olderTree: before?.subtree })
@@ -338,7 +343,7 @@ export class Saver {
     shownPath: ByteString,
     state: EntryState,
     older: TreeNode | undefined,
-  ): TreeNode {
+  ): TreeNode | undefined {
     if (older !== undefined && !this.#init.force) {
       const node = this.#describe(name, state, older.xattrs)
       if (isUnchanged(node, older) && older.content?.every((id) => this.#table.has('data', id)) === true) {
@@ -347,7 +352,23 @@ export class Saver {
         return { ...node, content: older.content }
       }
     }
-    const file = directory.openFile(name)
+    return this.#openedFileOf(directory, name, shownPath, older)
+  }
+
+  #openedFileOf(
+    directory: SourceDirectory,
+    name: ByteString,
+    shownPath: ByteString,
+    older: TreeNode | undefined,
+  ): TreeNode | undefined {
+    let file: SourceFile
+    try {
+      file = directory.openFile(name)
+    } catch (error) {
+      // Removed meanwhile: then it is not in the snapshot.
+      if (errnoOf(error) === 'ENOENT') return undefined
+      throw error
+    }
     try {
       return this.#readFile(file, name, shownPath, older)
     } finally {
@@ -479,6 +500,10 @@ export function closeNode(node: string, tree: ObjectId): string {
 /** The path of a name in a directory that a snapshot shows. */
 export function joinShown(directory: ByteString, name: ByteString): ByteString {
   return `${directory === '/' ? '' : directory}/${name}` as ByteString
+}
+
+function byName(left: SourceName, right: SourceName): number {
+  return left.name < right.name ? -1 : 1
 }
 
 function olderNodes(content: Uint8Array): ReadonlyMap<ByteString, TreeNode> {

@@ -15,6 +15,7 @@ import {
   lengthToRead,
   pathOf,
 } from './backend.ts'
+import { OpenPacks } from './open-packs.ts'
 
 const DIRECTORY_MODE = 0o700
 // As restic has them: nobody changes a file of a repository.
@@ -34,6 +35,7 @@ export class LocalBackend implements Backend {
   readonly concurrency = 4
   readonly settleMs: number
   readonly #root: Buffer
+  readonly #open = new OpenPacks()
 
   constructor(root: HostPath) {
     this.#root = Buffer.from(root, 'latin1')
@@ -78,20 +80,14 @@ export class LocalBackend implements Backend {
 
   async get(file: FileRef, range?: ByteRange, { signal }: BackendCall = {}): Promise<Buffer> {
     signal?.throwIfAborted()
-    const handle = await this.#open(file)
     try {
-      const offset = range?.offset ?? 0
-      const { size: sizeBytes } = await handle.stat()
-      const content = Buffer.allocUnsafeSlow(lengthToRead(file, this.location, range, sizeBytes))
-      let done = 0
-      while (done < content.length) {
-        const { bytesRead } = await handle.read(content, done, content.length - done, offset + done)
-        if (bytesRead === 0) break
-        done += bytesRead
-      }
-      return content.subarray(0, done)
-    } finally {
-      await handle.close()
+      return await this.#open.withFile(this.#path(pathOf(file)), async (opened) => {
+        const length = lengthToRead(file, this.location, range, opened.sizeBytes)
+        return this.#open.readAt(opened, range?.offset ?? 0, length)
+      })
+    } catch (error) {
+      if (errnoOf(error) === 'ENOENT') throw new FileMissingError(file, this.location, error)
+      throw error
     }
   }
 
@@ -101,6 +97,7 @@ export class LocalBackend implements Backend {
     { signal, exclusive }: BackendCall & { readonly exclusive?: boolean } = {},
   ): Promise<boolean> {
     signal?.throwIfAborted()
+    if (file.kind === 'config') await this.#open.drop()
     const path = pathOf(file)
     const directory = path.includes('/') ? path.slice(0, path.lastIndexOf('/')) : '.'
     const temporary = `${directory}/${TEMPORARY_PREFIX}${randomBytes(8).toString('hex')}`
@@ -124,6 +121,7 @@ export class LocalBackend implements Backend {
 
   async delete(file: FileRef, { signal }: BackendCall = {}): Promise<boolean> {
     signal?.throwIfAborted()
+    await this.#open.drop()
     try {
       await unlink(this.#path(pathOf(file)))
       return true
@@ -133,7 +131,9 @@ export class LocalBackend implements Backend {
     }
   }
 
-  async close(): Promise<void> {}
+  async close(): Promise<void> {
+    await this.#open.drop()
+  }
 
   /** Gives a file its name if nothing has it. Where there are no hard links, two at the same moment may both succeed. */
   async #publishNew(temporary: string, path: string, directory: string): Promise<boolean> {
@@ -163,15 +163,6 @@ export class LocalBackend implements Backend {
       return await readdir(this.#path(directory))
     } catch (error) {
       if (errnoOf(error) === 'ENOENT') return []
-      throw error
-    }
-  }
-
-  async #open(file: FileRef): Promise<FileHandle> {
-    try {
-      return await open(this.#path(pathOf(file)), constants.O_RDONLY)
-    } catch (error) {
-      if (errnoOf(error) === 'ENOENT') throw new FileMissingError(file, this.location, error)
       throw error
     }
   }

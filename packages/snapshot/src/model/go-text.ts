@@ -80,6 +80,7 @@ const SECOND_NS = 1_000_000_000n
 const YEAR_0 = -62_167_219_200n
 const YEAR_10000 = 253_402_300_800n
 const QUARTER_S = 900
+const YEARS_400_S = 12_622_780_800
 let zoneQuarter = Number.NaN
 let zoneMinutes = 0
 let zoneText = 'Z'
@@ -125,12 +126,15 @@ export function parseTime(text: string): bigint | undefined {
   const found = TIME.exec(text)
   if (found === null) return undefined
   const [, year, month, day, hour, minute, second, fraction = '', sign, zoneHours = '0', zoneMinutes = '0'] = found
-  const date = new Date(0)
-  date.setUTCFullYear(Number(year), Number(month) - 1, Number(day))
-  date.setUTCHours(Number(hour), Number(minute), Number(second))
+  // Date.UTC takes years below 100 for those of the last century; 400 years later the calendar is the same.
+  const ms = Date.UTC(Number(year) + 400, Number(month) - 1, Number(day), Number(hour), Number(minute), Number(second))
   const offset = (Number(zoneHours) * 60 + Number(zoneMinutes)) * 60 * (sign === '-' ? -1 : 1)
-  const seconds = date.getTime() / 1000 - offset
-  return BigInt(seconds) * SECOND_NS + BigInt(fraction.padEnd(9, '0'))
+  return BigInt(ms / 1000 - YEARS_400_S - offset) * SECOND_NS + BigInt(fraction.padEnd(9, '0'))
+}
+
+/** Whether a text is a time that `parseTime` reads. */
+export function isTime(text: string): boolean {
+  return TIME.test(text)
 }
 
 /** Whether two written times are the same moment. */

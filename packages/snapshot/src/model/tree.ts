@@ -1,5 +1,5 @@
 import { type ByteString, bytesOf, type Ino, LsyncError, textOf } from '@lsync/posix'
-import { isSameTime, jsonText, parseTime, quoteName, unquoteName } from './go-text.ts'
+import { isSameTime, isTime, jsonText, parseTime, quoteName, unquoteName } from './go-text.ts'
 import { goModeOf, isNodeType, modeOf, type NodeType } from './mode.ts'
 
 /** The id of a file or an object of a repository: a SHA-256 in hexadecimal. */
@@ -196,9 +196,15 @@ function bytes(raw: Raw, name: string): ByteString {
   return bytesOf(text(raw, name).toWellFormed())
 }
 
+let lastTime = ''
+
 function time(raw: Raw, name: string): string {
   const value = raw[name] ?? '1970-01-01T00:00:00Z'
-  if (typeof value === 'string' && parseTime(value) !== undefined) return value
+  if (typeof value === 'string' && (value === lastTime || isTime(value))) {
+    // Most nodes have the same time several times.
+    lastTime = value
+    return value
+  }
   throw new TreeInvalidError(`${name} is not a time`)
 }
 

@@ -1,6 +1,7 @@
 import {
   type ByteString,
   close,
+  DT_REG,
   errnoOf,
   getXattr,
   listXattrs,
@@ -18,7 +19,7 @@ import {
   tryStatAt,
 } from '@lsync/posix'
 import type { Xattr } from '../model/tree.ts'
-import type { EntryState, Source, SourceDirectory, SourceFile } from './source.ts'
+import type { EntryState, Source, SourceDirectory, SourceFile, SourceName } from './source.ts'
 
 /** A tree as it lies on disk: a directory, or a layer with its marks. Other file systems in it are left out. */
 export class DirectorySource implements Source {
@@ -46,10 +47,10 @@ class PlainDirectory implements SourceDirectory {
     return readXattrs(this.#fd, '')
   }
 
-  names(): ByteString[] {
-    const names: ByteString[] = []
-    readDirents(this.#fd, (name) => names.push(name))
-    return names
+  entries(): SourceName[] {
+    const entries: SourceName[] = []
+    readDirents(this.#fd, (name, type) => entries.push({ name, isFile: type === DT_REG }))
+    return entries
   }
 
   stateOf(name: ByteString): EntryState | undefined {

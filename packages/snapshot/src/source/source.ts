@@ -20,13 +20,19 @@ export interface EntryState {
   readonly isMountRoot?: boolean
 }
 
+/** A name as a listing has it. */
+export interface SourceName {
+  readonly name: ByteString
+  readonly isFile: boolean
+}
+
 /** An open directory of a source. Synchronous; errors are `PosixError`. */
 export interface SourceDirectory {
   /** What is known of the directory itself. */
   readonly state: EntryState
   readonly ownXattrs: readonly Xattr[]
-  /** Its names, in any order. */
-  names(): ByteString[]
+  /** Its names, in any order. `isFile`: it is certain to be a regular file, as far as a listing can tell. */
+  entries(): SourceName[]
   /** `undefined` when the name is gone. Symlinks are not followed. */
   stateOf(name: ByteString): EntryState | undefined
   /** In the file system's order. Symlinks are not followed. */
