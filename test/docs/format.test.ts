@@ -10,6 +10,7 @@ const WRITTEN: readonly { file: string; only?: readonly string[] }[] = [
   { file: 'packages/overlay-merge/src/model/plan.ts' },
   { file: 'packages/overlay-merge/src/vacuum.ts', only: ['JournalHeader', 'DropLine'] },
   { file: 'packages/overlay-merge/src/encodings/portable.ts', only: ['Line'] },
+  { file: 'packages/snapshot/src/oci/import.ts', only: ['ImageRecord', 'ImageRecordLayer'] },
 ]
 
 /** The interfaces of a source file with their own fields, in the order in which they stand. */

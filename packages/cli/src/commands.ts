@@ -35,6 +35,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: 'be the other end of a sync, over standard input and output',
     load: () => import('./commands/serve.ts'),
   },
+  image: {
+    summary: 'turn container images into layers, and layers into images',
+    load: () => import('./commands/image.ts'),
+  },
   probe: { summary: 'find out what a file system can do', load: () => import('./commands/probe.ts') },
   completion: { summary: 'print the completion script of a shell', load: () => import('./commands/completion.ts') },
 }

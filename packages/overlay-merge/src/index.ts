@@ -13,6 +13,7 @@ export {
   takeAway,
   withoutProtection,
 } from './effects.ts'
+export { decompress } from './encodings/compression.ts'
 export {
   type ConvertProgress,
   type ConvertReport,
@@ -21,6 +22,7 @@ export {
   importLayer,
   type LayerForm,
 } from './encodings/convert.ts'
+export { LimitExceededError } from './encodings/errors.ts'
 export {
   ACL_ACCESS,
   ACL_DEFAULT,
@@ -34,6 +36,7 @@ export {
   type WriteMetaOptions,
   writeMeta,
 } from './encodings/inode.ts'
+export type { EntryPolicy } from './encodings/policy.ts'
 export { TargetBusyError } from './journal.ts'
 export * from './merge.ts'
 export type { Meta, Xattr } from './model/entry.ts'
@@ -41,6 +44,7 @@ export { isMark, MARKS, type MarkNames, type Namespace } from './model/marks.ts'
 export type { PlanEnd, PlanHeader, PlanRecord, Step } from './model/plan.ts'
 export * from './portable-plan.ts'
 export * from './problems.ts'
+export { OutputExistsError } from './problems.ts'
 export * from './recover.ts'
 export type { Dropped, VacuumReport, VacuumRequest } from './vacuum.ts'
 export { recoverVacuum, vacuum } from './vacuum.ts'
