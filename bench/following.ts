@@ -21,11 +21,24 @@ const noCost: Cost = { wallMs: 0, syncMs: 0, userMs: 0, systemMs: 0, maxRssMiB: 
 
 type DaemonRequest = { source: string; target: string; stateDir: string; sourceChoice?: string; arrivals?: string }
 
-/** Starts a sync of the sources of this tree, not of a built lsync: what is measured is the library. */
+/** Starts a sync in a process that answers: the library of this tree, whose start is no part of what is measured. */
 function startSync({ scratch }: SyncContext, request: DaemonRequest): Promise<Daemon> {
   const command = [process.execPath, join(import.meta.dirname, 'sync-daemon.ts'), JSON.stringify(request)]
   return startDaemon(scratch, command, (line) => line.startsWith('{"ready"'))
 }
+
+/** Starts the command itself, and waits for a line of its output. */
+function startCommandLine(
+  { scratch, options }: SyncContext,
+  { source, target, stateDir }: DaemonRequest,
+  isReady: (line: string) => boolean,
+  ...more: string[]
+): Promise<Daemon> {
+  return startDaemon(scratch, [options.lsync, 'sync', source, target, '--state', stateDir, ...more], isReady)
+}
+
+const isWatching = (line: string): boolean => line.startsWith('watched by')
+const isSafe = (line: string): boolean => line.startsWith('{"type":"checkpoint"')
 
 async function askJson<T>(daemon: Daemon, line: string): Promise<T> {
   return JSON.parse(await daemon.ask(line)) as T
@@ -107,7 +120,6 @@ export async function* measureChanges(context: SyncContext): AsyncGenerator<Row>
           })
           if (round > 0) rsync.samples.push({ round, ...cost })
         }
-        for (const sample of lsync.samples) sample.maxRssMiB = (await measureRest(daemon, 0)).maxRssMiB
       } finally {
         await daemon.stop()
       }
@@ -217,48 +229,50 @@ export async function* measureRestart(context: SyncContext): AsyncGenerator<Row>
   const most = Math.max(...options.followed)
   const series: Series[] = []
   const hasRsync = findProgram('rsync') !== undefined
-  if (!hasRsync) missing({ name: 'rsync --dry-run', reason: 'rsync is not installed' })
+  if (!hasRsync) missing({ name: 'rsync -aHAX', reason: 'rsync is not installed' })
   for (const files of options.followed) {
     const workload = workloadOf(options, files, most)
     progress(`restart: making ${count(files)} files`)
     const source = await makeSource(context, workload, `restart-${files}`)
-    const target = await freshTargets(context, workload, `restart-${files}`)()
+    const open = freshTargets(context, workload, `restart-${files}`)
+    const [target, theirs] = [await open(), hasRsync ? await open() : undefined]
     const names = listFiles(workload)
     const lsync: Series = { peer: 'lsync', x: files, samples: [] }
-    const rsync: Series = { peer: 'rsync --dry-run', x: files, samples: [] }
+    const rsync: Series = { peer: 'rsync -aHAX', x: files, samples: [] }
     series.push(lsync, ...(hasRsync ? [rsync] : []))
     try {
       const request = { source: source.path, target: target.path, stateDir: newState(context) }
+      progress(`restart: the first sync of ${count(files)} files`)
       const first = await startSync(context, request)
       await flush(first)
       await first.stop('SIGKILL')
+      if (theirs !== undefined) await startCommand(['rsync', '-aHAX', `${source.path}/`, `${theirs.path}/`])
       for (let round = 0; round < options.runs; round++) {
+        for (const path of [source.path, target.path]) await startCommand(['sync', '-f', path])
         changeFiles(source.path, names, options.changes, round)
         progress(`round ${round + 1}: lsync at ${count(files)}`)
-        const daemon = await startSync(context, request)
-        await flush(daemon)
-        const { knowsAfterMs } = await askJson<{ knowsAfterMs: number }>(daemon, 'known')
-        const { maxRssMiB } = await measureRest(daemon, 0)
-        lsync.samples.push({ round, ...noCost, wallMs: daemon.readyMs + knowsAfterMs, maxRssMiB })
+        const daemon = await startCommandLine(context, request, isSafe, '--json')
+        lsync.samples.push({ round, ...(await measureRest(daemon, 0)) })
         await daemon.stop('SIGKILL')
-        if (!hasRsync) continue
+        if (theirs === undefined) continue
         const cost = await measureCommand({
-          command: ['rsync', '-aHAX', '--delete', '--dry-run', `${source.path}/`, `${target.path}/`],
+          command: ['rsync', '-aHAX', '--delete', `${source.path}/`, `${theirs.path}/`],
           cwd: scratch.folder('measure/cwd'),
           folder: scratch.folder('measure'),
           measureProgram: programs.measure,
-          syncDirectory: target.path,
+          syncDirectory: theirs.path,
         })
         rsync.samples.push({ round, ...cost })
       }
     } finally {
       await target.close()
+      await theirs?.close()
       source.close()
     }
   }
   yield {
     id: 'restart',
-    title: 'restart after SIGKILL: until it is known what to send',
+    title: 'restart after SIGKILL: until all is safe again',
     setting: describe(options, workloadOf(options, most), `${count(options.changes)} of them changed meanwhile`),
     fs: options.fs,
     variable: 'files',
@@ -273,15 +287,15 @@ export async function* measureRestart(context: SyncContext): AsyncGenerator<Row>
         ),
       ),
       ...options.followed.map((x) =>
-        compare(
-          `rsync --dry-run ÷ lsync at ${count(x)}`,
-          find(series, 'rsync --dry-run', x),
-          find(series, 'lsync', x),
-          ['rsync', 'lsync'],
-        ),
+        compare(`rsync -aHAX ÷ lsync at ${count(x)}`, find(series, 'rsync -aHAX', x), find(series, 'lsync', x), [
+          'rsync',
+          'lsync',
+        ]),
       ),
     ],
-    notes: ['lsync: from the start of the process; it looks at the source alone, where rsync looks at both sides'],
+    notes: [
+      'lsync: from the start of the process until its first checkpoint; it looks at the source alone, where rsync looks at both sides',
+    ],
   }
 }
 
@@ -302,14 +316,8 @@ export async function* measureAtRest(context: SyncContext): AsyncGenerator<Row> 
     const first = await startSync(context, request)
     await flush(first)
     await first.stop()
-    const started = async (): Promise<Daemon> => {
-      const daemon = await startSync(context, request)
-      // At rest: the comparison that follows each start is over.
-      await flush(daemon)
-      return daemon
-    }
     const peers: Record<string, () => Promise<Daemon>> = {
-      'lsync, following': started,
+      'lsync, following': () => startCommandLine(context, request, isWatching),
       'its fanotify source alone': watcher('fanotify'),
       'its chokidar source alone': watcher('chokidar'),
     }
@@ -378,6 +386,8 @@ async function measureDaemon({ scratch, options }: SyncContext, start: () => Pro
   try {
     const daemon = await start()
     try {
+      // The comparison that follows each start of lsync is no part of its rest.
+      await new Promise((resolve) => setTimeout(resolve, options.settleSeconds * 1000))
       return await measureRest(daemon, options.restSeconds)
     } finally {
       await daemon.stop()

@@ -179,6 +179,7 @@ function readSyncOptions(values: Values): SyncOptions {
     seconds: readCount(values, 'seconds', quick ? 3 : 20),
     directories: readCount(values, 'directories', quick ? 2000 : 100_000),
     restSeconds: readCount(values, 'rest-seconds', quick ? 1 : 10),
+    settleSeconds: quick ? 2 : 10,
     curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
     check: values.check === true,
     skip: readWords(values.skip),

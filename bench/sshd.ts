@@ -13,9 +13,8 @@ const program = '/usr/sbin/sshd'
 export type Sshd = {
   user: string
   port: number
-  /** Files: the client's key, and the known_hosts that holds the server's. */
-  clientKey: string
-  knownHosts: string
+  /** A home directory whose .ssh has the client's key and a known_hosts with the server's. */
+  home: string
   /** OpenSSH's client with all of its options, up to the host. */
   client: readonly string[]
   host: string
@@ -36,9 +35,11 @@ export async function startSshd(scratch: Scratch): Promise<Sshd> {
   chmodSync(folder, 0o700)
   const removeFolder = scratch.onCleanup(() => rmSync(folder, { recursive: true, force: true }))
   const at = (name: string): string => join(folder, name)
-  for (const key of ['client_key', 'host_key'])
-    runCommand(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', 'bench', '-f', at(key)])
-  writeFileSync(at('authorized_keys'), readFileSync(at('client_key.pub')))
+  mkdirSync(at('home/.ssh'), { recursive: true, mode: 0o700 })
+  const [clientKey, knownHosts] = [at('home/.ssh/id_ed25519'), at('home/.ssh/known_hosts')]
+  for (const key of [clientKey, at('host_key')])
+    runCommand(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', 'bench', '-f', key])
+  writeFileSync(at('authorized_keys'), readFileSync(`${clientKey}.pub`))
   const port = await freePort()
   const lines = [
     `ListenAddress 127.0.0.1:${port}`,
@@ -68,16 +69,15 @@ export async function startSshd(scratch: Scratch): Promise<Sshd> {
     await new Promise((resolve) => setTimeout(resolve, 50))
   }
   const hostKey = readFileSync(at('host_key.pub'), 'utf8').split(' ').slice(0, 2).join(' ')
-  writeFileSync(at('known_hosts'), `[127.0.0.1]:${port} ${hostKey}\n`)
+  writeFileSync(knownHosts, `[127.0.0.1]:${port} ${hostKey}\n`)
   const { username } = userInfo()
   return {
     user: username,
     port,
-    clientKey: at('client_key'),
-    knownHosts: at('known_hosts'),
+    home: at('home'),
     client: [
       'ssh',
-      ...['-F', 'none', '-p', String(port), '-i', at('client_key'), '-o', `UserKnownHostsFile=${at('known_hosts')}`],
+      ...['-F', 'none', '-p', String(port), '-i', clientKey, '-o', `UserKnownHostsFile=${knownHosts}`],
       ...['-o', 'GlobalKnownHostsFile=none', '-o', 'StrictHostKeyChecking=yes', '-o', 'BatchMode=yes'],
     ],
     host: `${username}@127.0.0.1`,

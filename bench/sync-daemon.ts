@@ -40,16 +40,6 @@ if (arrivals !== undefined) {
   })
 }
 
-// How long it takes after a start to know what to send.
-const startedAt = performance.now()
-let knowsAfterMs: number | undefined
-const untilKnown = setInterval(() => {
-  const phases = sync.status.targets.map(({ phase }) => phase)
-  if (phases.some((phase) => ['opening', 'recovering', 'scanning'].includes(phase))) return
-  knowsAfterMs = performance.now() - startedAt
-  clearInterval(untilKnown)
-}, 2)
-
 createInterface({ input: process.stdin })
   .on('line', async (line) => {
     if (line === 'flush') {
@@ -59,6 +49,6 @@ createInterface({ input: process.stdin })
     } else if (line === 'latencies') {
       say({ latenciesMs })
       latenciesMs = []
-    } else if (line === 'known') say({ knowsAfterMs })
+    }
   })
   .on('close', () => process.exit())

@@ -86,7 +86,7 @@ export function sshCarriers(request: CarrierRequest & { sshd: Sshd }): Carriers 
   const lsync = (name: string, ...options: string[]): Carrier => ({
     name,
     command: (source, target) => [
-      request.lsync,
+      ...['env', `HOME=${sshd.home}`, request.lsync],
       ...['sync', source, url(target), '--once', '--remote-lsync', request.lsync],
       ...options,
       ...stateOption(request),
@@ -107,13 +107,7 @@ export function sshCarriers(request: CarrierRequest & { sshd: Sshd }): Carriers 
       },
     },
   ])
-  return join(
-    lsyncCarriers(request, [
-      lsync('lsync', '--identity', sshd.clientKey, '--known-hosts', sshd.knownHosts),
-      lsync('lsync --rsh ssh', '--rsh', client),
-    ]),
-    others,
-  )
+  return join(lsyncCarriers(request, [lsync('lsync'), lsync('lsync --rsh ssh', '--rsh', client)]), others)
 }
 
 const stateOption = (request: CarrierRequest): string[] => ['--state', request.state()]

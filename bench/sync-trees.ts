@@ -26,6 +26,7 @@ export type SyncOptions = {
   /** Directories of the row rest, and how long it looks at each daemon. */
   directories: number
   restSeconds: number
+  settleSeconds: number
   /** Sizes of the row curve. */
   curve: readonly number[]
   check: boolean

@@ -32,7 +32,7 @@ export const syncRows: Rows<SyncOptions> = {
   changes: { question: 'what do some changes cost in a tree that is followed?', rows: measureChanges },
   latency: { question: 'when is a change durable?', rows: measureLatency },
   rest: { question: 'what does following cost while nothing happens?', rows: measureAtRest },
-  restart: { question: 'how long does it take after a crash to know what to send?', rows: measureRestart },
+  restart: { question: 'how long does it take after a crash until all is safe again?', rows: measureRestart },
   curve: { question: 'how does a first sync grow with the tree?', rows: measureCurve },
 }
 
