@@ -51,6 +51,8 @@ export interface SyncRequest {
   readonly heedsPressure?: boolean
   readonly sourceChoice?: 'auto' | Source['kind']
   readonly pollIntervalMs?: number
+  /** How often a long pass stores a checkpoint: what lies after it is repeated after a crash. Default 5000. */
+  readonly checkpointMs?: number
   /** No source is opened: changes are found by comparing when `flush` asks for it. */
   readonly once?: boolean
   /** What a target holds besides the copy of this upper may go. Default false. */
@@ -84,6 +86,8 @@ interface SyncEvents {
   progress: [TargetStatus]
   /** Everything that was known before is durable at this target. */
   checkpoint: [{ readonly target: string; readonly sequence: number; readonly names: number; readonly tookMs: number }]
+  /** So much of what was sent to this target since the start is durable, in the middle of a pass, too. */
+  durable: [{ readonly target: string; readonly files: number; readonly bytes: number }]
   /** One name could not be carried over; it is tried again. */
   failure: [NameFailure & { readonly target: string }]
   /** A target as a whole does not work; it is tried again. */
@@ -91,6 +95,7 @@ interface SyncEvents {
 }
 
 const TICK_MS = 1000
+const CHECKPOINT_MS = 5000
 const SWEEP_MS = 86_400_000
 const SWEPT_PER_SECOND = 200
 const POLL_MS = 10_000
@@ -306,6 +311,7 @@ export class Sync {
       patterns: this.#patterns,
       adopt: adopt === true,
       pace: new Pace(limits),
+      checkpointMs: this.#request.checkpointMs ?? CHECKPOINT_MS,
       signal: this.#abort.signal,
     })
     const { description } = target
@@ -313,6 +319,7 @@ export class Sync {
     session.events.on('checkpoint', ({ sequence, names, tookMs }) =>
       this.events.emit('checkpoint', { target: description, sequence, names, tookMs }),
     )
+    session.events.on('durable', (sent) => this.events.emit('durable', { ...sent, target: description }))
     session.events.on('failure', (failure) => this.events.emit('failure', { ...failure, target: description }))
     this.#members.push({
       session,

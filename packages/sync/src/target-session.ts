@@ -59,6 +59,8 @@ export interface TargetSessionRequest {
   readonly patterns: Patterns
   readonly adopt: boolean
   readonly pace: Pace | undefined
+  /** How much of a first pass may have to be repeated after a crash. */
+  readonly checkpointMs: number
   readonly signal: AbortSignal
 }
 
@@ -91,7 +93,8 @@ interface SessionEvents {
   progress: [TargetStatus]
   checkpoint: [Checkpoint & { readonly names: number; readonly tookMs: number }]
   failure: [NameFailure]
-  problem: [Error]
+  /** A checkpoint was stored on both sides: so much of what was sent is durable. */
+  durable: [{ readonly files: number; readonly bytes: number }]
 }
 
 // A batch of contents for one thread: enough to be worth a message, little enough for two threads to share.
@@ -100,8 +103,6 @@ const JOB_BYTES = 8 << 20
 const FRESH_MS = 150
 const DIRECTORY_IDS = 8192
 const BLOCKS_IDS = 256
-/** How much of a first pass may have to be repeated after a crash. */
-const CHECKPOINT_MS = 5000
 const CHECKPOINT_ROW_BYTES = 32 << 20
 const PLAN_ROUNDS = 16
 const RETRY_FIRST_MS = 1000
@@ -365,7 +366,9 @@ export class TargetSession {
 
   // What a first pass had begun, and what had not been reached yet: nothing of it is believed.
   #queuePending(only?: number): void {
-    for (const id of only === undefined ? this.#index.pending() : [only]) {
+    const pending = new Set(this.#index.pending())
+    for (const id of only === undefined ? pending : [only]) {
+      if (this.#isBeneath(id, pending)) continue
       const record = this.#index.directory(id)
       const path = this.#index.pathOf(id)
       if (record === undefined || path === undefined) continue
@@ -373,6 +376,14 @@ export class TargetSession {
       const identity = this.#index.row(parent, name)?.identity ?? ''
       this.#freshQueue.push({ id, parent, name, path, identity, isDirty: true })
     }
+  }
+
+  // What is beneath a directory that is carried over anew comes with it, under another id.
+  #isBeneath(id: number, directories: ReadonlySet<number>): boolean {
+    for (let at = this.#index.directory(id)?.parent ?? 0; at > 0; at = this.#index.directory(at)?.parent ?? 0) {
+      if (directories.has(at)) return true
+    }
+    return false
   }
 
   async #recover(unfinished: readonly UnfinishedBatch[]): Promise<void> {
@@ -1011,7 +1022,7 @@ export class TargetSession {
       rowBytes += this.#mergeFresh(result, changes, repeated)
       this.#freshQueue = queue
       this.events.emit('progress', this.status)
-      const isDue = performance.now() - lastAt > CHECKPOINT_MS || rowBytes > CHECKPOINT_ROW_BYTES
+      const isDue = performance.now() - lastAt > this.#request.checkpointMs || rowBytes > CHECKPOINT_ROW_BYTES
       if (isDue && checkpointing === undefined) {
         lastAt = performance.now()
         rowBytes = 0
@@ -1078,9 +1089,11 @@ export class TargetSession {
 
   async #checkpointNow(changes: readonly IndexChange[]): Promise<void> {
     const checkpoint = { root: this.#index.root, sequence: this.#index.sequence + 1 }
+    const { files, bytes } = this.#tally
     await this.#barrier(checkpoint)
     await this.#index.commit(changes, checkpoint.sequence)
     await this.#journal.clear()
+    this.events.emit('durable', { files, bytes })
   }
 
   async #barrier(checkpoint?: Checkpoint): Promise<void> {
