@@ -149,22 +149,25 @@ function cleanDirectory(context: ApplyContext, record: CleanRecord): void {
   }
   withFd(fd, () => {
     for (const whiteout of record.whiteouts ?? []) removeFile(fd, planName(whiteout))
-    for (const [name, attributes] of record.drop ?? []) dropAttributes(fd, planName(name), attributes)
+    for (const [name, attributes] of record.drop ?? []) dropAttributes(fd, planName(name), attributes, context.trash)
     if (record.times !== undefined) setTimes(fd, '', BigInt(record.times[0]), BigInt(record.times[1]))
     for (const [name, flags] of record.flags ?? []) addFlags(fd, planName(name), flags)
   })
 }
 
-function dropAttributes(dirfd: number, name: ByteString | '', attributes: readonly string[]): void {
+function dropAttributes(dirfd: number, name: ByteString | '', attributes: readonly string[], trash: Trash): void {
   for (const attribute of attributes) {
-    const drop = () => removeXattr(dirfd, name, planName(attribute))
-    try {
-      drop()
-    } catch (error) {
-      // An upper that lsync made, or somebody's hand, has real flags, which go along.
-      if (errnoOf(error) !== 'EPERM') throw error
-      withoutProtection(dirfd, name, drop)
-    }
+    despiteOwnFlags(dirfd, name, () => removeXattr(dirfd, name, planName(attribute)), trash)
+  }
+}
+
+// An upper that lsync made, or somebody's hand, has real flags, which go along.
+function despiteOwnFlags(dirfd: number, name: ByteString | '', change: () => void, trash: Trash): void {
+  try {
+    change()
+  } catch (error) {
+    if (errnoOf(error) !== 'EPERM') throw error
+    withoutProtection(dirfd, name, change, trash)
   }
 }
 
@@ -172,8 +175,10 @@ function xattrsOf(planned: PlaceStep['set'] = []): Xattr[] {
   return planned.map(([name, value]) => ({ name: planName(name), value: Buffer.from(value, 'base64') }))
 }
 
-function putAttributes(dirfd: number, name: ByteString, planned: PlaceStep['set']): void {
-  for (const xattr of xattrsOf(planned)) setXattr(dirfd, name, xattr.name, xattr.value)
+function putAttributes(dirfd: number, name: ByteString, planned: PlaceStep['set'], trash: Trash): void {
+  for (const xattr of xattrsOf(planned)) {
+    despiteOwnFlags(dirfd, name, () => setXattr(dirfd, name, xattr.name, xattr.value), trash)
+  }
 }
 
 /** One directory record at work: its directories are opened when they are first needed. */
@@ -335,8 +340,8 @@ class RecordWork {
     const change = step.drop !== undefined || (step.do === 'place' && step.set !== undefined)
     if (change && (!resumed || tryStatAt(fromDir, from) !== undefined)) {
       // What the mark means must be true before it goes: an opaque directory's name is cleared by the move itself.
-      dropAttributes(fromDir, from, step.drop ?? [])
-      if (step.do === 'place') putAttributes(fromDir, from, step.set)
+      dropAttributes(fromDir, from, step.drop ?? [], trash)
+      if (step.do === 'place') putAttributes(fromDir, from, step.set, trash)
     }
     if (!moveOver(fromDir, from, this.#targetFd, to, trash) && !resumed) {
       throw new ChangedMeanwhileError(join(this.#path, to))
@@ -417,8 +422,8 @@ class RecordWork {
     if (indexFd === undefined) throw new Error('an index alias without an index')
     const source = planName(step.from)
     if (resumed && tryStatAt(indexFd, source) === undefined) return
-    dropAttributes(indexFd, source, step.drop ?? [])
-    putAttributes(indexFd, source, step.set)
+    dropAttributes(indexFd, source, step.drop ?? [], trash)
+    putAttributes(indexFd, source, step.set, trash)
     const temporary = trash.next()
     link(indexFd, source, stageFd, temporary)
     moveOver(stageFd, temporary, this.#targetFd, name, trash)

@@ -7,16 +7,22 @@ import {
   errnoOf,
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
+  fsync,
   getInodeFlags,
   getXattr,
+  handleAt,
   isSubvolume,
+  O_CREAT,
   O_DIRECTORY,
+  O_EXCL,
   O_NOFOLLOW,
   O_NONBLOCK,
   O_RDONLY,
   O_RDWR,
   openat,
+  openByHandle,
   PosixError,
+  readAt,
   readDirents,
   readSymlink,
   removeDirectory,
@@ -38,6 +44,7 @@ import {
   tryUnlink,
   unlink,
   withFd,
+  writeAt,
 } from '@lsync/posix'
 import {
   createInode,
@@ -112,9 +119,9 @@ export interface Trash {
 
 /**
  * Runs a change of `name` that its own flags forbid: they come off for the moment. An inode that goes on under this or
- * another name is as protected afterwards as it was.
+ * another name is as protected afterwards as it was, also after a crash: with a trash, what is off is noted there.
  */
-export function withoutProtection<T>(dirfd: number, name: ByteString | '', change: () => T): T {
+export function withoutProtection<T>(dirfd: number, name: ByteString | '', change: () => T, trash?: Trash): T {
   let fd: number
   try {
     fd = openat(dirfd, (name === '' ? '.' : name) as ByteString, O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
@@ -124,14 +131,66 @@ export function withoutProtection<T>(dirfd: number, name: ByteString | '', chang
   }
   return withFd(fd, () => {
     const flags = getInodeFlags(fd)
-    const isProtected = (flags & PROTECTION) !== 0
-    if (isProtected) setInodeFlags(fd, flags & ~PROTECTION, name)
+    if ((flags & PROTECTION) === 0) return change()
+    const note = trash === undefined ? undefined : noteProtection(trash, fd, flags & PROTECTION)
+    setInodeFlags(fd, flags & ~PROTECTION, name)
     try {
       return change()
     } finally {
-      if (isProtected && statFd(fd).nlink > 0) setInodeFlags(fd, flags, name)
+      if (statFd(fd).nlink > 0) setInodeFlags(fd, flags, name)
+      if (trash !== undefined && note !== undefined) unlink(trash.fd, note)
     }
   })
+}
+
+const NOTE_PREFIX = 'flags-'
+
+/** What a note holds. The handle finds the inode under whatever name it has by then. */
+interface ProtectionNote {
+  readonly type: number
+  readonly handle: string
+  readonly flags: number
+}
+
+// Durable before the flags come off, so that one that was cut short stands for flags that are still there.
+function noteProtection(trash: Trash, fd: number, flags: number): ByteString | undefined {
+  const handle = handleAt(fd, '')
+  if (handle === undefined) return undefined
+  const name = `${NOTE_PREFIX}${trash.next()}` as ByteString
+  const note: ProtectionNote = { type: handle.type, handle: handle.bytes.toString('base64'), flags }
+  withFd(openat(trash.fd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600), (file) => {
+    writeAt(file, 0, Buffer.from(JSON.stringify(note)), name)
+    fsync(file, name)
+  })
+  fsync(trash.fd, name)
+  return name
+}
+
+/** Gives inodes back the flags that a run which was cut short had taken off for the moment. `mountFd`: any of theirs. */
+export function restoreProtection(trashFd: number, mountFd: number): void {
+  const names: ByteString[] = []
+  readDirents(trashFd, (name) => {
+    if (name.startsWith(NOTE_PREFIX)) names.push(name)
+  })
+  for (const name of names) {
+    const text = withFd(openat(trashFd, name, O_RDONLY | O_NOFOLLOW), (file) => readAt(file, 0, 4096).toString('utf8'))
+    const note = parseNote(text)
+    if (note !== undefined) {
+      const handle = { type: note.type, bytes: Buffer.from(note.handle, 'base64') }
+      const fd = openByHandle(mountFd, handle, O_RDONLY | O_NONBLOCK)
+      if (fd !== undefined) withFd(fd, () => setInodeFlags(fd, getInodeFlags(fd) | note.flags, name))
+    }
+    unlink(trashFd, name)
+  }
+}
+
+function parseNote(text: string): ProtectionNote | undefined {
+  try {
+    return JSON.parse(text) as ProtectionNote
+  } catch (error) {
+    if (error instanceof SyntaxError) return undefined
+    throw error
+  }
 }
 
 /** Takes a name away, whatever it is. `false` when there was none. */
@@ -146,7 +205,15 @@ export function takeAway(dirfd: number, name: ByteString, trash: Trash): boolean
     rename(dirfd, name, trash.fd, trash.next())
     return true
   }
-  return withoutProtection(dirfd, name, () => unlink(dirfd, name))
+  return withoutProtection(
+    dirfd,
+    name,
+    () => {
+      unlink(dirfd, name)
+      return true
+    },
+    trash,
+  )
 }
 
 /**
@@ -169,12 +236,11 @@ export function moveOver(fromDir: number, from: ByteString, toDir: number, to: B
         takeAway(toDir, to, trash)
         continue
       }
-      withoutProtection(fromDir, from, () =>
-        withoutProtection(toDir, to, () => {
-          const failed = tryRename(fromDir, from, toDir, to)
-          if (failed !== undefined) throw new PosixError(failed, { syscall: 'renameat2', path: to })
-        }),
-      )
+      const move = () => {
+        const failed = tryRename(fromDir, from, toDir, to)
+        if (failed !== undefined) throw new PosixError(failed, { syscall: 'renameat2', path: to })
+      }
+      withoutProtection(fromDir, from, () => withoutProtection(toDir, to, move, trash), trash)
       return true
     }
     throw new PosixError(code, { syscall: 'renameat2', path: to })
@@ -273,7 +339,7 @@ function restoreAfterWrite(fd: number, stat: Stat, capability: Buffer | undefine
 }
 
 /** Empties and removes a directory tree without following anything; what is gone already is fine. */
-export function removeTree(dirfd: number, name: ByteString): void {
+export function removeTree(dirfd: number, name: ByteString, trash?: Trash): void {
   // Depth first with one fd a level would run out of fds in a deep tree, so subdirectories are lifted to the top
   // beforehand: each level is emptied with its subdirectories renamed beside the root of the removal.
   const queue: ByteString[] = [name]
@@ -287,7 +353,7 @@ export function removeTree(dirfd: number, name: ByteString): void {
       const code = errnoOf(error)
       if (code === 'ENOENT') continue
       if (code !== 'ENOTDIR' && code !== 'ELOOP') throw error
-      removeFile(dirfd, target)
+      removeFile(dirfd, target, trash)
       continue
     }
     try {
@@ -302,7 +368,7 @@ export function removeTree(dirfd: number, name: ByteString): void {
         const isDirectory = type === DT_DIR || (type === DT_UNKNOWN && tryStatAt(fd, child)?.isDirectory === true)
         ;(isDirectory ? directories : others).push(child)
       })
-      for (const child of others) removeFile(fd, child)
+      for (const child of others) removeFile(fd, child, trash)
       for (const child of directories) {
         const isEmpty = despiteProtection(
           [
@@ -333,12 +399,12 @@ export function removeTree(dirfd: number, name: ByteString): void {
  * Removes a name that is not a directory; its absence is fine, and a directory stays. Other names of the inode stay as
  * protected as they were.
  */
-export function removeFile(dirfd: number, name: ByteString): void {
+export function removeFile(dirfd: number, name: ByteString, trash?: Trash): void {
   const code = tryUnlink(dirfd, name)
   if (code === undefined || code === 'ENOENT' || code === 'EISDIR') return
   if (code !== 'EPERM') throw new PosixError(code, { syscall: 'unlinkat', path: name })
   clearProtection(dirfd, '')
-  withoutProtection(dirfd, name, () => unlink(dirfd, name))
+  withoutProtection(dirfd, name, () => unlink(dirfd, name), trash)
 }
 
 function tryRemoveEmpty(dirfd: number, name: ByteString): boolean {

@@ -12,6 +12,7 @@ import {
   tryStatAt,
   withFd,
 } from '@lsync/posix'
+import { restoreProtection } from './effects.ts'
 import { openIndex } from './index-aliases.ts'
 import { Journal, JournalDamagedError, journalPathOf, type SealedPlan, TREE } from './journal.ts'
 import { defaultWorkers, finishInPlace, protectRoot, realTarget } from './merge.ts'
@@ -128,6 +129,7 @@ async function finishInterrupted(journal: Journal, plan: SealedPlan, options: Re
       throw new LayersMovedError(header.upper)
     }
     journal.prepare(base.fd)
+    restoreProtection(journal.trashFd, base.fd)
     indexFd = header.workdir === undefined ? undefined : openIndex(hostPath(header.workdir))
     await finishInPlace({
       stack,

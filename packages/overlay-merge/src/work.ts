@@ -135,7 +135,7 @@ export class Workshop {
           )
         return job.members.length
       case 'discard':
-        for (const name of job.names) removeTree(this.#applyContext.trash.fd, name)
+        for (const name of job.names) removeTree(this.#applyContext.trash.fd, name, this.#applyContext.trash)
         return job.names.length
     }
   }
