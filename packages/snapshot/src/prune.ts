@@ -88,6 +88,7 @@ export async function pruneRepository(repository: Repository, request: PruneRequ
     }
     if (request.dryRun === true) return { ...report, elapsedMs: performance.now() - startMs }
     await lock.settled()
+    await repository.backend.tidy?.({ signal })
     const { rewritten, written } = await rewritePacks(repository, plan.rewritten, request, startMs, signal)
     const gone = new Set([...plan.removed, ...rewritten.map(({ id }) => id)])
     const kept = packs.filter(({ id }) => !gone.has(id) && listed.has(id))

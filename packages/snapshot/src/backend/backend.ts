@@ -59,6 +59,11 @@ export interface Backend {
   put(file: FileRef, content: Uint8Array, call?: BackendCall & { readonly exclusive?: boolean }): Promise<boolean>
   /** `false` when there was no such file. */
   delete(file: FileRef, call?: BackendCall): Promise<boolean>
+  /**
+   * Removes what interrupted writes left behind and no listing shows. Only while nobody else writes. Returns how many
+   * files. Absent where nothing can be left.
+   */
+  tidy?(call?: BackendCall): Promise<number>
   /** Ends connections. No call may be under way, or follow. */
   close(): Promise<void>
 }

@@ -25,6 +25,7 @@ const SHARED_SETTLE_MS = 200
 // ext4, xfs, btrfs, tmpfs, overlay (statfs(2)).
 const LOCAL_FILE_SYSTEMS: ReadonlySet<number> = new Set([0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x794c_7630])
 const TEMPORARY_PREFIX = '.lsync-'
+const TEMPORARY = /^\.lsync-[0-9a-f]{16}$/
 
 /**
  * A repository in a directory. The directory belongs to the user and is trusted, so these are plain calls of Node's
@@ -129,6 +130,19 @@ export class LocalBackend implements Backend {
       if (errnoOf(error) === 'ENOENT') return false
       throw error
     }
+  }
+
+  async tidy({ signal }: BackendCall = {}): Promise<number> {
+    let removed = 0
+    for (const directory of [...Object.values(DIRECTORIES), ...(await this.#packDirectories()), '.']) {
+      signal?.throwIfAborted()
+      for (const name of await this.#names(directory)) {
+        if (!TEMPORARY.test(name)) continue
+        await unlink(this.#path(directory === '.' ? name : `${directory}/${name}`))
+        removed++
+      }
+    }
+    return removed
   }
 
   async close(): Promise<void> {

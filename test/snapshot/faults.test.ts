@@ -1,0 +1,193 @@
+import { spawn } from 'node:child_process'
+import { readdirSync, rmSync, writeFileSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+import { hostPath } from '@lsync/posix'
+import {
+  checkRepository,
+  copySnapshots,
+  createSnapshot,
+  findSnapshot,
+  forgetSnapshots,
+  LocalBackend,
+  listSnapshots,
+  pruneRepository,
+  Repository,
+  removeLocks,
+  repairIndex,
+  restoreSnapshot,
+  tagSnapshots,
+} from '@lsync/snapshot'
+import { describe, expect, onTestFinished, test } from 'vitest'
+import { buildTree, dir, file } from '../support/build.ts'
+import { FailingBackend, GoneError } from '../support/failing-backend.ts'
+import { needs } from '../support/needs.ts'
+import { newRepository, PASSWORD, reopen, temporaryDirectory } from '../support/repository.ts'
+import { readTree } from '../support/tree.ts'
+
+const isRoot = needs('root', process.geteuid?.() === 0)
+
+function folder(name: string, files: number) {
+  return dir(
+    Object.fromEntries(Array.from({ length: files }, (_, i) => [`f${i}`, file(`${name} ${i} `.repeat(i + 1))])),
+  )
+}
+
+/** A repository with a history: some of it is needed by nobody, two snapshots have to survive whatever happens. */
+async function history() {
+  const { path, repository } = await newRepository()
+  const tree = `${temporaryDirectory()}/tree`
+  buildTree(tree, dir({ old: folder('old', 10), kept: folder('kept', 10) }))
+  const save = () => createSnapshot(repository, { targets: [{ path: hostPath(tree) }] })
+  const first = await save()
+  rmSync(`${tree}/old`, { recursive: true })
+  buildTree(`${tree}/new`, folder('new', 10))
+  await save()
+  writeFileSync(`${tree}/kept/f0`, 'changed')
+  const last = await save()
+  await forgetSnapshots(repository, { ids: [first.snapshotId] })
+  return { path, tree, last }
+}
+
+/** Whether all that a repository says it has is there: no lock stands in the way, everything reads, the last tree is right. */
+async function expectWhole(path: string, tree: string): Promise<Repository> {
+  const repository = await reopen(path)
+  await removeLocks(repository, { all: true })
+  const { problems } = await checkRepository(repository, { readData: true })
+  expect(problems.filter(({ severity }) => severity === 'error')).toEqual([])
+  const target = `${temporaryDirectory()}/back`
+  await restoreSnapshot(repository, { snapshot: await findSnapshot(repository, 'latest'), target: hostPath(target) })
+  expect(readTree(target)).toEqual(readTree(tree))
+  return repository
+}
+
+type Operation = (repository: Repository, context: Awaited<ReturnType<typeof history>>) => Promise<unknown>
+
+const operations: Readonly<Record<string, Operation>> = {
+  create: (repository, { tree }) =>
+    createSnapshot(repository, { targets: [{ path: hostPath(tree) }], force: true, parent: 'none' }),
+  forget: (repository) => forgetSnapshots(repository, { keep: { last: 1 } }),
+  prune: (repository) => pruneRepository(repository, { maxUnused: 0 }),
+  tag: async (repository, { last }) => tagSnapshots(repository, { ids: [last.snapshotId], add: ['x'] }),
+  'repair index': (repository) => repairIndex(repository),
+}
+
+describe.skipIf(!isRoot).each(Object.entries(operations))('a crash of %s', (_, operate) => {
+  test.each(['before', 'after'] as const)('right %s any change leaves everything that was saved', async (when) => {
+    for (let failAt = 0, isDone = false; !isDone; failAt++) {
+      const context = await history()
+      const { path, tree } = context
+      const backend = new FailingBackend(new LocalBackend(hostPath(path)), failAt, when)
+      const repository = await Repository.open(backend, { password: PASSWORD })
+      const before = await listSnapshots(repository)
+      const outcome = await operate(repository, context).then(
+        () => 'done',
+        (error: unknown) => error,
+      )
+      repository.close()
+      isDone = outcome === 'done'
+      if (!isDone) expect(outcome).toBeInstanceOf(GoneError)
+      expect(failAt).toBeLessThan(30)
+      const after = await expectWhole(path, tree)
+      const kept = await listSnapshots(after)
+      // Forget may have got some way; nothing else takes a snapshot away.
+      if (operate !== operations['forget']) expect(kept.length).toBeGreaterThanOrEqual(before.length)
+      await pruneRepository(after, { maxUnused: 0 })
+      expect((await checkRepository(after, { readData: true })).problems).toEqual([])
+    }
+  })
+})
+
+describe.skipIf(!isRoot)('a crash of copy', () => {
+  test.each(['before', 'after'] as const)(
+    'right %s any change leaves a target that a second run completes',
+    async (when) => {
+      const context = await history()
+      const source = await reopen(context.path)
+      const snapshots = await listSnapshots(source)
+      for (let failAt = 0, isDone = false; !isDone; failAt++) {
+        const { path } = await newRepository()
+        const backend = new FailingBackend(new LocalBackend(hostPath(path)), failAt, when)
+        const target = await Repository.open(backend, { password: PASSWORD })
+        const outcome = await copySnapshots(source, target, { snapshots }).then(
+          () => 'done',
+          (error: unknown) => error,
+        )
+        target.close()
+        isDone = outcome === 'done'
+        const again = await reopen(path)
+        await removeLocks(again, { all: true })
+        await copySnapshots(source, again, { snapshots })
+        expect(await listSnapshots(again)).toHaveLength(snapshots.length)
+        await expectWhole(path, context.tree)
+      }
+    },
+  )
+})
+
+describe.skipIf(!isRoot)('kill -9', () => {
+  test.each(['create', 'prune'])('of %s at any time loses nothing that was reported as saved', async (what) => {
+    const { path, repository } = await newRepository()
+    const tree = `${temporaryDirectory()}/tree`
+    buildTree(tree, dir({ a: folder('a', 40), b: folder('b', 40) }))
+    await createSnapshot(repository, { targets: [{ path: hostPath(tree) }] })
+    const child_ = fileURLToPath(new URL('../support/snapshot-child.ts', import.meta.url))
+    const reported = new Set((await listSnapshots(repository)).map(({ id }) => id))
+    for (let round = 0; round < 4; round++) {
+      // Something to store, or to remove.
+      writeFileSync(`${tree}/a/f${round}`, `round ${round} `.repeat(500))
+      if (what === 'prune') {
+        const gone = await createSnapshot(await reopen(path), { targets: [{ path: hostPath(tree) }] })
+        await createSnapshot(await reopen(path), { targets: [{ path: hostPath(tree) }], force: true })
+        await forgetSnapshots(await reopen(path), { ids: [gone.snapshotId] })
+      }
+      const child = spawn(process.execPath, [child_, path, PASSWORD, what, tree], {
+        stdio: ['ignore', 'pipe', 'inherit'],
+      })
+      onTestFinished(() => {
+        child.kill('SIGKILL')
+      })
+      let said = ''
+      await new Promise<void>((resolve) => {
+        let timer: NodeJS.Timeout | undefined
+        const killSoon = () => {
+          timer ??= setTimeout(() => child.kill('SIGKILL'), 15 + round * 40)
+        }
+        child.stdout.on('data', (bytes) => {
+          said += bytes
+          killSoon()
+        })
+        // A prune says nothing; its lock shows that it has begun.
+        const poll = setInterval(() => {
+          if (what === 'prune' && readdirSync(`${path}/locks`).length > 0) killSoon()
+        }, 2)
+        child.once('exit', () => {
+          clearInterval(poll)
+          clearTimeout(timer)
+          resolve()
+        })
+      })
+      for (const id of said.split('\n')) if (id.length === 64) reported.add(id)
+      const after = await expectWhole(path, tree)
+      const there = new Set((await listSnapshots(after)).map(({ id }) => id))
+      expect([...reported].filter((id) => !there.has(id))).toEqual([])
+    }
+    await pruneRepository(await reopen(path), { maxUnused: 0 })
+    expect(readdirSync(`${path}/data`, { recursive: true }).filter((name) => String(name).includes('.lsync-'))).toEqual(
+      [],
+    )
+  })
+})
+
+test.skipIf(!isRoot)('what interrupted writes left is removed by prune', async () => {
+  const { path, tree } = await history()
+  const left = [
+    `${path}/index/.lsync-0123456789abcdef`,
+    `${path}/data/00/.lsync-0123456789abcdef`,
+    `${path}/.lsync-0123456789abcdef`,
+  ]
+  for (const name of left) writeFileSync(name, 'half a pack')
+  writeFileSync(`${path}/index/.lsync-mine`, 'not ours')
+  await pruneRepository(await expectWhole(path, tree))
+  expect(readdirSync(`${path}/index`).filter((name) => name.startsWith('.'))).toEqual(['.lsync-mine'])
+  expect(readdirSync(`${path}/data/00`).filter((name) => name.startsWith('.'))).toEqual([])
+})
