@@ -10,6 +10,7 @@ import { compilePrograms } from './program.ts'
 import type { Context, Rows } from './question.ts'
 import { formatHead, formatJson, formatRow, formatSummary, type Report, type Row } from './report.ts'
 import { Scratch } from './scratch.ts'
+import { keeperVersions, type SnapshotOptions, snapshotRows } from './snapshot.ts'
 import type { Fs } from './state.ts'
 import { syncNeedsNetwork, syncRows } from './sync.ts'
 import { carrierVersions } from './sync-peers.ts'
@@ -186,6 +187,24 @@ function readSyncOptions(values: Values): SyncOptions {
   }
 }
 
+function readSnapshotOptions(values: Values): SnapshotOptions {
+  const quick = values.quick === true
+  const [fs = 'ext4', ...more] = readFs(values)
+  if (more.length > 0 || fs === 'moosefs')
+    throw new UsageError('snapshot takes one file system of ext4, xfs, btrfs, tmpfs')
+  return {
+    lsync: readLsync(values),
+    runs: Math.max(1, readCount(values, 'runs', quick ? 1 : 3)),
+    files: readCount(values, 'files', quick ? 2000 : 50_000),
+    seed: readCount(values, 'seed', 1),
+    fs,
+    ...(values.target === undefined ? {} : { target: resolve(values.target) }),
+    curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
+    check: values.check === true,
+    skip: readWords(values.skip),
+  }
+}
+
 function readMergeOptions(values: Values): MergeOptions {
   const quick = values.quick === true
   const overlayOptions = readWords(values.overlay)
@@ -276,6 +295,15 @@ const questions: Record<string, { rows: Rows<never>; ask: (values: Values) => As
         versions: carrierVersions(options.lsync),
         leftOut: [],
       }
+    },
+  },
+  snapshot: {
+    rows: snapshotRows,
+    ask(values) {
+      const options = readSnapshotOptions(values)
+      const rows = chooseRows(values, snapshotRows, options)
+      const versions = keeperVersions(options.lsync)
+      return { name: 'snapshot', options, rows, needsNetwork: false, versions, leftOut: [] }
     },
   },
 }
