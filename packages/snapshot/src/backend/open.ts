@@ -45,6 +45,12 @@ export function openBackend(address: string, options: BackendOptions = {}): Back
   }
 }
 
+/** The path in the address of a repository in a directory, which may be relative; `undefined` for all others. */
+export function localPathIn(address: string): string | undefined {
+  if (address.startsWith('local:')) return address.slice('local:'.length)
+  return /^[a-z][a-z0-9]*:/.test(address) ? undefined : address
+}
+
 function openLocal(path: string, address: string): LocalBackend {
   if (!path.startsWith('/')) throw new RepositoryAddressError(address, 'a path here is absolute')
   return new LocalBackend(hostPath(path))

@@ -52,7 +52,7 @@ export function defineInit(command: Command, session: Session): void {
   addRepositoryOptions(command)
     .addOption(new Option('--format <version>', 'format version of the repository').choices(['1', '2']).default('2'))
     .action(async (options: RepositoryOptions & { format: '1' | '2' }) => {
-      const backend = backendFor(options.repository)
+      const backend = backendFor(options.repository, options, session)
       try {
         const version = options.format === '1' ? 1 : 2
         const repository = await Repository.init(backend, {
@@ -426,7 +426,7 @@ export function defineCopy(command: Command, session: Session): void {
     .option('--to-password-command <command>', 'a command that prints it')
     .action(async (names: string[], options: CopyOptions) => {
       await withRepository(options, session, async (from) => {
-        const backend = backendFor(options.to)
+        const backend = backendFor(options.to, options, session)
         try {
           const to = await Repository.open(backend, { password: targetPassword(options), signal: session.signal })
           const snapshots = await chosen(from, names, options, session)

@@ -3,9 +3,10 @@ import { readFileSync } from 'node:fs'
 import { type HostPath, LsyncError, textOf } from '@lsync/posix'
 import {
   type Backend,
-  backendOf,
+  type BackendOptions,
   findSnapshot,
-  parseRepositoryAddress,
+  localPathIn,
+  openBackend,
   parseSnapshotName,
   Repository,
   type Snapshot,
@@ -13,7 +14,7 @@ import {
 } from '@lsync/snapshot'
 import { type Command, InvalidArgumentError } from 'commander'
 import { UsageError } from '../../failure.ts'
-import { pathArgument, pathsArgument } from '../../options.ts'
+import { given, pathArgument, pathsArgument } from '../../options.ts'
 import type { Session } from '../../session.ts'
 
 /** What says which repository, and what its password is. */
@@ -21,6 +22,7 @@ export interface RepositoryOptions {
   readonly repository?: string
   readonly passwordFile?: HostPath
   readonly passwordCommand?: string
+  readonly option?: string[]
 }
 
 /** What says which snapshots. */
@@ -43,10 +45,15 @@ export function addRepositoryOptions(command: Command): Command {
   return command
     .option(
       '-r, --repository <repository>',
-      'where it is: a path, rest:https://…, s3:https://host/bucket/prefix (default: $LSYNC_REPOSITORY)',
+      'where it is: a path, sftp:…, rest:https://…, s3:https://host/bucket/prefix (default: $LSYNC_REPOSITORY)',
     )
     .option('--password-file <file>', 'the first line of this file is the password', pathArgument)
     .option('--password-command <command>', 'a command (for sh) that prints the password')
+    .option(
+      '-o, --option <name=value>',
+      `of the storage: ${STORAGE_OPTIONS.join(', ')}; may be repeated`,
+      textsArgument,
+    )
 }
 
 export function addFilterOptions(command: Command): Command {
@@ -85,14 +92,62 @@ export function filterOf({ host, tag, path }: FilterOptions): SnapshotFilter {
   }
 }
 
-/** The backend that the options or the environment name. */
-export function backendFor(text: string | undefined): Backend {
+/** The backend that the options or the environment name. Its attempts that fail are told while it goes on. */
+export function backendFor(text: string | undefined, options: RepositoryOptions, session: Session): Backend {
   const address = text ?? process.env['LSYNC_REPOSITORY']
   if (address === undefined || address === '') {
     throw new UsageError('no repository is named', 'name one with -r or LSYNC_REPOSITORY')
   }
-  const parsed = parseRepositoryAddress(address)
-  return backendOf(parsed.kind === 'local' ? { ...parsed, path: pathArgument(textOf(parsed.path)) } : parsed)
+  const local = localPathIn(address)
+  return openBackend(local === undefined ? address : `local:${textOf(pathArgument(local))}`, {
+    ...storageOptionsOf(options.option ?? []),
+    onRetry: ({ what, location, error, delayMs }) => {
+      const reason = error instanceof Error ? error.message : String(error)
+      const seconds = Math.round(delayMs / 100) / 10
+      session.output.warning('BACKEND_RETRY', `${what} failed at ${location}: ${reason}; again in ${seconds} s`)
+    },
+  })
+}
+
+const STORAGE_OPTIONS = [
+  ...['connections', 'tls.ca', 'rest.username', 's3.region', 's3.style', 'ssh.identity', 'ssh.known-hosts', 'ssh.rsh'],
+] as const
+type StorageOption = (typeof STORAGE_OPTIONS)[number]
+
+/** `name=value` of each, with what belongs into no command line from the environment. */
+function storageOptionsOf(texts: readonly string[]): BackendOptions {
+  const values = new Map<StorageOption, string>()
+  for (const text of texts) {
+    const at = text.indexOf('=')
+    const name = STORAGE_OPTIONS.find((known) => known === text.slice(0, at))
+    if (name === undefined) throw new UsageError(`${text} is no option`, `known are ${STORAGE_OPTIONS.join(', ')}`)
+    values.set(name, text.slice(at + 1))
+  }
+  const connections = values.get('connections')
+  if (connections !== undefined && !/^[1-9]\d{0,2}$/.test(connections)) {
+    throw new UsageError(`${connections} is no number of connections`, 'give one from 1 to 999')
+  }
+  const style = values.get('s3.style')
+  if (style !== undefined && style !== 'auto' && style !== 'path' && style !== 'virtual') {
+    throw new UsageError(`${style} is no style of S3`, 'known are auto, path and virtual')
+  }
+  const ca = values.get('tls.ca')
+  const identity = values.get('ssh.identity')
+  const knownHosts = values.get('ssh.known-hosts')
+  return given({
+    concurrency: connections === undefined ? undefined : Number(connections),
+    ca: ca === undefined ? undefined : readFileSync(ca, 'utf8'),
+    rsh: values.get('ssh.rsh'),
+    ssh: given({
+      identities: identity === undefined ? undefined : [identity],
+      knownHosts: knownHosts === undefined ? undefined : [knownHosts],
+    }),
+    s3: given({ region: values.get('s3.region'), style }),
+    rest: given({
+      username: values.get('rest.username') ?? process.env['LSYNC_REST_USERNAME'],
+      password: process.env['LSYNC_REST_PASSWORD'],
+    }),
+  })
 }
 
 /** The password that the options or the environment give. @throws {PasswordUnknownError} */
@@ -124,7 +179,7 @@ export async function withRepository<T>(
   session: Session,
   use: (repository: Repository) => Promise<T>,
 ): Promise<T> {
-  const backend = backendFor(options.repository)
+  const backend = backendFor(options.repository, options, session)
   try {
     const repository = await Repository.open(backend, { password: passwordOf(options), signal: session.signal })
     try {
