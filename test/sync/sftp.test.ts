@@ -11,21 +11,32 @@ import {
   symlinkSync,
   writeFileSync,
 } from 'node:fs'
-import { OperationEncoder, parseTarget, type RemoteAddress, remoteTarget, SshConnections } from '@lsync/sync'
+import { importLayer } from '@lsync/overlay-merge'
+import type { ByteString, HostPath } from '@lsync/posix'
+import {
+  type Operation,
+  OperationEncoder,
+  parseTarget,
+  type RawMeta,
+  type RemoteAddress,
+  remoteTarget,
+  SshConnections,
+} from '@lsync/sync'
 import { describe, expect, test } from 'vitest'
 import { useFileSystem } from '../support/image.ts'
 import { needs } from '../support/needs.ts'
 import { hasSshd, type SshServer, useSshServer } from '../support/sshd.ts'
+import { readTree } from '../support/tree.ts'
 import { batchOf, codesOf, fileOf, meta, never, path } from './wire.ts'
 
 const isRoot = process.geteuid?.() === 0
 
-function sftpTarget(server: SshServer, at: string, rsh = false) {
+function sftpTarget(server: SshServer, at: string, rsh = false, sftpForm: 'tree' | 'portable' = 'tree') {
   const address = parseTarget(`sftp://${server.user}@${server.address}:${server.port}${encodeURI(at)}`) as RemoteAddress
   const connections = new SshConnections({ identities: [server.clientKey], knownHosts: [server.knownHosts] })
   const [program, ...options] = server.ssh
   const words = options.filter((_, i) => options[i] !== '-p' && options[i - 1] !== '-p')
-  const common = { connections, timeoutMs: 20_000 }
+  const common = { connections, timeoutMs: 20_000, sftpForm }
   return remoteTarget(address, rsh ? { ...common, rsh: [program, ...words].join(' ') } : common)
 }
 
@@ -51,6 +62,7 @@ describe.skipIf(!needs('sshd', hasSshd) || !needs('root', isRoot))('a target on 
       'acl',
       'durable',
       'flags',
+      'holes',
       'special',
       'time',
       'trusted-xattr',
@@ -261,5 +273,144 @@ describe.skipIf(!needs('sshd', hasSshd) || !needs('root', isRoot))('a target on 
     expect(await target.deliver(0, batchOf(fileOf('f', 'x')))).toEqual([])
     await target.close()
     expect(existsSync(lock)).toBe(false)
+  })
+
+  describe('as a portable layer', () => {
+    const marks = (name: string, value: string) =>
+      [[`trusted.overlay.${name}` as ByteString, Buffer.from(value)]] as const
+
+    async function restored(at: string): Promise<string> {
+      const to = `${disk.current.fresh()}/layer`
+      await importLayer({ form: 'portable', from: at as HostPath, to: to as HostPath, namespace: 'trusted' })
+      return to
+    }
+
+    test('gives the exact layer back by `lsync layer import`, also after it was opened again and changed', async () => {
+      const at = place()
+      const first = sftpTarget(sshd.current, at, false, 'portable')
+      const { nextStage } = await first.open(never)
+      const xattrs = [
+        ['security.capability', Buffer.from('0100000200040000000000000000000000000000', 'hex')],
+        ['user.\xff', Buffer.from([0, 255])],
+      ] as unknown as RawMeta['xattrs']
+      const encoder = new OperationEncoder()
+      const add = (operation: Operation, content = '') => {
+        encoder.operation(operation)
+        if (operation.do !== 'file' && operation.do !== 'patch') return
+        encoder.content(Buffer.from(content, 'latin1'))
+        encoder.finish()
+      }
+      const file = (name: string, content: string, more: Partial<RawMeta> = {}) => add(...fileOf(name, content, more))
+      add({ do: 'directory', path: path('d') })
+      file('d/f', 'content', { mode: 0o4711, uid: 7, gid: 8, mtimeNs: -1_500_000_000_999_999_999n, xattrs })
+      file('d/empty', '')
+      add({ do: 'link', path: path('d/g'), to: path('d/f') })
+      add({ do: 'symlink', path: path('d/\xff\n'), meta: meta({ uid: 9 }), target: path('/etc/passwd') })
+      add({ do: 'special', path: path('d/w'), meta: meta(), type: 0o020000, rdev: 0 })
+      add({ do: 'special', path: path('d/null'), meta: meta(), type: 0o020000, rdev: 0x103 })
+      add({ do: 'special', path: path('d/p'), meta: meta(), type: 0o010000, rdev: 0 })
+      add({
+        do: 'meta',
+        path: path('d'),
+        kind: 'directory',
+        meta: meta({ mode: 0o1777, xattrs: marks('opaque', 'y') }),
+      })
+      add({
+        do: 'file',
+        path: path('meta'),
+        meta: meta({ xattrs: marks('metacopy', '') }),
+        sizeBytes: 5000,
+        extents: [],
+      })
+      add({ do: 'directory', path: path('r') })
+      file('r/1', 'x'.repeat(100_000))
+      add({ do: 'meta', path: path('r'), kind: 'directory', meta: meta({ xattrs: marks('redirect', '/old/r') }) })
+      add({ do: 'meta', path: path(''), kind: 'directory', meta: meta({ mode: 0o755 }) })
+      add({ do: 'meta', path: path('r'), kind: 'directory', meta: meta({ xattrs: marks('redirect', '/a/../b') }) })
+      add({ do: 'rename', from: path('nothing'), to: path('n') })
+      expect(codesOf(await first.deliver(0, encoder.take()))).toEqual([
+        [14, 'MARK_INVALID'],
+        [15, 'ENOENT'],
+      ])
+      await first.barrier({ root: 'r1', sequence: 1 })
+      await first.close()
+
+      const got = readTree(await restored(at))
+      const shown = (name: string) => {
+        const { type, mode, uid, content, rdev, links } = got.get(name) ?? {}
+        return [name, type, mode?.toString(8), uid, content ?? rdev ?? links]
+      }
+      expect(['d', 'd/f', 'd/g', 'd/empty', 'd/null', 'd/p', 'd/w'].map(shown)).toEqual([
+        ['d', 'directory', '1777', 0, undefined],
+        ['d/f', 'file', '4711', 7, 'content'],
+        ['d/g', 'file', '4711', 7, 'content'],
+        ['d/empty', 'file', '644', 0, ''],
+        ['d/null', 'character', '644', 0, 0x103],
+        ['d/p', 'fifo', '644', 0, undefined],
+        ['d/w', 'character', '0', 0, 0],
+      ])
+      expect(got.get('d/f')?.links).toEqual(['d/f', 'd/g'])
+      expect(got.get('d/f')?.mtimeNs).toBe(-1_500_000_000_999_999_999n)
+      expect([...(got.get('d/f')?.xattrs ?? [])]).toEqual([
+        ['security.capability', '0100000200040000000000000000000000000000'],
+        ['user.\xff', '00ff'],
+      ])
+      expect(got.get('d/\xff\n')).toMatchObject({ type: 'symlink', target: '/etc/passwd', uid: 9 })
+      expect(got.get('d')?.xattrs.get('trusted.overlay.opaque')).toBe('79')
+      expect(got.get('r')?.xattrs.get('trusted.overlay.redirect')).toBe(Buffer.from('/old/r').toString('hex'))
+      expect(got.get('meta')).toMatchObject({ type: 'file', sizeBytes: 5000 })
+      expect(got.get('meta')?.xattrs.get('trusted.overlay.metacopy')).toBe('')
+
+      const again = sftpTarget(sshd.current, at, false, 'portable')
+      expect(await again.open(never)).toMatchObject({ checkpoint: { root: 'r1', sequence: 1 }, isEmpty: false })
+      const patch = {
+        path: path('d/f'),
+        meta: meta({ mode: 0o600 }),
+        sizeBytes: 9,
+        extents: [[0, 3]],
+        holes: [],
+      } as const
+      add({ do: 'patch', ...patch, shared: true }, 'CON')
+      add({ do: 'out', path: path('r'), stage: nextStage + 5 })
+      add({ do: 'rename', from: path('d'), to: path('e') })
+      add({ do: 'in', stage: nextStage + 5, path: path('d') })
+      add({ do: 'patch', ...patch, path: path('d/1'), sizeBytes: 10, shared: false }, 'abc')
+      file('new', 'new')
+      add({ do: 'keep', path: path(''), names: [path('d'), path('e'), path('new')] })
+      expect(await again.deliver(0, encoder.take())).toEqual([])
+      // Until the barrier the layer there is the old one.
+      expect(readTree(await restored(at)).has('meta')).toBe(true)
+      await again.barrier({ root: 'r1', sequence: 2 })
+      await again.close()
+      const after = readTree(await restored(at))
+      expect([...after.keys()].sort()).toEqual(
+        ['', 'd', 'd/1', 'e', 'e/\xff\n', 'e/empty', 'e/f', 'e/g', 'e/null', 'e/p', 'e/w', 'new'].sort(),
+      )
+      expect([after.get('e/g')?.content, after.get('e/f')?.mode, after.get('d/1')?.content]).toEqual([
+        'CONtent\0\0',
+        0o600,
+        'abcxxxxxxx',
+      ])
+      expect(readdirSync(`${at}/data/000000`)).toHaveLength(3)
+    })
+
+    test('data that no manifest names is removed when it is opened again', async () => {
+      const at = place()
+      const first = sftpTarget(sshd.current, at, false, 'portable')
+      await first.open(never)
+      await first.deliver(0, batchOf(fileOf('a', 'a')))
+      await first.barrier({ root: 'r', sequence: 1 })
+      await first.deliver(0, batchOf(fileOf('a', 'b'), fileOf('c', 'c')))
+      sshd.current.cutConnections()
+      await first.close()
+      expect(readdirSync(`${at}/data/000000`)).toHaveLength(3)
+      await first.open(never)
+      expect(readdirSync(`${at}/data/000000`)).toEqual(['000'])
+      expect(await first.deliver(0, batchOf(fileOf('c', 'c')))).toEqual([])
+      await first.barrier({ root: 'r', sequence: 2 })
+      await first.close()
+      const layer = readTree(await restored(at))
+      expect([layer.get('a')?.content, layer.get('c')?.content]).toEqual(['a', 'c'])
+    })
   })
 })

@@ -36,7 +36,16 @@ export {
   type WriteMetaOptions,
   writeMeta,
 } from './encodings/inode.ts'
+export { decodeKernelInode, type RawInode } from './encodings/kernel.ts'
 export type { EntryPolicy } from './encodings/policy.ts'
+export { dataName } from './encodings/portable.ts'
+export {
+  PORTABLE_MANIFEST,
+  type PortableInode,
+  type PortableName,
+  readPortableTree,
+  writeManifest,
+} from './encodings/portable-tree.ts'
 export { TargetBusyError } from './journal.ts'
 export * from './merge.ts'
 export type { Meta, Xattr } from './model/entry.ts'

@@ -59,13 +59,13 @@ import type { LayerSink } from './tree-sink.ts'
 /** The name of the manifest in a portable layer. */
 export const MANIFEST = '.lsync-layer.jsonl' as ByteString
 const DATA = 'data' as ByteString
-const FORMAT = 'lsync-portable-layer'
-const VERSION = 1
+export const FORMAT = 'lsync-portable-layer'
+export const VERSION = 1
 const PER_DIRECTORY = 1000
 const WRITE_BYTES = 256 * 1024
 const MAX_LINE_BYTES = 8 * 1024 * 1024
 
-interface Line {
+export interface Line {
   readonly path: string
   readonly kind: 'file' | 'directory' | 'symlink' | 'fifo' | 'socket' | 'character' | 'block' | 'whiteout'
   readonly mode?: string
@@ -185,7 +185,8 @@ export class PortableSink implements LayerSink {
   }
 }
 
-function dataName(number: number): { bucket: ByteString; name: ByteString } {
+/** Where the data file of a number is: its directory beneath `data`, and its name. */
+export function dataName(number: number): { bucket: ByteString; name: ByteString } {
   const bucket = String(Math.floor(number / PER_DIRECTORY)).padStart(6, '0')
   const name = String(number % PER_DIRECTORY).padStart(3, '0')
   return { bucket: bucket as ByteString, name: name as ByteString }
@@ -195,7 +196,8 @@ function base64(bytes: Uint8Array): string {
   return Buffer.from(bytes).toString('base64')
 }
 
-function lineOf({ entry, protattr }: LayerItem, group: number | undefined, data: number | undefined): Line {
+/** The fields of an entry's line. */
+export function lineOf({ entry, protattr }: LayerItem, group: number | undefined, data: number | undefined): Line {
   const path = textOf(entry.path)
   if (entry.kind === 'whiteout') {
     return { path, kind: 'whiteout', ...(entry.form === 'xattr' ? { form: 'xattr' as const } : {}) }
@@ -264,44 +266,66 @@ export function* readPortableLayer(
   rootFd: number,
   options: PortableReadOptions = {},
 ): Generator<LayerItem, void, undefined> {
-  const { maxEntries = DEFAULT_LIMITS.maxEntries, maxBytes = DEFAULT_LIMITS.maxBytes } = options.limits ?? {}
   const { fd } = openRegular(rootFd, MANIFEST)
   try {
-    const order = new OrderCheck()
-    const groups = new Map<number, Entry>()
-    let entries = 0
-    let total = 0
-    let state: 'start' | 'entries' | 'end' = 'start'
-    for (const line of readLines(fd)) {
-      const object = parseLine(line)
-      if (state === 'start') {
-        if (object['format'] !== FORMAT) throw new ArchiveBrokenError('is not a portable layer')
-        if (object['version'] !== VERSION) {
-          const hint = 'use the version of lsync that wrote it, or a later one'
-          throw new ArchiveBrokenError(`is of version ${String(object['version'])}, which is unknown`, '', { hint })
-        }
-        state = 'entries'
-        continue
-      }
-      if (state === 'end') throw new ArchiveBrokenError('goes on after its end line')
-      if (object['end'] === true) {
-        if (object['entries'] !== entries) throw new ArchiveBrokenError('has lost entries')
-        state = 'end'
-        continue
-      }
-      const item = itemOf(object, rootFd, groups)
-      const { entry } = item
-      order.check(entry)
-      entries++
-      if (entries > maxEntries) throw new LimitExceededError(entry.path, 'maxEntries', maxEntries)
-      total += entry.kind === 'file' ? entry.sizeBytes : 0
-      if (total > maxBytes) throw new LimitExceededError(entry.path, 'maxBytes', maxBytes)
-      yield item
-    }
-    if (state !== 'end') throw new ArchiveBrokenError('ends too early: its end line is missing')
+    for (const { item } of readManifest(readLines(fd), rootFd, options)) yield item
   } finally {
     close(fd)
   }
+}
+
+/** An item with the numbers that the manifest gives it. */
+export interface ManifestItem {
+  readonly item: LayerItem
+  /** Of its data file. */
+  readonly data: number | undefined
+  readonly group: number | undefined
+}
+
+/**
+ * The items of a manifest, line by line, without the `\n`. `rootFd` is where their data is opened; nothing is read before
+ * somebody asks for it.
+ * @throws {ArchiveBrokenError | LayerEntryRefusedError | LimitExceededError}
+ */
+export function* readManifest(
+  lines: Iterable<string>,
+  rootFd: number,
+  options: PortableReadOptions = {},
+): Generator<ManifestItem, void, undefined> {
+  const { maxEntries = DEFAULT_LIMITS.maxEntries, maxBytes = DEFAULT_LIMITS.maxBytes } = options.limits ?? {}
+  const order = new OrderCheck()
+  const groups = new Map<number, Entry>()
+  let entries = 0
+  let total = 0
+  let state: 'start' | 'entries' | 'end' = 'start'
+  for (const line of lines) {
+    const object = parseLine(line)
+    if (state === 'start') {
+      if (object['format'] !== FORMAT) throw new ArchiveBrokenError('is not a portable layer')
+      if (object['version'] !== VERSION) {
+        const hint = 'use the version of lsync that wrote it, or a later one'
+        throw new ArchiveBrokenError(`is of version ${String(object['version'])}, which is unknown`, '', { hint })
+      }
+      state = 'entries'
+      continue
+    }
+    if (state === 'end') throw new ArchiveBrokenError('goes on after its end line')
+    if (object['end'] === true) {
+      if (object['entries'] !== entries) throw new ArchiveBrokenError('has lost entries')
+      state = 'end'
+      continue
+    }
+    const item = itemOf(object, rootFd, groups)
+    const { entry } = item
+    order.check(entry)
+    entries++
+    if (entries > maxEntries) throw new LimitExceededError(entry.path, 'maxEntries', maxEntries)
+    total += entry.kind === 'file' ? entry.sizeBytes : 0
+    if (total > maxBytes) throw new LimitExceededError(entry.path, 'maxBytes', maxBytes)
+    // Both were checked with the rest of the line.
+    yield { item, data: object['data'] as number | undefined, group: object['group'] as number | undefined }
+  }
+  if (state !== 'end') throw new ArchiveBrokenError('ends too early: its end line is missing')
 }
 
 function* readLines(fd: number): Generator<string> {

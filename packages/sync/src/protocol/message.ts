@@ -23,6 +23,7 @@ const LOSSES: ReadonlySet<string> = new Set<TargetLoss['what']>([
   'symlink-meta',
   'atomic',
   'durable',
+  'holes',
 ])
 
 class Writer {

@@ -1,3 +1,4 @@
+import type { Namespace } from '@lsync/overlay-merge'
 import type { ByteString } from '@lsync/posix'
 import { type RemoteAddress, type SshConnections, serveCommand, spawnRemote } from '@lsync/ssh'
 import { formatTarget } from './address.ts'
@@ -14,6 +15,10 @@ export interface RemoteOptions {
   /** lsync on the other machine; found by its shell if this is just a name. */
   readonly remoteLsync?: string
   readonly compress?: boolean | 'auto'
+  /** What is kept on an SFTP server: a tree without what SFTP has no words for, or a portable layer that has all. */
+  readonly sftpForm?: 'tree' | 'portable'
+  /** Whose marks a portable layer means. Default `trusted`. */
+  readonly namespace?: Namespace
   /** A silence of this long means that the connection is lost. */
   readonly timeoutMs?: number
   /** Longest time that one request may take there, a barrier included. */
@@ -35,6 +40,8 @@ export function remoteTarget(address: RemoteAddress, options: RemoteOptions): Ta
           ? connections.subsystem(address, 'sftp', signal)
           : Promise.resolve(spawnRemote(rsh, address, { subsystem: 'sftp' }, signal)),
       timeoutMs: options.timeoutMs ?? DEFAULT_TIMEOUT_MS,
+      form: options.sftpForm ?? 'tree',
+      namespace: options.namespace ?? 'trusted',
     })
   }
   const command = serveCommand(remoteLsync)

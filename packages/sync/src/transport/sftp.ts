@@ -1,3 +1,4 @@
+import type { Namespace } from '@lsync/overlay-merge'
 import type { ByteString } from '@lsync/posix'
 import {
   type Connection,
@@ -12,6 +13,7 @@ import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
 import { ConcurrentLane } from './sftp-lane.ts'
 import { removeTree, SftpPlace } from './sftp-place.ts'
+import { SftpPortable } from './sftp-portable.ts'
 import { SftpTree } from './sftp-tree.ts'
 import type { Target, TargetLoss, TargetState } from './target.ts'
 
@@ -21,12 +23,16 @@ export interface SftpTargetRequest {
   readonly path: ByteString
   readonly connect: (signal: AbortSignal) => Promise<Connection>
   readonly timeoutMs: number
+  /** `tree`: what SFTP has no words for is left out; `portable`: the layer in the portable form, which holds all of it. */
+  readonly form: 'tree' | 'portable'
+  /** Whose marks a portable layer means. */
+  readonly namespace: Namespace
 }
 
 interface Opened {
   readonly client: SftpClient
   readonly place: SftpPlace
-  readonly tree: SftpTree
+  readonly sink: SftpTree | SftpPortable
   readonly lanes: Map<number, ConcurrentLane>
 }
 
@@ -47,9 +53,13 @@ export class SftpTarget implements Target {
     const client = await SftpClient.start(connection, this.#request.timeoutMs)
     try {
       const place = await SftpPlace.take(client, this.#request.path)
-      const losses = await findLosses(client, place)
-      const tree = new SftpTree(client, place, new Set(losses.map(({ what }) => what)))
-      this.#open = { client, place, tree, lanes: new Map() }
+      const { form, namespace } = this.#request
+      const losses = form === 'tree' ? await findLosses(client, place) : portableLosses(client)
+      const sink =
+        form === 'tree'
+          ? new SftpTree(client, place, new Set(losses.map(({ what }) => what)))
+          : await SftpPortable.open(client, place, namespace)
+      this.#open = { client, place, sink, lanes: new Map() }
       const { checkpoint, isEmpty, nextStage } = place
       return { checkpoint, isEmpty, nextStage, losses }
     } catch (error) {
@@ -59,19 +69,24 @@ export class SftpTarget implements Target {
   }
 
   deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]> {
-    const { lanes, tree } = this.#opened
+    const { lanes, sink } = this.#opened
     let known = lanes.get(lane)
     if (known === undefined) {
-      known = new ConcurrentLane(tree)
+      known = new ConcurrentLane(sink)
       lanes.set(lane, known)
     }
     return known.run(batch)
   }
 
   async barrier(checkpoint?: Checkpoint): Promise<void> {
-    const { client, place, tree } = this.#opened
-    await tree.settle()
-    tree.forgetAll()
+    const { client, place, sink } = this.#opened
+    if (sink instanceof SftpPortable) {
+      if (checkpoint !== undefined) sink.clearStage()
+      await sink.store()
+    } else {
+      await sink.settle()
+      sink.forgetAll()
+    }
     if (checkpoint === undefined) return
     await place.store(checkpoint)
     for (const path of await place.abandoned()) await removeTree(client, path)
@@ -81,10 +96,10 @@ export class SftpTarget implements Target {
     const opened = this.#open
     this.#open = undefined
     if (opened === undefined) return
-    const { client, place, tree, lanes } = opened
+    const { client, place, sink, lanes } = opened
     try {
       for (const lane of lanes.values()) await lane.end()
-      await tree.settle()
+      if (sink instanceof SftpTree) await sink.settle()
       await place.release()
     } catch (error) {
       // The lock goes with the process, or when nobody has written to it for two minutes.
@@ -115,6 +130,7 @@ async function findLosses(client: SftpClient, place: SftpPlace): Promise<readonl
     { what: 'time', message: 'SFTP keeps modification times in whole seconds from 1970 to 2106' },
     { what: 'flags', message: 'SFTP has no flags immutable and append-only (chattr)' },
     { what: 'durable', message: durabilityOf(client) },
+    HOLES,
   ]
   if (!(await keepsOwners(client, place))) {
     losses.push({ what: 'owner', message: 'owners are not kept: everything belongs to the user that logs in' })
@@ -132,6 +148,20 @@ async function findLosses(client: SftpClient, place: SftpPlace): Promise<readonl
     })
   }
   return losses
+}
+
+/** What the portable form does not say. */
+function portableLosses(client: SftpClient): readonly TargetLoss[] {
+  return [
+    { what: 'flags', message: 'the portable form has no flags immutable and append-only (chattr)' },
+    { what: 'durable', message: durabilityOf(client) },
+    HOLES,
+  ]
+}
+
+const HOLES: TargetLoss = {
+  what: 'holes',
+  message: 'SFTP punches no holes: a sparse file that changes in part has none after',
 }
 
 function durabilityOf(client: SftpClient): string {

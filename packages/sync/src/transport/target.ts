@@ -26,6 +26,7 @@ export interface TargetLoss {
     | 'symlink-meta'
     | 'atomic'
     | 'durable'
+    | 'holes'
   readonly message: string
 }
 
