@@ -38,6 +38,8 @@ interface SyncOptions {
   readonly sweep?: true
   readonly rsh?: string
   readonly remoteLsync?: string
+  readonly identity?: string[]
+  readonly sftpForm: 'tree' | 'portable'
 }
 
 const VERBS: readonly ControlVerb[] = ['flush', 'pause', 'resume', 'status']
@@ -70,7 +72,13 @@ export function define(command: Command, session: Session): void {
         .option('--adopt', 'take a target that is not empty; what the upper lacks goes')
         .option('--sweep', 'with flush: compare the whole upper as well')
         .option('--rsh <command>', 'reach other machines through this instead: "ssh -J jump"')
-        .option('--remote-lsync <path>', 'lsync on the other machine'),
+        .option('--remote-lsync <path>', 'lsync on the other machine')
+        .option('--identity <file>', 'a private key to log in with; may be repeated', listArgument)
+        .addOption(
+          new Option('--sftp-form <form>', 'what is kept where there is only SFTP: a tree, or a layer without losses')
+            .choices(['tree', 'portable'])
+            .default('tree'),
+        ),
     ),
   ).action(async (upper: string, targets: string[], options: SyncOptions) => {
     const verb = VERBS.find((name) => name === upper)
@@ -104,7 +112,7 @@ async function control(verb: ControlVerb, rest: readonly string[], options: Sync
 }
 
 async function follow(source: HostPath, targets: readonly string[], options: SyncOptions, session: Session) {
-  const connections = new SshConnections()
+  const connections = new SshConnections(given({ identities: options.identity }))
   const opened = targets.map((text) => targetOf(text, options, connections))
   const { output } = session
   const { include, exclude, bwlimit, iops, namespace, once, adopt, tick } = options
@@ -160,7 +168,8 @@ function untilStopped(signal: AbortSignal): Promise<void> {
 function targetOf(text: string, options: SyncOptions, connections: SshConnections): Target {
   const address = parseTarget(text.startsWith('/') || text.includes('://') ? text : textOf(pathArgument(text)))
   if (address.scheme === 'local') return new LocalTarget(address.path)
-  return remoteTarget(address, { connections, ...given({ rsh: options.rsh, remoteLsync: options.remoteLsync }) })
+  const { rsh, remoteLsync, sftpForm, namespace } = options
+  return remoteTarget(address, { connections, sftpForm, namespace, ...given({ rsh, remoteLsync }) })
 }
 
 /** Says what goes on: lines on a terminal and for programs, and nothing else unless something is wrong. */
