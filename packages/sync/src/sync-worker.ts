@@ -60,7 +60,9 @@ parentPort?.on('message', (message: ToWorker) => {
     credit = message.credit
     const workshop = workshops.get(message.session)
     if (workshop === undefined) throw new Error(`worker ${threadId} does not know session ${message.session}`)
-    parentPort?.postMessage({ result: workshop.run(message.job) } satisfies FromWorker)
+    const result = workshop.run(message.job)
+    const transfer = result !== undefined && 'arena' in result ? [result.arena.buffer] : []
+    parentPort?.postMessage({ result } satisfies FromWorker, transfer)
   } catch (error) {
     parentPort?.postMessage({ error: packed(error) } satisfies FromWorker)
   }

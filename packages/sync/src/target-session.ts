@@ -35,6 +35,7 @@ import type {
   FreshResult,
   LookDirectory,
   NameFailure,
+  Piece,
   ScanDirectory,
   SendTask,
 } from './work.ts'
@@ -1044,14 +1045,16 @@ export class TargetSession {
     let rowBytes = 0
     const idByPath = new Map<string, number>()
     const placeById = new Map<number, NamePlace>()
-    for (const { id, parent, name, path, handle, isNew, pages } of result.directories) {
+    const piece = ([offset, length]: Piece) => Buffer.from(result.arena.buffer, offset, length)
+    for (const { id, parent, name, path, handle, isNew, pages: pieces } of result.directories) {
       idByPath.set(path, id)
       placeById.set(id, { directory: parent, name })
       if (isNew) {
         const plain = handle && { type: handle.type, bytes: Buffer.from(handle.bytes) }
         changes.push({ set: 'new directory', id, parent, name, handle: plain })
       }
-      if (pages === undefined) continue
+      if (pieces === undefined) continue
+      const pages = pieces.map(piece)
       for (const page of pages) rowBytes += page.length
       changes.push(
         { set: 'pages', directory: id, pages, keepsOthers: !repeated.has(id) },
@@ -1063,7 +1066,7 @@ export class TargetSession {
       changes.push({
         set: 'row',
         directory: place.directory,
-        row: new Row(place.name, Buffer.from(row)).with({ ref: id, name: place.name }),
+        row: new Row(place.name, piece(row)).with({ ref: id, name: place.name }),
       })
     }
     for (const { id, hashes } of result.blocks) changes.push({ set: 'blocks', id, hashes })

@@ -118,7 +118,12 @@ export interface Tally {
   bytes: number
 }
 
+/** A piece of the `arena`. */
+export type Piece = readonly [offset: number, length: number]
+
 export interface FreshResult extends Tally {
+  /** All bytes of the result, handed over instead of copied. */
+  readonly arena: Uint8Array<ArrayBuffer>
   readonly directories: readonly {
     readonly id: number
     readonly parent: number
@@ -128,7 +133,7 @@ export interface FreshResult extends Tally {
     /** It was found by this job. */
     readonly isNew: boolean
     /** Its rows, where it was carried over; else it was only made. */
-    readonly pages: readonly Uint8Array[] | undefined
+    readonly pages: readonly Piece[] | undefined
   }[]
   readonly rest: readonly FreshDirectory[]
   /** A directory has more directories in it than ids were given. */
@@ -138,7 +143,7 @@ export interface FreshResult extends Tally {
   readonly blocks: readonly { readonly id: number; readonly hashes: Uint8Array }[]
   readonly failures: readonly NameFailure[]
   /** Of the directories themselves. */
-  readonly rows: readonly { readonly id: number; readonly row: Uint8Array }[]
+  readonly rows: readonly { readonly id: number; readonly row: Piece }[]
 }
 
 export interface LookResult {
@@ -541,7 +546,9 @@ class FreshCopy {
   readonly #again: (NamePlace & { readonly isForced: boolean })[] = []
   readonly #blocks: { id: number; hashes: Uint8Array }[] = []
   readonly #failures: NameFailure[] = []
-  readonly #rows: { id: number; row: Uint8Array }[] = []
+  readonly #rows: { id: number; row: Piece }[] = []
+  readonly #pieces: Uint8Array[] = []
+  #pieceBytes = 0
   #needsIds = 0
 
   constructor(
@@ -574,6 +581,7 @@ class FreshCopy {
       if (performance.now() - start > budgetMs || this.#tally.bytes > budgetBytes) break
     }
     return {
+      arena: this.#arena(),
       directories: [...this.#directories.values()],
       rest: queue,
       needsIds: this.#needsIds,
@@ -647,6 +655,23 @@ class FreshCopy {
     return true
   }
 
+  #piece(bytes: Uint8Array): Piece {
+    this.#pieces.push(bytes)
+    this.#pieceBytes += bytes.length
+    return [this.#pieceBytes - bytes.length, bytes.length]
+  }
+
+  // Small buffers share memory with others, all of which would be copied for each that is sent to another thread.
+  #arena(): Uint8Array<ArrayBuffer> {
+    const arena = new Uint8Array(this.#pieceBytes)
+    let at = 0
+    for (const piece of this.#pieces) {
+      arena.set(piece, at)
+      at += piece.length
+    }
+    return arena
+  }
+
   #hasChanged(fd: number, name: ByteString, type: number): boolean {
     const words = tryRawStatAt(fd, name)
     return words === undefined || (type !== DT_UNKNOWN && ((words[7] as number) & 0o170000) >> 12 !== type)
@@ -664,7 +689,7 @@ class FreshCopy {
     const isSame = !isUnsettled && row.change === own.change
     // Names may have come while they were carried over: all of it is compared again.
     if (!isSame) this.#again.push({ directory: id, name: '.' as ByteString, isForced: false })
-    const pages = pageRows([Buffer.concat(rows)])
+    const pages = pageRows([Buffer.concat(rows)]).map((page) => this.#piece(page))
     const made = this.#directories.get(id)
     this.#directories.set(id, {
       id,
@@ -675,7 +700,7 @@ class FreshCopy {
       isNew: made !== undefined,
       pages,
     })
-    this.#rows.push({ id, row: (isSame ? row : row.with({ settled: false })).image })
+    this.#rows.push({ id, row: this.#piece((isSame ? row : row.with({ settled: false })).image) })
   }
 
   #carryName(
