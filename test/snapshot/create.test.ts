@@ -16,7 +16,10 @@ function save(repository: Repository, path: string, request: Partial<CreateReque
   return createSnapshot(repository, { targets: [{ path: hostPath(path) }], ...request })
 }
 
-/** The tree of the saved directory itself: those above it change when a test writes beside it. */
+/** Directories above a saved one, whose times change whenever any test writes beside it: /, /dev, /dev/shm, the test's. */
+const ABOVE = 4
+
+/** The tree of the saved directory itself. */
 async function savedTree(path: string, root: string): Promise<string> {
   const repository = await reopen(path)
   await repository.loadIndex()
@@ -150,8 +153,9 @@ describe.skipIf(!isRoot)('saving again', () => {
     expect(second.parent).toBe(first.snapshotId)
     expect(second.counts).toMatchObject({ filesNew: 1, filesChanged: 1, readBytes: 8 })
     const third = await save(await reopen(path), tree)
-    expect(third.counts).toMatchObject({ filesNew: 0, filesChanged: 0, readBytes: 0, objectsAdded: 0 })
-    expect(third.tree).toBe(second.tree)
+    expect(third.counts).toMatchObject({ filesNew: 0, filesChanged: 0, readBytes: 0 })
+    expect(third.counts.objectsAdded).toBeLessThanOrEqual(ABOVE)
+    expect(await savedTree(path, third.tree)).toBe(await savedTree(path, second.tree))
   })
 
   test('takes the latest snapshot of the same host and path for the parent', async () => {
@@ -181,7 +185,7 @@ describe.skipIf(!isRoot)('saving again', () => {
     await save(repository, tree)
     const { counts } = await save(repository, tree, { force: true })
     expect(counts.filesUnmodified).toBe(0)
-    expect(counts.objectsAdded).toBe(0)
+    expect(counts.objectsAdded).toBeLessThanOrEqual(ABOVE)
   })
 
   test('a parent that is damaged costs time and nothing else', async () => {

@@ -106,7 +106,6 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     const host = request.hostname ?? hostname()
     const parent = await findParent(repository, request, targets, host, signal)
     await repository.loadIndex(signal)
-    const store = new PackStore(repository, { signal })
     const init = {
       sources,
       key: repository.key,
@@ -118,6 +117,7 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       force: request.force === true,
     }
     const pool = new SavePool(init, repository.table, { workers: request.workers ?? DEFAULT_WORKERS, signal })
+    const store = new PackStore(repository, { signal, onWritten: (memory) => pool.recycle(memory) })
     try {
       const work = new TreeWork(repository, store, pool, request.onProgress, signal)
       await work.begin(targets, parent?.tree)

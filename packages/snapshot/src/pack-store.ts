@@ -10,6 +10,7 @@ export class PackStore {
   readonly #repository: Repository
   readonly #signal: AbortSignal | undefined
   readonly #writesIndex: boolean
+  readonly #onWritten: ((memory: ArrayBufferLike) => void) | undefined
   readonly #running = new Set<Promise<void>>()
   readonly #writers: Readonly<Record<ObjectKind, PackWriter>>
   #failure: unknown
@@ -21,11 +22,17 @@ export class PackStore {
 
   constructor(
     repository: Repository,
-    options: { readonly signal?: AbortSignal | undefined; readonly writesIndex?: boolean } = {},
+    options: {
+      readonly signal?: AbortSignal | undefined
+      readonly writesIndex?: boolean
+      /** Told of the memory of each pack that has been written. */
+      readonly onWritten?: (memory: ArrayBufferLike) => void
+    } = {},
   ) {
     this.#repository = repository
     this.#signal = options.signal
     this.#writesIndex = options.writesIndex ?? true
+    this.#onWritten = options.onWritten
     const { engine, compresses } = repository
     this.#writers = {
       data: new PackWriter('data', engine, { compresses }),
@@ -84,6 +91,7 @@ export class PackStore {
 
   async #write({ id, content, objects }: Pack): Promise<void> {
     await this.#repository.backend.put({ kind: 'pack', name: id }, content, { signal: this.#signal })
+    this.#onWritten?.(content.buffer)
     this.#stored.push({ id, objects })
     this.#storedObjects += objects.length
     const isDue = this.#storedObjects >= INDEX_OBJECTS || performance.now() - this.#indexedMs > INDEX_AFTER_MS

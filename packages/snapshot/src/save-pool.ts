@@ -9,6 +9,7 @@ const ALONE_MS = 25
 // One list of tasks at work and one that waits, so that a thread is not idle while results are looked at.
 const IN_FLIGHT = 2
 const BATCH = 16
+const MOST_SPARES = 2
 
 interface Member {
   readonly worker: Worker
@@ -43,6 +44,7 @@ export class SavePool {
   #wake: (() => void) | undefined
   #deliver: (result: SaveResult) => void = () => undefined
   #rests: SealedRest[] = []
+  readonly #spares: ArrayBuffer[] = []
 
   constructor(
     init: SaveInit,
@@ -55,6 +57,11 @@ export class SavePool {
     this.#signal = options.signal
     this.own = new Saver(init)
     this.#segments = init.segments.length
+  }
+
+  /** Memory of a pack that has been written: a thread gets it with its next tasks. */
+  recycle(memory: ArrayBufferLike): void {
+    if (memory instanceof ArrayBuffer && this.#spares.length < MOST_SPARES) this.#spares.push(memory)
   }
 
   /** Runs until the work is complete. Stops at the first error, which it throws when no thread is at work any more. */
@@ -112,7 +119,9 @@ export class SavePool {
         const tasks = work.next(BATCH)
         if (tasks.length === 0) return
         member.inFlight++
-        member.worker.postMessage({ tasks } satisfies ToSaveWorker)
+        const spare = this.#spares.pop()
+        const transfer = spare === undefined ? [] : [spare]
+        member.worker.postMessage({ tasks, spare } satisfies ToSaveWorker, transfer)
       }
     }
   }
@@ -121,6 +130,8 @@ export class SavePool {
     const tasks = work.next(1)
     if (tasks.length === 0) return false
     const start = performance.now()
+    const spare = this.#spares.pop()
+    if (spare !== undefined) this.own.recycle(spare)
     work.done(this.own.save(tasks))
     this.#aloneMs += performance.now() - start
     if (this.#width > 1 && this.#aloneMs > ALONE_MS && this.#members.length === 0) this.#start()

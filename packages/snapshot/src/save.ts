@@ -25,10 +25,10 @@ import { nodeTypeOf } from './model/mode.ts'
 import {
   decodeTree,
   encodeNode,
-  encodeTree,
   isUnchanged,
   type ObjectId,
   type TreeNode,
+  treeText,
   type Xattr,
 } from './model/tree.ts'
 import { ObjectTable, type TableSegment } from './object-table.ts'
@@ -157,6 +157,7 @@ export class Saver {
   readonly #digestWords = new Int32Array(this.#digest.buffer.buffer)
   readonly #links = new Map<string, { readonly ctimeNs: bigint; readonly content: readonly ObjectId[] }>()
   #small: Memory = allocate(64 * 1024)
+  #treeMemory: Memory = allocate(64 * 1024)
   #chunker: Chunker | undefined
   #packs: Pack[] = []
   #problems: SaveProblem[] = []
@@ -182,6 +183,11 @@ export class Saver {
     this.#table.attach(segment)
   }
 
+  /** Memory of a pack that has been written, for the next one. */
+  recycle(memory: ArrayBuffer): void {
+    this.#writers.data.recycle(memory)
+  }
+
   /** Saves all of these. A directory that cannot be read at all is a problem, and its task gives no tree. */
   save(tasks: readonly SaveTask[]): SaveResult {
     const directories = tasks.map((task) => this.#saveTask(task))
@@ -201,10 +207,10 @@ export class Saver {
 
   /** Stores a tree of which all nodes are known. */
   storeTree(nodes: readonly string[]): ObjectId {
-    const content = encodeTree(nodes)
-    const memory = allocate(content.length)
-    content.copy(memory.buffer)
-    return this.#store('tree', memory, 0, content.length)
+    const text = treeText(nodes)
+    // A unit of text is at most three bytes.
+    if (this.#treeMemory.buffer.length < text.length * 3) this.#treeMemory = allocate(text.length * 3)
+    return this.#store('tree', this.#treeMemory, 0, this.#treeMemory.buffer.write(text))
   }
 
   /** The node of an open directory, up to where its tree belongs. */
@@ -307,7 +313,14 @@ export class Saver {
     return node.type === 'symlink' ? { ...node, linkTarget: directory.readLink(name) } : node
   }
 
-  #describe(name: ByteString, state: EntryState, xattrs: readonly Xattr[]): TreeNode {
+  /** `sizeBytes`: of a file, what was read of it. */
+  #describe(
+    name: ByteString,
+    state: EntryState,
+    xattrs: readonly Xattr[],
+    content?: readonly ObjectId[],
+    sizeBytes = state.sizeBytes,
+  ): TreeNode {
     const { mode, nlink, uid, gid, ino, dev, rdev, mtimeNs, ctimeNs } = state
     const mtime = formatTime(mtimeNs)
     const format = mode & S_IFMT
@@ -327,12 +340,12 @@ export class Saver {
       group: groups.get(gid) ?? '',
       inode: ino,
       deviceId: makeDevice(Math.floor(dev / 0x1_0000_0000), dev % 0x1_0000_0000),
-      sizeBytes: format === S_IFREG ? state.sizeBytes : 0,
+      sizeBytes: format === S_IFREG ? sizeBytes : 0,
       links: format === S_IFREG || format === S_IFLNK || isDevice ? nlink : 0,
       linkTarget: '' as ByteString,
       xattrs,
       device: isDevice ? rdev : 0,
-      content: format === S_IFREG ? [] : undefined,
+      content: format === S_IFREG ? (content ?? []) : undefined,
       subtree: undefined,
     }
   }
@@ -345,11 +358,11 @@ export class Saver {
     older: TreeNode | undefined,
   ): TreeNode | undefined {
     if (older !== undefined && !this.#init.force) {
-      const node = this.#describe(name, state, older.xattrs)
+      const node = this.#describe(name, state, older.xattrs, older.content)
       if (isUnchanged(node, older) && older.content?.every((id) => this.#table.has('data', id)) === true) {
         this.#counts.filesUnmodified++
         this.#counts.totalBytes += state.sizeBytes
-        return { ...node, content: older.content }
+        return node
       }
     }
     return this.#openedFileOf(directory, name, shownPath, older)
@@ -388,7 +401,7 @@ export class Saver {
       if (!isStill) this.#problem(shownPath, new FileChangingError(shownPath))
       this.#counts[older === undefined ? 'filesNew' : 'filesChanged']++
       this.#counts.totalBytes += sizeBytes
-      return { ...this.#describe(name, { ...stateOf(before), sizeBytes }, xattrs), content }
+      return this.#describe(name, before, xattrs, content, sizeBytes)
     }
   }
 
@@ -480,11 +493,6 @@ export class FileReplacedError extends LsyncError {
   constructor(path: ByteString) {
     super('FILE_REPLACED', `${printable(path)} became something else while it was saved`, { path, hint: 'save again' })
   }
-}
-
-/** `Stat` has getters, which a spread would lose. */
-function stateOf({ mode, nlink, uid, gid, ino, sizeBytes, dev, rdev, mtimeNs, ctimeNs }: EntryState): EntryState {
-  return { mode, nlink, uid, gid, ino, sizeBytes, dev, rdev, mtimeNs, ctimeNs }
 }
 
 /** A directory's node up to where its tree belongs. */

@@ -7,7 +7,7 @@ import { packError, type TravellingError } from './thread-pool.ts'
 export type ToSaveWorker =
   | { readonly init: SaveInit }
   | { readonly segment: TableSegment }
-  | { readonly tasks: readonly SaveTask[] }
+  | { readonly tasks: readonly SaveTask[]; readonly spare: ArrayBuffer | undefined }
   | { readonly takeRest: true }
 
 /** What a worker sends: that it can begin, what it did, what it has left, or why it stopped. */
@@ -26,6 +26,7 @@ parentPort?.on('message', (message: ToSaveWorker) => {
       send({ ready: true })
     } else if ('segment' in message) saver?.attach(message.segment)
     else if ('tasks' in message) {
+      if (message.spare !== undefined) saver?.recycle(message.spare)
       const result = (saver as Saver).save(message.tasks)
       // Packs are handed over, not copied.
       send(

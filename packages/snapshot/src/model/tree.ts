@@ -85,9 +85,14 @@ function base64(bytes: ByteString): string {
   return Buffer.from(bytes, 'latin1').toString('base64')
 }
 
-/** The content of a tree object, of nodes that are encoded already, in order of their names' bytes. */
+/** The content of a tree object as text, of nodes that are encoded already, in order of their names' bytes. */
+export function treeText(nodes: readonly string[]): string {
+  return `{"nodes":[${nodes.join(',')}]}\n`
+}
+
+/** As `treeText`, in bytes. */
 export function encodeTree(nodes: readonly string[]): Buffer {
-  return Buffer.from(`{"nodes":[${nodes.join(',')}]}\n`)
+  return Buffer.from(treeText(nodes))
 }
 
 /** A tree that no snapshot can have: not JSON, fields of the wrong kind, or names that would lead elsewhere. */
