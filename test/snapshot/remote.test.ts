@@ -38,7 +38,6 @@ function useIt({ directory, run }: Awaited<ReturnType<typeof place>>): void {
   run('create', 'tree')
   writeFileSync(`${directory}/tree/small`, 'changed')
   run('create', 'tree')
-  expect(jsonLines(run('list', '--json'))).toHaveLength(2)
   run('forget', '--keep-last', '1', '--prune', '--yes')
   run('check', '--read-data')
   run('restore', 'latest', 'back')

@@ -43,7 +43,7 @@ export interface Failure {
   readonly fields: Readonly<Record<string, unknown>>
 }
 
-const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY', 'SYNC_RUNNING', 'REPOSITORY_LOCKED', 'LAYOUT_BUSY'])
+const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY', 'LAYOUT_BUSY', 'SYNC_RUNNING', 'REPOSITORY_LOCKED'])
 const USAGE = new Set([
   'USAGE',
   'REQUEST_INVALID',
