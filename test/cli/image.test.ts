@@ -1,6 +1,9 @@
 import { spawnSync } from 'node:child_process'
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { hostPath } from '@lsync/posix'
+import { LocalBackend, Repository } from '@lsync/snapshot'
 import { expect, test } from 'vitest'
+import { CHEAP } from '../support/repository.ts'
 import { freshDirectory, jsonLines, lsync } from './lsync.ts'
 
 const MARKS = ['--namespace', 'user']
@@ -55,6 +58,18 @@ test('a layer becomes an image, one on it becomes another, and both come back as
   )
 })
 
+test('a snapshot becomes an image', async () => {
+  const cwd = layer()
+  const backend = new LocalBackend(hostPath(`${cwd}/repository`))
+  ;(await Repository.init(backend, { password: 'secret', passwordCost: CHEAP })).close()
+  const env = { LSYNC_PASSWORD: 'secret', LSYNC_REPOSITORY: `${cwd}/repository` }
+  expect(lsync(['snapshot', 'create', 'up'], { cwd, env })).toMatchObject({ stderr: '', code: 0 })
+  const made = lsync(['image', 'export', '--snapshot', 'latest', '--json', 'image'], { cwd, env })
+  expect(made).toMatchObject({ stderr: '', code: 0 })
+  expect(jsonLines(made.stdout)).toMatchObject([{ type: 'image', ref: 'latest', layers: 1, layer: { entries: 3 } }])
+  expect(readdirSync(`${cwd}/image`).sort()).toEqual(['blobs', 'index.json', 'oci-layout'])
+})
+
 test('which image is meant has to be said, and a damaged one is refused', () => {
   const cwd = layer()
   for (const ref of ['one', 'two']) lsync(['image', 'export', ...MARKS, '--ref', ref, 'image', 'up'], { cwd })
@@ -70,7 +85,9 @@ test('which image is meant has to be said, and a damaged one is refused', () => 
 })
 
 test.each([
-  [['export', 'image'], "missing required argument 'layers'"],
+  [['export', 'image'], 'what becomes an image is not said'],
+  [['export', '--snapshot', 'latest', 'image', 'up'], 'what becomes an image is not said'],
+  [['export', '--since', 'latest', 'image', 'up'], '--since tells from which snapshot on'],
   [['export', '--env', 'X', 'image', 'up'], 'Expected NAME=value'],
   [['export', '--created', 'yesterday', 'image', 'up'], 'Expected a time such as'],
 ])('image %j is a usage error', (args, message) => {

@@ -1,13 +1,22 @@
-import type { EntryPolicy, LayerForm, Namespace } from '@lsync/overlay-merge'
+import type { ConvertProgress, EntryPolicy, LayerForm, Namespace } from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
-import { exportImage, importImage, type RunConfig } from '@lsync/snapshot'
+import {
+  exportImage,
+  exportSnapshot,
+  findSnapshot,
+  importImage,
+  parseSnapshotName,
+  type Repository,
+  type RunConfig,
+} from '@lsync/snapshot'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../examples.ts'
-import { EXIT } from '../failure.ts'
+import { EXIT, UsageError } from '../failure.ts'
 import { addNamespaceOption, countArgument, given, pathArgument, pathsArgument } from '../options.ts'
 import { countOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { stackPart } from '../stack-text.ts'
+import { addRepositoryOptions, type RepositoryOptions, withRepository } from './snapshot/repository.ts'
 
 interface ImportOptions extends EntryPolicy {
   readonly ref?: string
@@ -16,7 +25,9 @@ interface ImportOptions extends EntryPolicy {
   readonly lossy?: true
 }
 
-interface ExportOptions {
+interface ExportOptions extends RepositoryOptions {
+  readonly snapshot?: string
+  readonly since?: string
   readonly ref: string
   readonly namespace: Namespace
   readonly form?: LayerForm
@@ -101,7 +112,7 @@ function defineExport(command: Command, session: Session): void {
       ),
     )
     .argument('<layout>', 'an OCI image layout; made if it is not there', pathArgument)
-    .argument('<layers...>', 'the layers, top first: they become one layer of the image', pathsArgument)
+    .argument('[layers...]', 'the layers, top first: they become one layer of the image', pathsArgument)
     .option('--ref <name>', 'the name of the image in the layout', 'latest')
     .option('--base <name>', 'the image of the layout that the layers lie on; its layers, config and history are kept')
     .option('--base-layout <dir>', 'the layout that has it, if another', pathArgument)
@@ -120,28 +131,62 @@ function defineExport(command: Command, session: Session): void {
     .addOption(new Option('--compression <kind>', 'of the layer').choices(['none', 'gzip', 'zstd']).default('gzip'))
     .option('--level <level>', 'of the compression', countArgument)
     .option('--lossy', 'leave out what an image cannot hold, and say so, instead of failing')
-  addNamespaceOption(command).action(async (layout: HostPath, layers: HostPath[], options: ExportOptions) => {
-    const { base, baseLayout, platform, entrypoint, cmd, env, workdir, user, label, ...others } = options
-    const report = await exportImage({
-      ...others,
-      layout,
-      layers,
-      run: runConfigOf({ entrypoint, cmd, env, workdir, user, label }),
-      ...(base === undefined && baseLayout === undefined
-        ? {}
-        : { base: given({ ref: base, layout: baseLayout, platform }) }),
-      signal: session.signal,
-      onProgress: ({ phase, entries }) => session.output.progress({ phase, done: entries }),
-    })
-    for (const loss of report.losses) warnOfLoss(loss, session)
-    session.output.data(
-      () => ({ type: 'image', target: textOf(layout), ...report, losses: report.losses.length }),
-      () => {
-        const { layer } = report
-        return `made ${report.ref} in ${printable(layout)}: ${report.digest}, ${countOf(report.layers)} layers\nthe new one: ${countOf(layer.entries)} entries, ${sizeOf(layer.bytes)} as ${layer.digest}`
-      },
+  addRepositoryOptions(addNamespaceOption(command))
+    .option('--snapshot <id>', 'instead of layers: a snapshot of a repository, or ID:PATH')
+    .option('--since <id>', 'only what changed since this one, which the base is an image of')
+    .action((layout: HostPath, layers: HostPath[] | undefined, options: ExportOptions) =>
+      runExport(layout, layers ?? [], options, session),
     )
-  })
+}
+
+async function runExport(layout: HostPath, layers: HostPath[], options: ExportOptions, session: Session) {
+  const { snapshot, since } = options
+  if ((snapshot === undefined) === (layers.length === 0)) {
+    throw new UsageError('what becomes an image is not said', 'name layers, or a snapshot with --snapshot')
+  }
+  if (snapshot === undefined && since !== undefined) {
+    throw new UsageError('--since tells from which snapshot on', 'name the other one with --snapshot')
+  }
+  const request = exportRequestOf(layout, options, session)
+  const report =
+    snapshot === undefined
+      ? await exportImage({ ...request, layers, namespace: options.namespace, ...given({ form: options.form }) })
+      : await withRepository(options, session, async (repository) => {
+          const version = await versionOf(repository, snapshot, session)
+          const before = since === undefined ? {} : { since: await versionOf(repository, since, session) }
+          return exportSnapshot({ ...request, repository, version, ...before })
+        })
+  for (const loss of report.losses) warnOfLoss(loss, session)
+  session.output.data(
+    () => ({ type: 'image', target: textOf(layout), ...report, losses: report.losses.length }),
+    () => {
+      const { layer } = report
+      return `made ${report.ref} in ${printable(layout)}: ${report.digest}, ${countOf(report.layers)} layers\nthe new one: ${countOf(layer.entries)} entries, ${sizeOf(layer.bytes)} as ${layer.digest}`
+    },
+  )
+}
+
+/** All but what becomes the layer. */
+function exportRequestOf(layout: HostPath, options: ExportOptions, session: Session) {
+  const { ref, base, baseLayout, platform, entrypoint, cmd, env, workdir, user, label } = options
+  const { architecture, created, author, comment, compression, level, lossy } = options
+  return {
+    layout,
+    ref,
+    compression,
+    run: runConfigOf({ entrypoint, cmd, env, workdir, user, label }),
+    ...given({ architecture, created, author, comment, level, lossy }),
+    ...(base === undefined && baseLayout === undefined
+      ? {}
+      : { base: given({ ref: base, layout: baseLayout, platform }) }),
+    signal: session.signal,
+    onProgress: ({ phase, entries }: ConvertProgress) => session.output.progress({ phase, done: entries }),
+  }
+}
+
+async function versionOf(repository: Repository, text: string, session: Session) {
+  const { snapshot, path } = parseSnapshotName(text)
+  return { snapshot: await findSnapshot(repository, snapshot, {}, session.signal), path }
 }
 
 function runConfigOf(
