@@ -349,7 +349,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
   }
   const journal = Journal.open(target, { create: true }) as Journal
   let treeFd: number | undefined
-  let isUnprotected = false
+  let isWhole = false
   try {
     let holding: Holding = { losses: [], lacking: [] }
     const planned = await planStack({
@@ -393,15 +393,15 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
     await setFlags(execution)
     publish(journal, target)
-    isUnprotected = true
     protectRoot(journal, planned.plan, treeFd)
-    isUnprotected = false
+    isWhole = true
     journal.remove()
     return { mode: request.mode, target, clone, counts: planned.counts, losses: holding.losses }
   } catch (error) {
-    // Nobody has seen any of it: the old state is the only state. Or all is there but the flags of the root, which
-    // recovering adds.
-    if (!isUnprotected) journal.remove()
+    // Nobody has seen any of it: the old state is the only state. Or it has its name, and recovering adds what may be
+    // missing then, the flags of the root.
+    const isPublished = treeFd !== undefined && tryStatAt(journal.fd, TREE) === undefined
+    if (isWhole || !isPublished) journal.remove()
     throw error
   } finally {
     if (treeFd !== undefined) close(treeFd)
