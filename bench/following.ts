@@ -169,8 +169,9 @@ function percentile(values: readonly number[], share: number): number {
 export async function* measureLatency(context: SyncContext): AsyncGenerator<Row> {
   const { options, progress } = context
   const workload = workloadOf(options, 1000)
-  const source = await makeSource(context, workload, 'latency')
-  const open = freshTargets(context, { ...workload, files: 1000 + options.rate * options.seconds * 2 }, 'latency')
+  const more = options.rate * options.seconds * 2
+  const source = await makeSource(context, workload, 'latency', more)
+  const open = freshTargets(context, { ...workload, files: workload.files + more }, 'latency')
   const shares = { p50: 0.5, p99: 0.99, most: 1 } as const
   const series = Object.keys(shares).map((peer): Series => ({ peer: `lsync, ${peer}`, x: 0, samples: [] }))
   try {

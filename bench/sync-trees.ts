@@ -53,8 +53,10 @@ export function describe(options: SyncOptions, workload: Workload, to: string): 
 /** A tree to carry, and where it came from. */
 export type Source = { path: string; close: () => void }
 
-export async function makeSource(context: SyncContext, workload: Workload, name: string): Promise<Source> {
-  const place = await openFor(context, context.options.fs, `${name}-source`, workload)
+/** Makes a tree on a file system of its own, with room for so many files more. */
+export async function makeSource(context: SyncContext, workload: Workload, name: string, more = 0): Promise<Source> {
+  const room = { ...workload, files: workload.files + more }
+  const place = await openFor(context, context.options.fs, `${name}-source`, room)
   const path = join(place.root, 'upper')
   mkdirSync(path)
   await writeLower(path, workload, context.scratch)

@@ -1,10 +1,13 @@
 import { Worker } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
+import { remoteFileSystemOf } from './source/remote.ts'
 import type { FromWorker, ToWorker, TravellingError } from './sync-worker.ts'
 import type { Job, JobResults, SessionInit } from './work.ts'
 
 /** How many threads all roots of a process share. */
 const WIDTH = 2
+/** How many there may be while a target answers over a network: each of its calls waits far longer than it works. */
+const REMOTE_WIDTH = 8
 /** Encoded bytes of one worker that the target has not taken yet. */
 const CREDIT_BYTES = 4 << 20
 
@@ -41,18 +44,20 @@ class WorkerPool {
   readonly #queue: Task[] = []
   readonly #sessions = new Map<number, SessionInit>()
   #nextSession = 1
+  #most = WIDTH
   #failure: unknown
 
   get width(): number {
-    return WIDTH
+    return Math.max(WIDTH, this.#members.length)
   }
 
   open(init: Omit<SessionInit, 'session'>): number {
     const session = this.#nextSession++
     const whole = { ...init, session }
-    this.#sessions.set(session, whole)
-    while (this.#members.length < WIDTH) this.#start(this.#members.length)
     for (const { worker } of this.#members) worker.postMessage({ open: whole } satisfies ToWorker)
+    this.#sessions.set(session, whole)
+    if (isRemote(init.delivery)) this.#most = REMOTE_WIDTH
+    while (this.#members.length < WIDTH) this.#start(this.#members.length)
     return session
   }
 
@@ -70,6 +75,7 @@ class WorkerPool {
       ),
     )
     if (this.#sessions.size === 0) {
+      this.#most = WIDTH
       await Promise.all(this.#members.splice(0).map(({ worker }) => worker.terminate()))
     }
   }
@@ -99,10 +105,14 @@ class WorkerPool {
     worker.on('exit', (code) => this.#fail(member, new Error(`a worker ended with code ${code}`)))
     // The process may end while nothing is under way.
     worker.unref()
+    for (const open of this.#sessions.values()) worker.postMessage({ open } satisfies ToWorker)
     this.#members.push(member)
   }
 
   #next(): void {
+    // One more for each job that finds none free, so that a few names never pay for eight.
+    const free = this.#members.filter(({ task }) => task === undefined).length
+    if (this.#queue.length > free && this.#members.length < this.#most) this.#start(this.#members.length)
     for (const member of this.#members) {
       if (member.task !== undefined) continue
       const task = this.#queue.shift()
@@ -155,6 +165,10 @@ class WorkerPool {
     for (const { task } of this.#members) task?.reject(error)
     for (const task of this.#queue.splice(0)) task.reject(error)
   }
+}
+
+function isRemote(delivery: SessionInit['delivery']): boolean {
+  return delivery.mode === 'direct' && remoteFileSystemOf(delivery.rootFd) !== undefined
 }
 
 function unpacked(error: TravellingError): Error {
