@@ -247,6 +247,28 @@ describe.skipIf(!needs('sshd', hasSshd) || !needs('root', isRoot))('a target ove
     })
   })
 
+  test('the command syncs over ssh2 and SFTP as it was built', () => {
+    const at = place()
+    const upper = disk.current.fresh()
+    mkdirSync(`${upper}/d`)
+    writeFileSync(`${upper}/d/f`, 'content')
+    const { user, address, port, clientKey, knownHosts } = sshd.current
+    const home = disk.current.fresh()
+    mkdirSync(`${home}/.ssh`)
+    writeFileSync(`${home}/.ssh/known_hosts`, readFileSync(knownHosts))
+    for (const scheme of ['ssh', 'sftp']) {
+      const target = `${scheme}://${user}@${address}:${port}${at}-${scheme}`
+      const state = disk.current.fresh()
+      const options = ['--once', '--identity', clientKey, '--remote-lsync', lsync, '--state', state]
+      const { status, stderr } = spawnSync(lsync, ['sync', upper, target, ...options], {
+        env: { ...process.env, HOME: home },
+        encoding: 'utf8',
+      })
+      expect([status, stderr]).toEqual([0, expect.not.stringContaining('error')])
+      expect(readFileSync(`${at}-${scheme}/d/f`, 'latin1')).toBe('content')
+    }
+  })
+
   test('the server killed in mid-file gives the lock back, and the old content stays', async () => {
     const at = place()
     const target = over('ssh2', sshd.current, at)

@@ -54,7 +54,8 @@ export function serve(request: ServeRequest): Promise<ServeReport> {
 }
 
 const DEFAULT_WORKERS = 2
-const DEFAULT_IDLE_MS = 300_000
+// A client says something every 15 s.
+const DEFAULT_IDLE_MS = 90_000
 // Answers that the client does not read: from here on no more requests are read either.
 const MAX_UNREAD_BYTES = 1 << 20
 const MAX_REQUEST_BYTES = MAX_PATH_BYTES + 1024

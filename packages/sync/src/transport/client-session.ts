@@ -28,6 +28,8 @@ const compress = promisify(zstdCompress)
 const COMPRESS_FROM_BYTES = 1024
 // As many as zlib's threads compress at once.
 const COMPRESSING = 4
+// A server takes a client that is silent for much longer for gone.
+const PING_MS = 15_000
 // Answers of all kinds but `deliver` are short.
 const SHORT_ANSWER_BYTES = 512 << 10
 
@@ -100,7 +102,7 @@ export class ClientSession {
     }
     readable.on('end', () => void this.#lose())
     options.signal?.addEventListener('abort', this.#abort, { once: true })
-    this.#timer = setInterval(() => this.#watch(), Math.max(10, options.timeoutMs / 4))
+    this.#timer = setInterval(() => this.#watch(), Math.max(10, Math.min(PING_MS, options.timeoutMs / 4)))
   }
 
   /**
@@ -279,7 +281,11 @@ export class ClientSession {
     }
     if (silentMs > this.#options.timeoutMs) {
       this.#fail(new ConnectionLostError(`nothing came for ${Math.round(silentMs / 1000)} s`))
-    } else if (silentMs > this.#options.timeoutMs / 4 && this.#server !== undefined && !this.#isPinging) {
+    } else if (
+      silentMs > Math.min(PING_MS, this.#options.timeoutMs / 4) &&
+      this.#server !== undefined &&
+      !this.#isPinging
+    ) {
       this.#isPinging = true
       const done = () => {
         this.#isPinging = false
