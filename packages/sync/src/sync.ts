@@ -71,7 +71,7 @@ export interface SyncStatus {
 export interface FlushOptions {
   /** Compare the whole upper with the index as well: for a container that was stopped. */
   readonly sweep?: boolean
-  /** Rounds for what changes while it is read. Default 5. */
+  /** Rounds at most for what changes while it is read, or is found by what was found. Default 20. */
   readonly rounds?: number
 }
 
@@ -101,7 +101,7 @@ const SWEPT_PER_SECOND = 200
 const POLL_MS = 10_000
 const BACK_OFF_FIRST_MS = 1000
 const BACK_OFF_MOST_MS = 30_000
-const FLUSH_ROUNDS = 5
+const FLUSH_ROUNDS = 20
 
 /**
  * Where a sync keeps what it knows of an upper: /var/lib/lsync/sync for root, else in $XDG_STATE_HOME (~/.local/state),

@@ -15,6 +15,7 @@ import {
   printable,
   rawStatFd,
   readDirents,
+  STATX_WORD,
   syncFileSystem,
   tryRawStatAt,
   withFd,
@@ -596,16 +597,21 @@ class FreshCopy {
   /** `false` when there are not enough ids for what is in it. */
   #carry(directory: FreshDirectory, children: FreshDirectory[]): boolean {
     const { parent, name, path } = directory
+    const place = { directory: parent, name }
     try {
-      const fd = openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-      try {
-        return withFd(fd, () => this.#carryDirectory(fd, directory, children))
-      } catch (error) {
-        this.#failures.push(failureOf({ directory: parent, name }, path, error))
-      }
+      return withFd(openBeneath(this.#upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (fd) => {
+        try {
+          return this.#carryDirectory(fd, directory, children)
+        } catch (error) {
+          // A directory that was removed can still be open, and has nothing in it.
+          if ((rawStatFd(fd)[STATX_WORD.nlink] as number) > 0) this.#failures.push(failureOf(place, path, error))
+          else this.#again.push({ ...place, isForced: false })
+          return true
+        }
+      })
     } catch (error) {
-      if (VANISHED.has(codeOf(error))) this.#again.push({ directory: parent, name, isForced: false })
-      else this.#failures.push(failureOf({ directory: parent, name }, path, error))
+      if (VANISHED.has(codeOf(error))) this.#again.push({ ...place, isForced: false })
+      else this.#failures.push(failureOf(place, path, error))
     }
     return true
   }
