@@ -1,15 +1,26 @@
 import { randomBytes } from 'node:crypto'
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { hostPath } from '@lsync/posix'
-import { type Backend, type BackendOptions, FILE_KINDS, LocalBackend, openBackend, Repository } from '@lsync/snapshot'
+import {
+  type Backend,
+  type BackendOptions,
+  createSnapshot,
+  FILE_KINDS,
+  LocalBackend,
+  openBackend,
+  Repository,
+  restoreSnapshot,
+} from '@lsync/snapshot'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { jsonLines, lsync } from '../cli/lsync.ts'
+import { type Fault, faultsInTurn, startFaultProxy } from '../support/fault-proxy.ts'
 import { needs } from '../support/needs.ts'
 import { hasRclone, useRclone } from '../support/rclone.ts'
 import { CHEAP, PASSWORD, Restic, temporaryDirectory } from '../support/repository.ts'
 import { hasSshd, useSshServer } from '../support/sshd.ts'
 import { hasSwift, useSwift } from '../support/swift.ts'
 import { isPresent } from '../support/system.ts'
+import { diffTrees, readTree } from '../support/tree.ts'
 
 const hasRestic = needs('restic', isPresent('restic'))
 
@@ -72,6 +83,43 @@ describe.skipIf(!needs('rclone', hasRclone) || !hasRestic)('a repository behind 
     expect(jsonLines(made.run('list', '--json'))).toHaveLength(2)
     made.run('check', '--read-data')
     made.run('unlock')
+  })
+})
+
+const FAULTS: readonly Fault[] = [
+  { kind: 'status', status: 503 },
+  { kind: 'cut', direction: 'up', afterBytes: 1000 },
+  { kind: 'cut', direction: 'down', afterBytes: 100 },
+  { kind: 'status', status: 502, afterwards: true },
+  { kind: 'refuse' },
+  { kind: 'truncate', afterBytes: 600 },
+]
+
+describe.skipIf(!needs('rclone', hasRclone) || !hasRestic)('a repository behind a bad line', () => {
+  const rclone = useRclone()
+
+  test('loses nothing: what was saved over it is whole, and comes back over it', async () => {
+    const proxy = await startFaultProxy({ port: rclone.current.port, speaks: 'http', fault: faultsInTurn(4, FAULTS) })
+    onTestFinished(() => proxy.stop())
+    const quick = { firstDelayMs: 1, retryForMs: 90_000, firstAnswerWithinMs: 90_000 }
+    const backend = openBackend(`rest:http://127.0.0.1:${proxy.port}/r/`, quick)
+    onTestFinished(() => backend.close())
+    const repository = await Repository.init(backend, { password: PASSWORD, passwordCost: CHEAP })
+    onTestFinished(() => repository.close())
+    const directory = temporaryDirectory()
+    mkdirSync(`${directory}/tree`)
+    for (let i = 0; i < 30; i++) writeFileSync(`${directory}/tree/f${i}`, randomBytes(1_000_000))
+    const { snapshotId, problems } = await createSnapshot(repository, {
+      targets: [{ path: hostPath(`${directory}/tree`) }],
+    })
+    expect(problems).toEqual([])
+    const snapshot = await repository.readSnapshot(snapshotId)
+    const restored = await restoreSnapshot(repository, { snapshot, target: hostPath(`${directory}/back`) })
+    expect(restored.problems).toEqual([])
+    expect(diffTrees(readTree(`${directory}/tree`), readTree(`${directory}/back`))).toEqual([])
+    expect(proxy.faults).toBeGreaterThan(5)
+    const restic = new Restic(`rest:http://127.0.0.1:${rclone.current.port}/r/`)
+    expect(restic.run('check', '--read-data')).toContain('no errors were found')
   })
 })
 
