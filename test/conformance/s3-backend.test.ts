@@ -193,6 +193,14 @@ describe('an S3 server that means harm', () => {
     await expect(backend.get({ kind: 'config', name: '' })).rejects.toMatchObject({ code: 'BACKEND_ANSWER_INVALID' })
   })
 
+  test('a refusal without an end is cut off, too', async () => {
+    const backend = await hostile((_, response) => {
+      response.writeHead(400)
+      pipeline(Readable.from(endless('<Error><Code>x</Code></Error>')), response, () => undefined)
+    })
+    await expect(backend.get({ kind: 'config', name: '' })).rejects.toMatchObject({ code: 'BACKEND_ANSWER_INVALID' })
+  })
+
   test('a list without an end is cut off before it is parsed', async () => {
     const backend = await hostile((_, response) => {
       response.setHeader('Content-Type', 'application/xml')

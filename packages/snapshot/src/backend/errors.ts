@@ -3,7 +3,8 @@ import { LsyncError, printable } from '@lsync/posix'
 /** The storage knows us not, or lets us not do this. Another try would get the same answer. */
 export class BackendDeniedError extends LsyncError {
   constructor(what: string, location: string, detail: { readonly hint?: string; readonly cause?: unknown } = {}) {
-    super('BACKEND_DENIED', `${what} is not allowed at ${location}`, {
+    const reason = detail.cause instanceof Error && detail.cause.message !== '' ? `: ${detail.cause.message}` : ''
+    super('BACKEND_DENIED', `${what} is not allowed at ${location}${reason}`, {
       hint: 'check user, password or key, and whether the storage takes nothing but new files (append-only)',
       ...detail,
     })

@@ -344,10 +344,11 @@ export class S3Backend implements Backend {
     client.middlewareStack.add(
       (next, context) => async (args) => {
         const result = await next(args)
-        const { response } = result as { response: { body?: unknown } }
+        const { response } = result as { response: { body?: unknown; statusCode: number } }
         const name = context['commandName']
         // The SDK holds every other answer whole.
-        if (name !== 'GetObjectCommand') response.body = this.#limited(response.body as Readable, String(name))
+        if (name !== 'GetObjectCommand' || response.statusCode >= 300)
+          response.body = this.#limited(response.body as Readable, String(name))
         return result
       },
       { step: 'deserialize', name: 'lsyncLimit', priority: 'low' },
