@@ -1,10 +1,11 @@
+import { mkdirSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { importLayer } from '@lsync/overlay-merge'
 import { type HostPath, printable } from '@lsync/posix'
 import { parseTarget, remoteTarget, SshConnections, type Target } from '@lsync/sync'
 import fc from 'fast-check'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, test, vi } from 'vitest'
 import { useFileSystem } from '../support/image.ts'
 import { needs } from '../support/needs.ts'
 import { anyOperations, applyOperations, type Operation } from '../support/operations.ts'
@@ -103,6 +104,52 @@ describe.skipIf(!canMountImages || !needs('sshd', hasSshd))('after a flush a tar
         ),
         runs(count),
       )
+    },
+    timeLimit(),
+  )
+
+  test.each(['ssh2', 'ssh', 'sftp', 'portable layer'] as const)(
+    'over %s, however often the connection is cut meanwhile',
+    async (kind) => {
+      const { clientKey, knownHosts } = sshd.current
+      const connections = new SshConnections({ identities: [clientKey], knownHosts: [knownHosts] })
+      const directory = disk.current.fresh()
+      const [upper, target] = [`${directory}/u`, `${directory}/t`] as [HostPath, HostPath]
+      mkdirSync(upper)
+      const write = (round: number) => {
+        for (let i = 0; i < 40; i++) {
+          mkdirSync(`${upper}/d${i % 7}`, { recursive: true })
+          writeFileSync(`${upper}/d${i % 7}/f${i}`, `round ${round} of ${i}\n`.repeat(1 + i * 50))
+        }
+        writeFileSync(`${upper}/large`, Buffer.alloc(3_000_000, round))
+      }
+      write(0)
+      const request = { source: upper, stateDir: `${directory}/state`, targets: [targetAt(kind, target, connections)] }
+      await withSync(request, async (sync) => {
+        let cuts = 0
+        for (let round = 1; round <= 4; round++) {
+          write(round)
+          const flushed = sync.flush().catch((error: { code?: string }) => error.code)
+          await delay(20 * round)
+          cuts += sshd.current.cutConnections()
+          expect([undefined, 'CONNECTION_LOST', 'CONNECT_FAILED']).toContain(
+            await flushed.then((result) => (typeof result === 'string' ? result : undefined)),
+          )
+        }
+        expect(cuts).toBeGreaterThan(0)
+        await vi.waitUntil(
+          () =>
+            sync.flush().then(
+              () => true,
+              () => false,
+            ),
+          { timeout: 90_000, interval: 200 },
+        )
+        const layer = kind === 'portable layer' ? (`${directory}/imported` as HostPath) : target
+        if (layer !== target) await importLayer({ form: 'portable', from: target, to: layer, namespace: 'trusted' })
+        const options = kind === 'sftp' ? { timeGranularityNs: SECOND_NS } : {}
+        expect(differences(upper, layer, 'trusted', options)).toEqual([])
+      })
     },
     timeLimit(),
   )

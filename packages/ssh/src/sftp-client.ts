@@ -151,6 +151,11 @@ export class SftpClient {
     return this.#extensions.has(extension)
   }
 
+  /** What ended the connection, once it has. */
+  get failure(): unknown {
+    return this.#failure
+  }
+
   /** Of one write. */
   get writeBytes(): number {
     return this.#writeBytes

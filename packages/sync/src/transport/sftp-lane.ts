@@ -48,6 +48,8 @@ export class ConcurrentLane {
   readonly #sink: OperationSink
   #file: OpenFile | undefined
   #before: Promise<unknown> = Promise.resolve()
+  /** What ended it, once something has. */
+  #failure: unknown
 
   constructor(sink: OperationSink) {
     this.#sink = sink
@@ -55,8 +57,13 @@ export class ConcurrentLane {
 
   /** Batches are carried out one after the other, in the order of the calls. */
   run(batch: Uint8Array): Promise<readonly Failure[]> {
-    const result = this.#before.then(() => this.#run(batch))
-    this.#before = result.catch(() => undefined)
+    const result = this.#before.then(() => {
+      if (this.#failure !== undefined) throw this.#failure
+      return this.#run(batch)
+    })
+    this.#before = result.catch((error) => {
+      this.#failure ??= error
+    })
     return result
   }
 

@@ -69,7 +69,9 @@ export class SftpTarget implements Target {
   }
 
   deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]> {
-    const { lanes, sink } = this.#opened
+    const { client, lanes, sink } = this.#opened
+    // Whoever was told so of one batch may leave others out: what follows would make no sense.
+    if (client.failure !== undefined) return Promise.reject(client.failure)
     let known = lanes.get(lane)
     if (known === undefined) {
       known = new ConcurrentLane(sink)
