@@ -4,6 +4,7 @@ import { type ByteString, close, type HostPath, LsyncError, openRoot, printable,
 import { userName } from './key-file.ts'
 import { RepositoryLock } from './lock.ts'
 import { type Accounts, parseAccounts } from './model/accounts.ts'
+import { type ChangeNode, changeTreeOf, type SourceChange } from './model/changes.ts'
 import { parsePatterns } from './model/exclude.ts'
 import { formatTime, parseTime } from './model/go-text.ts'
 import type { Snapshot } from './model/snapshot.ts'
@@ -30,6 +31,11 @@ export interface SnapshotTarget {
   readonly path: HostPath
   /** What lies there. Absent: the directory at `path`, as it is on disk. */
   readonly source?: SourceInit
+  /**
+   * All that may have changed since the parent snapshot, such as a journal knows it: then nothing else is looked at, and the cost
+   * follows the changes. Without a parent, or with other patterns than the parent's, everything is looked at.
+   */
+  readonly changes?: readonly SourceChange[]
 }
 
 export interface CreateRequest {
@@ -120,7 +126,9 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     const store = new PackStore(repository, { signal, onWritten: (memory) => pool.recycle(memory) })
     try {
       const work = new TreeWork(repository, store, pool, request.onProgress, signal)
-      await work.begin(targets, parent?.tree)
+      // Other patterns show other names, also where nothing changed.
+      const isSameView = parent?.excludes.join('\0') === (request.excludes ?? []).join('\0')
+      await work.begin(isSameView && request.force !== true ? targets : targets.map(withoutChanges), parent?.tree)
       await pool.run(work)
       const tree = work.rootTree
       for (const { content, objects } of await pool.takeRest()) {
@@ -159,6 +167,10 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     for (const fd of opened) close(fd)
     await lock.release()
   }
+}
+
+function withoutChanges({ changes: _, ...target }: SnapshotTarget): SnapshotTarget {
+  return target
 }
 
 function byPath(left: SaveProblem, right: SaveProblem): number {
@@ -234,6 +246,8 @@ interface Frame {
   readonly shownPath: ByteString
   /** Its own node, up to where its tree belongs, when the parent does not have it. */
   node: string | undefined
+  /** What may have changed in it; `undefined`: anything. */
+  readonly change: ChangeNode | undefined
   /** Lists of nodes, in order. */
   readonly parts: string[][]
   /** Tasks and subdirectories that are not done. */
@@ -310,7 +324,11 @@ class TreeWork implements SaveWork {
       undefined,
       [0, 0],
       '/' as ByteString,
-      targets.map((target, source) => ({ ...target, source })),
+      targets.map(({ path, changes }, source) => ({
+        path,
+        source,
+        change: changes === undefined ? undefined : changeTreeOf(changes),
+      })),
       olderTree,
     )
   }
@@ -320,16 +338,16 @@ class TreeWork implements SaveWork {
     parent: Frame | undefined,
     place: readonly [number, number],
     path: ByteString,
-    targets: readonly { readonly path: HostPath; readonly source: number }[],
+    targets: readonly { readonly path: HostPath; readonly source: number; readonly change: ChangeNode | undefined }[],
     olderTree: ObjectId | undefined,
   ): Promise<void> {
     const [only] = targets
     if (only !== undefined && only.path === path) {
-      const frame = this.#frame(parent, place, only.source, '', path)
+      const frame = this.#frame(parent, place, only.source, '', path, only.change)
       this.#enqueue(frame, 0, olderTree, parent === undefined ? {} : { rootName: lastOf(path) })
       return
     }
-    const frame = this.#frame(parent, place, -1, '', path)
+    const frame = this.#frame(parent, place, -1, '', path, undefined)
     if (parent !== undefined) frame.node = this.#nodeAbove(path)
     const older = await this.#olderNodes(olderTree)
     const names = [...new Set(targets.map((target) => nextOf(path, target.path)))].sort()
@@ -363,9 +381,10 @@ class TreeWork implements SaveWork {
     source: number,
     path: ByteString | '',
     shownPath: ByteString,
+    change: ChangeNode | undefined,
   ): Frame {
     const id = this.#nextId++
-    return { id, parent, place, source, path, shownPath, node: undefined, parts: [], pending: 0, isLost: false }
+    return { id, parent, place, source, path, shownPath, change, node: undefined, parts: [], pending: 0, isLost: false }
   }
 
   #enqueue(
@@ -374,8 +393,14 @@ class TreeWork implements SaveWork {
     olderTree: ObjectId | undefined,
     extra: Pick<SaveTask, 'rootName' | 'names'> = {},
   ): void {
-    const { source, path, shownPath } = frame
-    const ticket = { frame, part, task: { id: this.#nextId++, source, path, shownPath, ...extra }, olderTree }
+    const { source, path, shownPath, change } = frame
+    const looked = change === undefined || change.isWhole ? {} : { looked: [...change.children.keys()] }
+    const ticket = {
+      frame,
+      part,
+      task: { id: this.#nextId++, source, path, shownPath, ...looked, ...extra },
+      olderTree,
+    }
     frame.pending++
     if (olderTree === undefined) this.#ready.push(ticket)
     else this.#waiting.push(ticket)
@@ -457,9 +482,20 @@ class TreeWork implements SaveWork {
 
   #addSubdirectory(parent: Frame, part: number, { name, index, olderTree }: Subdirectory): void {
     const path = (parent.path === '' ? name : `${parent.path}/${name}`) as ByteString
-    const frame = this.#frame(parent, [part, index], parent.source, path, joinShown(parent.shownPath, name))
+    const change = parent.change?.isWhole === true ? undefined : parent.change?.children.get(name)
+    if (change !== undefined && isUntouched(change) && this.#isThere(olderTree)) {
+      const nodes = parent.parts[part] as string[]
+      nodes[index] = closeNode(nodes[index] as string, olderTree)
+      return
+    }
+    const shownPath = joinShown(parent.shownPath, name)
+    const frame = this.#frame(parent, [part, index], parent.source, path, shownPath, change)
     parent.pending++
     this.#enqueue(frame, 0, olderTree)
+  }
+
+  #isThere(tree: ObjectId | undefined): tree is ObjectId {
+    return tree !== undefined && this.#repository.table.has('tree', tree)
   }
 
   /** One of the things that a directory waits for is there. The last one completes it, and maybe those above it. */
@@ -501,6 +537,11 @@ class TreeWork implements SaveWork {
     this.#wake = undefined
     wake?.()
   }
+}
+
+/** Whether a directory itself is all that may have changed. */
+function isUntouched({ isWhole, children }: ChangeNode): boolean {
+  return !isWhole && children.size === 0
 }
 
 function lastOf(path: ByteString): ByteString {

@@ -14,6 +14,7 @@ export * from './forget.ts'
 export * from './inspect.ts'
 export { type KeyInfo, KeyInvalidError, type PasswordCost, PasswordWrongError } from './key-file.ts'
 export * from './lock.ts'
+export type { SourceChange } from './model/changes.ts'
 export type { NodeType } from './model/mode.ts'
 export {
   type Duration,

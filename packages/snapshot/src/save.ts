@@ -72,6 +72,8 @@ export interface SaveTask {
   readonly rootName?: ByteString
   /** The content of the tree that the parent snapshot has here. */
   readonly older?: Uint8Array
+  /** With `older`: only these names are looked at, whether they are there or not; the others are as they were. */
+  readonly looked?: readonly ByteString[]
 }
 
 /** A directory in a directory, whose tree is not known yet. */
@@ -246,13 +248,14 @@ export class Saver {
   }
 
   #saveDirectory(task: SaveTask, directory: SourceDirectory): SavedDirectory {
-    const entries = task.names ?? directory.entries().sort(byName)
+    const older = task.older === undefined ? undefined : olderNodes(task.older)
+    const looked = older === undefined || task.looked === undefined ? undefined : new Set(task.looked)
+    const entries = (task.names ?? namesOf(directory, older, looked)).toSorted(byName)
     if (task.names === undefined && entries.length > WHOLE_NAMES && task.older === undefined) {
       const slices: SourceName[][] = []
       for (let at = 0; at < entries.length; at += SLICE_NAMES) slices.push(entries.slice(at, at + SLICE_NAMES))
       return { ...nothingOf(task.id), rootNode: this.#rootNodeOf(task, directory), slices, isLost: false }
     }
-    const older = task.older === undefined ? undefined : olderNodes(task.older)
     const nodes: string[] = []
     const subdirectories: Subdirectory[] = []
     for (const { name, isFile } of entries) {
@@ -260,6 +263,10 @@ export class Saver {
       if (isMatched(this.#init.excludes, shownPath)) continue
       try {
         const before = older?.get(name)
+        if (before !== undefined && looked?.has(name) === false) {
+          nodes.push(encodeNode(before))
+          continue
+        }
         // A file that is new is opened at once, and asked what it is when it is open.
         const node =
           isFile && before === undefined
@@ -508,6 +515,16 @@ export function closeNode(node: string, tree: ObjectId): string {
 /** The path of a name in a directory that a snapshot shows. */
 export function joinShown(directory: ByteString, name: ByteString): ByteString {
   return `${directory === '/' ? '' : directory}/${name}` as ByteString
+}
+
+/** The names of a directory; with a list of those to look at, these and the ones it had. */
+function namesOf(
+  directory: SourceDirectory,
+  older: ReadonlyMap<ByteString, TreeNode> | undefined,
+  looked: ReadonlySet<ByteString> | undefined,
+): SourceName[] {
+  if (older === undefined || looked === undefined) return directory.entries()
+  return [...new Set([...older.keys(), ...looked])].map((name) => ({ name, isFile: false }))
 }
 
 function byName(left: SourceName, right: SourceName): number {
