@@ -30,6 +30,8 @@ const COMPRESS_FROM_BYTES = 1024
 const COMPRESSING = 4
 // A server takes a client that is silent for much longer for gone.
 const PING_MS = 15_000
+// Handed to the stream and not gone yet.
+const UNSENT_BYTES = 2 << 20
 // Answers of all kinds but `deliver` are short.
 const SHORT_ANSWER_BYTES = 512 << 10
 
@@ -78,6 +80,8 @@ export class ClientSession {
   #nextId = 1
   readonly #compressing: Promise<unknown>[] = []
   #isSending = false
+  #unsentBytes = 0
+  #sentAt = 0
   #wakeSender: (() => void) | undefined
   #isPinging = false
   #failure: unknown
@@ -205,17 +209,22 @@ export class ClientSession {
         const compressed = await next.compressed
         if (this.#failure !== undefined) return
         const payload = compressed ?? next.payload
+        const bytes = HEADER_BYTES + payload.length
         const start = performance.now()
+        let isFull = false
+        this.#unsentBytes += bytes
         this.#writable.cork()
         this.#writable.write(encodeHeader({ ...next.header, isCompressed: compressed !== undefined }, payload))
-        this.#writable.write(payload)
+        this.#writable.write(payload, () => this.#sent(bytes, isFull ? start : undefined))
         this.#writable.uncork()
-        if (!this.#writable.writableNeedDrain) continue
-        await this.#drained()
+        isFull = this.#writable.writableNeedDrain
+        // Several frames wait at the line, so that it never waits for us.
+        while (this.#unsentBytes > UNSENT_BYTES && this.#failure === undefined) {
+          await new Promise<void>((resolve) => {
+            this.#wakeSender = resolve
+          })
+        }
         if (this.#failure !== undefined) return
-        // A peer that takes what is sent is alive, though it may have nothing to say yet.
-        this.#heardAt = performance.now()
-        this.#choice.sawLine(HEADER_BYTES + payload.length, this.#heardAt - start)
       }
     } catch (error) {
       this.#fail(error)
@@ -224,11 +233,15 @@ export class ClientSession {
     }
   }
 
-  #drained(): Promise<void> {
-    return new Promise((resolve) => {
-      this.#wakeSender = resolve
-      this.#writable.once('drain', resolve)
-    })
+  /** `start`: when it was handed to a stream that was full. */
+  #sent(bytes: number, start: number | undefined): void {
+    this.#unsentBytes -= bytes
+    const now = performance.now()
+    // A peer that takes what is sent is alive, though it may have nothing to say yet.
+    this.#heardAt = now
+    if (start !== undefined) this.#choice.sawLine(bytes, now - Math.max(start, this.#sentAt))
+    this.#sentAt = now
+    this.#wakeSender?.()
   }
 
   #push(chunk: Buffer): void {
