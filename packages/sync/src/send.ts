@@ -246,11 +246,14 @@ function sendOnce(
     throw error
   }
   to.finish()
-  const isUnsettled = isRacyNow || hasChanged()
+  const changed = hasChanged()
+  const isUnsettled = isRacyNow || changed
+  // In one pass the hashes are of the very bytes that were sent; in two the file may have been written to in between.
+  const isExact = known === undefined || (!changed && !hasWriter)
   return {
-    row: settle({ contentHash: isUnsettled ? 0n : hashes.contentHash }, isUnsettled),
+    row: settle({ contentHash: isExact ? hashes.contentHash : 0n }, isUnsettled),
     isUnsettled,
-    blocks: keepsBlocks && !isUnsettled ? hashes.bytes : undefined,
+    blocks: keepsBlocks && isExact ? hashes.bytes : undefined,
     bytes: isPatch ? patchBytes : dataBytes,
     how: isPatch ? 'blocks' : 'whole',
   }

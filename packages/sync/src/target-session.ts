@@ -998,6 +998,20 @@ export class TargetSession {
     known: ReadonlyMap<string, number>,
     moved: ReadonlySet<string>,
   ): Promise<void> {
+    try {
+      await this.#carryTrees(roots, known, moved)
+    } catch (error) {
+      // What is pending in the index is carried over anew.
+      this.#isBroken = true
+      throw error
+    }
+  }
+
+  async #carryTrees(
+    roots: readonly FreshDirectory[],
+    known: ReadonlyMap<string, number>,
+    moved: ReadonlySet<string>,
+  ): Promise<void> {
     const changes: IndexChange[] = []
     // Of a directory whose copy is repeated no row is believed; a new one may have rows of what was moved into it.
     const repeated = new Set(moved.size === 0 ? roots.map(({ id }) => id) : [])
