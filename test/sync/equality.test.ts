@@ -40,7 +40,7 @@ describe.skipIf(!canMountImages)('after a flush a target equals the upper', () =
                   // Sometimes in the middle of a round, sometimes between two.
                   await delay(count++ % 3 === 0 ? 30 : 1)
                 }
-                const report = await sync.flush()
+                const report = await sync.flush({ sweep: bursts.some(hidesWrites) })
                 expect(differences(upper, target, options.namespace), JSON.stringify(done, show)).toEqual([])
                 expect(failures).toEqual([])
                 expect(report).toMatchObject({ isSettled: true, failures: [] })
@@ -59,6 +59,15 @@ describe.skipIf(!canMountImages)('after a flush a target equals the upper', () =
     },
   )
 })
+
+/**
+ * What was written through a name that is gone when somebody looks shows at another name of the inode, of which no event
+ * tells: that is for the sweep.
+ */
+function hidesWrites(burst: readonly Operation[]): boolean {
+  const takesNames = ['unlink', 'remove', 'rename', 'exchange', 'remake']
+  return burst.some(({ do: what }) => what === 'link') && burst.some(({ do: what }) => takesNames.includes(what))
+}
 
 function show(_: string, value: unknown): unknown {
   return typeof value === 'bigint' ? String(value) : value

@@ -206,7 +206,7 @@ function tell({ output }: Session, error: unknown, target?: string): void {
   const code = (error as { code?: unknown }).code
   const message = error instanceof Error ? error.message : String(error)
   output.warning(
-    typeof code === 'string' ? code : 'SYNC_PROBLEM',
+    typeof code === 'string' ? code : 'BUG',
     target === undefined ? message : `${target}: ${message}`,
   )
 }
