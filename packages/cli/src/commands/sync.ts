@@ -205,10 +205,7 @@ function report(sync: Sync, session: Session): void {
 function tell({ output }: Session, error: unknown, target?: string): void {
   const code = (error as { code?: unknown }).code
   const message = error instanceof Error ? error.message : String(error)
-  output.warning(
-    typeof code === 'string' ? code : 'BUG',
-    target === undefined ? message : `${target}: ${message}`,
-  )
+  output.warning(typeof code === 'string' ? code : 'BUG', target === undefined ? message : `${target}: ${message}`)
 }
 
 function progressText(status: TargetStatus, startMs: number): string {
