@@ -81,9 +81,9 @@ describe.skipIf(!isRoot)('a snapshot from a list of changes', () => {
           rmSync(tree, { recursive: true, force: true })
           mkdirSync(tree)
           for (const [serial, step] of before.entries()) doStep(tree, step, serial)
-          await save(repository, tree)
+          const { snapshotId: parent } = await save(repository, tree)
           const changes = after.flatMap((step, serial) => doStep(tree, step, 100 + serial))
-          const listed = await save(await reopen(path), tree, changes)
+          const listed = await save(await reopen(path), tree, changes, { parent })
           const whole = await save(await reopen(path), tree, undefined, { parent: 'none' })
           expect(listed.problems).toEqual([])
           expect(await savedDirectory(path, listed.tree)).toEqual(await savedDirectory(path, whole.tree))
@@ -98,8 +98,8 @@ describe.skipIf(!isRoot)('a snapshot from a list of changes', () => {
     const tree = `${temporaryDirectory()}/tree`
     const folder = () => dir(Object.fromEntries(Array.from({ length: 20 }, (_, i) => [`f${i}`, file(`${i}`)])))
     buildTree(tree, dir(Object.fromEntries(Array.from({ length: 30 }, (_, i) => [`d${i}`, folder()]))))
-    await save(repository, tree)
-    return { path, repository: await reopen(path), tree }
+    const { snapshotId: parent } = await save(repository, tree)
+    return { path, repository: await reopen(path), tree, parent }
   }
 
   function countCalls(): Map<string, number> {
@@ -111,10 +111,10 @@ describe.skipIf(!isRoot)('a snapshot from a list of changes', () => {
   }
 
   test('opens what changed, and nothing else', async () => {
-    const { repository, tree } = await large()
+    const { repository, tree, parent } = await large()
     writeFileSync(`${tree}/d3/f3`, 'changed')
     const calls = countCalls()
-    const { counts } = await save(repository, tree, [change('d3/f3'), change('d3')])
+    const { counts } = await save(repository, tree, [change('d3/f3'), change('d3')], { parent })
     setSyscallHook(undefined)
     expect(counts).toMatchObject({ filesChanged: 1, filesNew: 0, readBytes: 7 })
     // The root, one directory, one file; and those above the tree, by their names.
@@ -122,8 +122,8 @@ describe.skipIf(!isRoot)('a snapshot from a list of changes', () => {
   })
 
   test('with other patterns than its parent looks at everything', async () => {
-    const { path, repository, tree } = await large()
-    const report = await save(repository, tree, [], { excludes: ['f1?'] })
+    const { path, repository, tree, parent } = await large()
+    const report = await save(repository, tree, [], { excludes: ['f1?'], parent })
     const whole = await save(await reopen(path), tree, undefined, { excludes: ['f1?'], parent: 'none' })
     expect(await savedDirectory(path, report.tree)).toEqual(await savedDirectory(path, whole.tree))
   })
@@ -131,13 +131,14 @@ describe.skipIf(!isRoot)('a snapshot from a list of changes', () => {
   test('without a parent looks at everything', async () => {
     const { tree } = await large()
     const { repository } = await newRepository()
-    expect((await save(repository, tree, [change('d1')])).counts.filesNew).toBe(600)
+    expect((await save(repository, tree, [change('d1')], { parent: 'none' })).counts.filesNew).toBe(600)
+    await expect(save(repository, tree, [change('d1')])).rejects.toMatchObject({ code: 'SNAPSHOT_REQUEST_INVALID' })
   })
 
   test('a name that is listed and not there is gone', async () => {
-    const { path, repository, tree } = await large()
+    const { path, repository, tree, parent } = await large()
     rmSync(`${tree}/d4`, { recursive: true })
-    const report = await save(repository, tree, [change('d4/f1'), change('d4'), change('')])
+    const report = await save(repository, tree, [change('d4/f1'), change('d4'), change('')], { parent })
     const whole = await save(await reopen(path), tree, undefined, { parent: 'none' })
     expect(report.problems).toEqual([])
     expect(await savedDirectory(path, report.tree)).toEqual(await savedDirectory(path, whole.tree))

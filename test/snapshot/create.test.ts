@@ -108,6 +108,24 @@ describe.skipIf(!isRoot || !hasRestic)('a snapshot of ours', () => {
     expect(restic.run('check')).toContain('no errors were found')
   })
 
+  test('may be of single files and symlinks, as restic saves them', async () => {
+    const { path, repository } = await newRepository()
+    const root = temporaryDirectory()
+    buildTree(`${root}/tree`, dir({ f: file('1'), other: file(''), d: dir({ g: file('2') }), l: symlink('nowhere') }))
+    const paths = ['f', 'd', 'l'].map((name) => `${root}/tree/${name}`)
+    const targets = paths.map((target) => ({ path: hostPath(target) }))
+    const ours = await createSnapshot(repository, { targets })
+    expect(ours.counts).toMatchObject({ filesNew: 2, others: 1 })
+    const again = await createSnapshot(await reopen(path), { targets })
+    expect(again.counts).toMatchObject({ filesNew: 0, filesUnmodified: 2, readBytes: 0 })
+    const restic = new Restic(path)
+    restic.run('backup', '--force', ...paths)
+    const all = (JSON.parse(restic.run('snapshots', '--json')) as { id: string }[]).map(({ id }) => listed(restic, id))
+    expect(all).toEqual([all[0], all[0], all[0]])
+    expect(all[0]).toContain(`file ${root}/tree/f`)
+    expect(restic.run('check', '--read-data')).toContain('no errors were found')
+  })
+
   test('has the host, time and tags that it is given', async () => {
     const { path, repository } = await newRepository()
     const tree = buildRichTree(`${temporaryDirectory()}/tree`)

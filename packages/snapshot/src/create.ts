@@ -1,6 +1,16 @@
 import { readFileSync } from 'node:fs'
 import { hostname } from 'node:os'
-import { type ByteString, close, type HostPath, LsyncError, openRoot, printable, withFd } from '@lsync/posix'
+import {
+  type ByteString,
+  close,
+  errnoOf,
+  type HostPath,
+  LsyncError,
+  openRoot,
+  printable,
+  tryStatAt,
+  withFd,
+} from '@lsync/posix'
 import { userName } from './key-file.ts'
 import { RepositoryLock } from './lock.ts'
 import { type Accounts, parseAccounts } from './model/accounts.ts'
@@ -32,8 +42,9 @@ export interface SnapshotTarget {
   /** What lies there. Absent: the directory at `path`, as it is on disk. */
   readonly source?: SourceInit
   /**
-   * All that may have changed since the parent snapshot, such as a journal knows it: then nothing else is looked at, and the cost
-   * follows the changes. Without a parent, or with other patterns than the parent's, everything is looked at.
+   * All that may have changed since `CreateRequest.parent`, which is named then, such as a journal knows it: nothing else is
+   * looked at, and the cost follows the changes. Of an inode with several names all are listed. With other patterns than
+   * the parent's, everything is looked at.
    */
   readonly changes?: readonly SourceChange[]
 }
@@ -98,14 +109,18 @@ const DEFAULT_WORKERS = 2
 export async function createSnapshot(repository: Repository, request: CreateRequest): Promise<CreateReport> {
   const startMs = performance.now()
   const targets = checkedTargets(request.targets)
+  if (request.parent === undefined && targets.some(({ changes }) => changes !== undefined)) {
+    throw new CreateInvalidError('changes are listed, and not the snapshot since which')
+  }
   const excludes = parsePatterns(request.excludes ?? [])
   const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
   const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
   const opened: number[] = []
   try {
+    const files = new Set<HostPath>()
     const sources = targets.map(({ path, source }): SourceInit => {
       if (source !== undefined) return source
-      const fd = openRoot(path)
+      const fd = openTarget(path, files)
       opened.push(fd)
       return { kind: 'directory', fd }
     })
@@ -128,7 +143,8 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       const work = new TreeWork(repository, store, pool, request.onProgress, signal)
       // Other patterns show other names, also where nothing changed.
       const isSameView = parent?.excludes.join('\0') === (request.excludes ?? []).join('\0')
-      await work.begin(isSameView && request.force !== true ? targets : targets.map(withoutChanges), parent?.tree)
+      const looked = isSameView && request.force !== true ? targets : targets.map(withoutChanges)
+      await work.begin(looked, files, parent?.tree)
       await pool.run(work)
       const tree = work.rootTree
       for (const { content, objects } of await pool.takeRest()) {
@@ -166,6 +182,24 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
   } finally {
     for (const fd of opened) close(fd)
     await lock.release()
+  }
+}
+
+/** Opens a target; of one that is no directory, the directory that it is in, and notes it in `files`. */
+function openTarget(path: HostPath, files: Set<HostPath>): number {
+  try {
+    return openRoot(path)
+  } catch (error) {
+    // A symlink that leads nowhere can be saved, too.
+    const directory = (path.slice(0, path.lastIndexOf('/')) || '/') as HostPath
+    if (errnoOf(error) !== 'ENOTDIR' && errnoOf(error) !== 'ENOENT') throw error
+    const fd = openRoot(directory)
+    if (tryStatAt(fd, lastOf(path)) === undefined) {
+      close(fd)
+      throw error
+    }
+    files.add(path)
+    return fd
   }
 }
 
@@ -256,10 +290,21 @@ interface Frame {
   isLost: boolean
 }
 
+/** A target with what is known of it when the work begins. */
+interface FirstTarget {
+  readonly path: HostPath
+  readonly source: number
+  /** Its source is the directory that it is in. */
+  readonly isFile: boolean
+  readonly change: ChangeNode | undefined
+}
+
 /** A task and where its result goes. */
 interface Ticket {
   readonly frame: Frame
   readonly part: number
+  /** Where in the part its only node belongs; absent: its nodes are the part. */
+  readonly slot?: number
   readonly task: SaveTask
   readonly olderTree: ObjectId | undefined
 }
@@ -318,7 +363,11 @@ class TreeWork implements SaveWork {
   }
 
   /** Makes the directories above the targets, and the first tasks. */
-  async begin(targets: readonly SnapshotTarget[], olderTree: ObjectId | undefined): Promise<void> {
+  async begin(
+    targets: readonly SnapshotTarget[],
+    files: ReadonlySet<HostPath>,
+    olderTree: ObjectId | undefined,
+  ): Promise<void> {
     this.#targets = targets.length
     await this.#addAbove(
       undefined,
@@ -327,6 +376,7 @@ class TreeWork implements SaveWork {
       targets.map(({ path, changes }, source) => ({
         path,
         source,
+        isFile: files.has(path),
         change: changes === undefined ? undefined : changeTreeOf(changes),
       })),
       olderTree,
@@ -338,7 +388,7 @@ class TreeWork implements SaveWork {
     parent: Frame | undefined,
     place: readonly [number, number],
     path: ByteString,
-    targets: readonly { readonly path: HostPath; readonly source: number; readonly change: ChangeNode | undefined }[],
+    targets: readonly FirstTarget[],
     olderTree: ObjectId | undefined,
   ): Promise<void> {
     const [only] = targets
@@ -355,8 +405,20 @@ class TreeWork implements SaveWork {
     frame.pending = names.length
     for (const [index, name] of names.entries()) {
       const beneath = targets.filter((target) => nextOf(path, target.path) === name)
+      const [first] = beneath
+      if (first?.isFile === true && first.path === joinShown(path, name)) {
+        this.#enqueueFile(frame, index, first, olderTree)
+        continue
+      }
       await this.#addAbove(frame, [0, index], joinShown(path, name), beneath, older.get(name))
     }
+  }
+
+  /** One name of a directory that is not saved itself. */
+  #enqueueFile(frame: Frame, index: number, { source, path }: FirstTarget, olderTree: ObjectId | undefined): void {
+    const names = [{ name: lastOf(path), isFile: false }]
+    const task = { id: this.#nextId++, source, path: '' as const, shownPath: frame.shownPath, names }
+    this.#push({ frame, part: 0, slot: index, task, olderTree })
   }
 
   #nodeAbove(path: ByteString): string {
@@ -402,7 +464,11 @@ class TreeWork implements SaveWork {
       olderTree,
     }
     frame.pending++
-    if (olderTree === undefined) this.#ready.push(ticket)
+    this.#push(ticket)
+  }
+
+  #push(ticket: Ticket): void {
+    if (ticket.olderTree === undefined) this.#ready.push(ticket)
     else this.#waiting.push(ticket)
     this.#read()
   }
@@ -459,8 +525,15 @@ class TreeWork implements SaveWork {
   }
 
   #take(saved: SavedDirectory): void {
-    const { frame, part } = this.#tickets.get(saved.id) as Ticket
+    const { frame, part, slot } = this.#tickets.get(saved.id) as Ticket
     this.#tickets.delete(saved.id)
+    if (slot !== undefined) {
+      const [node = ''] = saved.nodes
+      if (node === '') this.#lostTargets++
+      ;(frame.parts[part] as string[])[slot] = node
+      this.#finishOne(frame)
+      return
+    }
     if (saved.rootNode !== undefined) frame.node = saved.rootNode
     if (saved.tree !== undefined) {
       this.#close(frame, saved.tree)
