@@ -19,6 +19,7 @@ import { describe, expect, onTestFinished, test } from 'vitest'
 import { buildRichTree } from '../layers/rich-tree.ts'
 import { buildTree, character, dir, file, linkTo, opaque, socket, sparse, symlink, whiteout } from '../support/build.ts'
 import { needs } from '../support/needs.ts'
+import { aclOf } from '../support/operations.ts'
 import { newRepository, Restic, reopen, temporaryDirectory } from '../support/repository.ts'
 import { isPresent } from '../support/system.ts'
 import { readTree } from '../support/tree.ts'
@@ -203,6 +204,25 @@ describe.skipIf(!isRoot)('restoring into a directory that is there', () => {
     )
     await restore(repository, `${target}-new`, { dryRun: true })
     expect(existsSync(`${target}-new`)).toBe(false)
+  })
+
+  test('gives nothing the attributes that a directory passes on', async () => {
+    const { repository } = await newRepository()
+    const directory = temporaryDirectory()
+    buildTree(
+      `${directory}/tree`,
+      dir({ f: file('x'), d: dir({ g: file('y'), e: dir({}) }), l: symlink('f'), there: file('z') }),
+    )
+    await save(repository, `${directory}/tree`)
+    const generous = { 'system.posix_acl_default': aclOf(9, 7).toString('latin1') }
+    buildTree(
+      `${directory}/parent`,
+      dir({ back: dir({ there: file('old') }, { xattrs: generous }) }, { xattrs: generous }),
+    )
+    for (const target of ['parent/back', 'parent/new']) {
+      await restore(repository, `${directory}/${target}`)
+      expect(readTree(`${directory}/${target}`)).toEqual(readTree(`${directory}/tree`))
+    }
   })
 
   test('goes on where an interrupted run stopped, and leaves nothing of it behind', async () => {

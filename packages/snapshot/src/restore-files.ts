@@ -58,6 +58,8 @@ export interface RestoreInit {
   readonly trustsTimes: boolean
   readonly deletes: boolean
   readonly isDryRun: boolean
+  /** Whether somebody wants to know of each name what happens to it; counts are given in any case. */
+  readonly tellsActions: boolean
 }
 
 /** Bytes of a pack that were read, and where in it they begin. */
@@ -145,6 +147,8 @@ export interface RestoreResult {
   readonly newDirectories: readonly number[]
   /** `begin`: the name of the file until it is whole. */
   readonly temporary: ByteString | undefined
+  readonly counts: Readonly<Record<RestoreAction, number>>
+  /** What happened, or would happen; empty unless `tellsActions`. */
   readonly actions: readonly (readonly [action: RestoreAction, path: ByteString])[]
   readonly problems: readonly RestoreProblem[]
   readonly writtenBytes: number
@@ -170,6 +174,8 @@ const HELD_TREES = 4
 export class Restorer implements Doer<RestoreJob, RestoreResult> {
   readonly #init: RestoreInit
   readonly #engine: Engine
+  readonly #uid = process.geteuid?.() ?? 0
+  readonly #gid = process.getegid?.() ?? 0
   readonly #trees = new Map<string, readonly TreeNode[]>()
   readonly #digest = allocate(32)
   #plain: Memory = allocate(64 * 1024)
@@ -177,6 +183,7 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
   #existing: Memory = allocate(64 * 1024)
   #wanted: number[] = []
   #newDirectories: number[] = []
+  #counts: Record<RestoreAction, number> = { create: 0, replace: 0, metadata: 0, remove: 0 }
   #actions: [RestoreAction, ByteString][] = []
   #problems: RestoreProblem[] = []
   #writtenBytes = 0
@@ -197,12 +204,14 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
       wanted: this.#wanted,
       newDirectories: this.#newDirectories,
       temporary,
+      counts: this.#counts,
       actions: this.#actions,
       problems: this.#problems,
       writtenBytes: this.#writtenBytes,
     }
     this.#wanted = []
     this.#newDirectories = []
+    this.#counts = { create: 0, replace: 0, metadata: 0, remove: 0 }
     this.#actions = []
     this.#problems = []
     this.#writtenBytes = 0
@@ -238,6 +247,11 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     }
   }
 
+  #tell(action: RestoreAction, path: ByteString): void {
+    this.#counts[action]++
+    if (this.#init.tellsActions) this.#actions.push([action, path])
+  }
+
   #in<T>(path: ByteString | '', use: (directory: number) => T): T {
     return withFd(openBeneath(this.#init.targetFd, path, O_RDONLY | O_DIRECTORY), use)
   }
@@ -266,7 +280,7 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     const nodes = this.#nodesOf(job)
     for (const position of job.nodes) {
       const node = nodes[position] as TreeNode
-      this.#actions.push(['create', joined(job.path, node.name)])
+      this.#tell('create', joined(job.path, node.name))
       if (node.type === 'dir') this.#newDirectories.push(position)
     }
   }
@@ -297,7 +311,7 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
       if (!names.has(name) && (TEMPORARY.test(name) || (this.#init.deletes && !keepsOthers))) others.push(name)
     })
     for (const name of others.sort()) {
-      if (!TEMPORARY.test(name)) this.#actions.push(['remove', joined(path, name)])
+      if (!TEMPORARY.test(name)) this.#tell('remove', joined(path, name))
       if (!this.#init.isDryRun) this.#try(joined(path, name), () => removeTree(directory, name))
     }
   }
@@ -311,11 +325,12 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
   ): void {
     if (existing?.isDirectory === true) return
     this.#newDirectories.push(position)
-    this.#actions.push([existing === undefined ? 'create' : 'replace', path])
+    this.#tell(existing === undefined ? 'create' : 'replace', path)
     if (this.#init.isDryRun) return
     if (existing !== undefined) unlink(directory, name)
     // Until it is finished, nobody else enters.
     makeDirectory(directory, name, 0o700)
+    dropDefaultAcl(directory, name)
   }
 
   #prepareFile(
@@ -332,12 +347,12 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
       (this.#init.trustsTimes || this.#init.isDryRun)
     if (!isSame) {
       this.#wanted.push(position)
-      if (this.#init.isDryRun) this.#actions.push([existing === undefined ? 'create' : 'replace', path])
+      if (this.#init.isDryRun) this.#tell(existing === undefined ? 'create' : 'replace', path)
       return
     }
     if (this.#init.isDryRun) return
     withFd(openat(directory, node.name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK), (fd) => {
-      if (this.#setFileMeta(fd, node, false)) this.#actions.push(['metadata', path])
+      if (this.#setFileMeta(fd, node, false)) this.#tell('metadata', path)
     })
   }
 
@@ -347,7 +362,7 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
       if (!this.#init.isDryRun) this.#setMetaAt(directory, node)
       return
     }
-    this.#actions.push([existing === undefined ? 'create' : 'replace', path])
+    this.#tell(existing === undefined ? 'create' : 'replace', path)
     if (this.#init.isDryRun) return
     if (existing !== undefined) this.#makeRoom(directory, path, name, existing)
     if (type === 'symlink') makeSymlink(linkTarget, directory, name)
@@ -372,12 +387,12 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
         const existing = job.isNew ? undefined : tryStatAt(directory, node.name)
         if (existing?.isFile === true && this.#isContent(directory, node.name, existing, sizeBytes)) {
           withFd(openat(directory, node.name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK), (fd) => {
-            if (this.#setFileMeta(fd, node, false)) this.#actions.push(['metadata', path])
+            if (this.#setFileMeta(fd, node, false)) this.#tell('metadata', path)
           })
           return
         }
-        this.#actions.push([existing === undefined ? 'create' : 'replace', path])
-        this.#writeFile(directory, path, node, sizeBytes, existing)
+        this.#tell(existing === undefined ? 'create' : 'replace', path)
+        this.#writeFile(directory, path, node, sizeBytes, existing, job.isNew)
       })
     }
   }
@@ -431,16 +446,26 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     return read === sizeBytes && this.#existing.buffer.compare(this.#content.buffer, 0, sizeBytes, 0, sizeBytes) === 0
   }
 
-  #writeFile(directory: number, path: ByteString, node: TreeNode, sizeBytes: number, existing: Stat | undefined): void {
+  #writeFile(
+    directory: number,
+    path: ByteString,
+    node: TreeNode,
+    sizeBytes: number,
+    existing: Stat | undefined,
+    isNewDirectory: boolean,
+  ): void {
     // A name that is free is written at once. What stands there is replaced by one rename, and never written to: the
     // inode may have other names.
     const temporary = existing === undefined ? node.name : temporaryName()
-    const fd = openat(directory, temporary, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
+    // One of another owner is nobody's to read before it is theirs.
+    const isOwn = node.uid === this.#uid && node.gid === this.#gid
+    const mode = isOwn ? node.mode & 0o777 : 0o600
+    const fd = openat(directory, temporary, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode)
     let isDone = false
     try {
       this.#writeContent(fd, 0, this.#content, 0, sizeBytes)
       if (sizeBytes >= SPARSE_FROM_BYTES) truncate(fd, sizeBytes, path)
-      this.#setFileMeta(fd, node, true)
+      this.#setFileMeta(fd, node, isNewDirectory)
       if (existing !== undefined) this.#takePlace(directory, path, temporary, node.name, existing)
       isDone = true
     } finally {
@@ -501,8 +526,8 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     const node = this.#nodesOf(job)[job.nodes[0] as number] as TreeNode
     const path = joined(job.path, node.name)
     const existing = tryStatAt(directory, node.name)
-    this.#actions.push([existing === undefined ? 'create' : 'replace', path])
-    withFd(openat(directory, job.temporary, O_RDWR | O_NOFOLLOW), (fd) => this.#setFileMeta(fd, node, true))
+    this.#tell(existing === undefined ? 'create' : 'replace', path)
+    withFd(openat(directory, job.temporary, O_RDWR | O_NOFOLLOW), (fd) => this.#setFileMeta(fd, node, false))
     if (existing?.isDirectory === true) this.#makeRoom(directory, path, node.name, existing)
     rename(directory, job.temporary, directory, node.name)
   }
@@ -516,7 +541,7 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
         if (source === undefined) throw new PosixError('ENOENT', { syscall: 'linkat', path: from })
         const existing = tryStatAt(toDirectory, toName)
         if (existing !== undefined && existing.ino === source.ino && existing.dev === source.dev) return
-        this.#actions.push([existing === undefined ? 'create' : 'replace', to])
+        this.#tell(existing === undefined ? 'create' : 'replace', to)
         if (existing !== undefined) this.#makeRoom(toDirectory, to, toName, existing)
         link(fromDirectory, fromName, toDirectory, toName)
       }),
@@ -527,8 +552,8 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     this.#in(path, (fd) => this.#setFileMeta(fd, node, false))
   }
 
-  /** Sets owner, attributes, mode and times of an open file or directory, as far as they differ. */
-  #setFileMeta(fd: number, node: TreeNode, isNew: boolean): boolean {
+  /** Sets owner, attributes, mode and times of an open file or directory, as far as they differ. `isBare`: it has no attributes. */
+  #setFileMeta(fd: number, node: TreeNode, isBare: boolean): boolean {
     const stat = statFd(fd)
     const mtimeNs = timeOf(node.mtime)
     let changed = false
@@ -537,14 +562,14 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
       changed = true
     }
     // After the owner, whose change takes capabilities away.
-    if (setXattrs(fd, '', node, isNew)) changed = true
+    if (setXattrs(fd, '', node, isBare)) changed = true
     // Always after an ACL, which sets some of these bits.
     if (changed || stat.permissions !== (node.mode & 0o7777)) {
       setModeFd(fd, node.mode & 0o7777)
       changed = true
     }
     if (changed || stat.mtimeNs !== mtimeNs) {
-      setTimes(fd, '', timeOf(node.atime), mtimeNs)
+      setTimes(fd, '', node.atime === node.mtime ? mtimeNs : timeOf(node.atime), mtimeNs)
       changed = true
     }
     return changed
@@ -575,9 +600,14 @@ export function plainLength({ length, uncompressedLength }: Pick<PieceRef, 'leng
   return uncompressedLength ?? length - SEAL_BYTES
 }
 
+/** So that nothing in a new directory gets attributes that the snapshot does not have; its own come when it is finished. */
+export function dropDefaultAcl(fd: number, name: ByteString | ''): void {
+  removeXattr(fd, name, 'system.posix_acl_default' as ByteString)
+}
+
 /** Makes an inode's attributes those of the node. Whether anything had to be changed. */
-function setXattrs(fd: number, name: ByteString | '', node: TreeNode, isNew: boolean): boolean {
-  if (isNew && node.xattrs.length === 0) return false
+function setXattrs(fd: number, name: ByteString | '', node: TreeNode, isBare: boolean): boolean {
+  if (isBare && node.xattrs.length === 0) return false
   const wanted = new Map(node.xattrs)
   let changed = false
   for (const attribute of listXattrs(fd, name)) {

@@ -1,5 +1,14 @@
 import { mkdirSync } from 'node:fs'
-import { type ByteString, close, errnoOf, type HostPath, LsyncError, openRoot, syncFileSystem } from '@lsync/posix'
+import {
+  type ByteString,
+  close,
+  errnoOf,
+  type HostPath,
+  LsyncError,
+  openRoot,
+  syncFileSystem,
+  withFd,
+} from '@lsync/posix'
 import { eachOf } from './concurrent.ts'
 import { RepositoryLock } from './lock.ts'
 import { isMatched, type Pattern, parsePatterns } from './model/exclude.ts'
@@ -8,6 +17,7 @@ import { decodeTree, encodeNode, encodeTree, type ObjectId, type TreeNode } from
 import type { Location } from './object-table.ts'
 import { ObjectMissingError, type Repository } from './repository.ts'
 import {
+  dropDefaultAcl,
   type FileRef,
   isFatal,
   joined,
@@ -101,6 +111,7 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
       trustsTimes: request.trustTimes === true,
       deletes: request.delete === true,
       isDryRun: request.dryRun === true,
+      tellsActions: request.onAction !== undefined,
     }
     const url = new URL('./restore-worker.ts', import.meta.url)
     const width = request.workers ?? DEFAULT_WORKERS
@@ -126,9 +137,13 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
 /** Whether the target was not there. */
 function makeTarget({ target, dryRun }: RestoreRequest): boolean {
   try {
-    if (dryRun !== true) mkdirSync(Buffer.from(target, 'latin1'), { mode: 0o700 })
-    else close(openRoot(target))
-    return dryRun !== true
+    if (dryRun === true) {
+      close(openRoot(target))
+      return false
+    }
+    mkdirSync(Buffer.from(target, 'latin1'), { mode: 0o700 })
+    withFd(openRoot(target), (fd) => dropDefaultAcl(fd, ''))
+    return true
   } catch (error) {
     if (errnoOf(error) === 'EEXIST') return false
     if (dryRun === true && errnoOf(error) === 'ENOENT') return true
@@ -468,10 +483,8 @@ class RestoreWork {
     this.problems.push(...result.problems)
     const fatal = result.problems.find(({ code }) => isFatal(code))
     if (fatal !== undefined) throw new LsyncError(fatal.code, fatal.message, { path: fatal.path })
-    for (const [action, path] of result.actions) {
-      this.counts[action]++
-      this.#request.onAction?.(action, path)
-    }
+    for (const [action, count] of Object.entries(result.counts)) this.counts[action as RestoreAction] += count
+    for (const [action, path] of result.actions) this.#request.onAction?.(action, path)
     this.writtenBytes += result.writtenBytes
     return result
   }
