@@ -640,7 +640,12 @@ export class TargetSession {
         return 0
       }
       await this.#carryOut(made, taken)
-      for (const place of taken) this.#forced.delete(keyOf(place))
+      for (const place of taken) {
+        this.#forced.delete(keyOf(place))
+        // It was somewhere else for the moment in which it was to be carried over.
+        const row = this.#index.row(place.directory, place.name)
+        if (row?.isDirectory === true && this.#index.directory(row.ref)?.isPending === true) this.#queuePending(row.ref)
+      }
     } catch (error) {
       giveBack()
       throw error
