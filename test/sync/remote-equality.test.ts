@@ -90,8 +90,8 @@ describe.skipIf(!canMountImages || !needs('sshd', hasSshd))('after a flush a tar
                   await delay(10)
                 }
                 const report = await sync.flush()
-                expect(await differing(), JSON.stringify(done, show)).toEqual([])
                 expect(failures).toEqual([])
+                expect(await differing(), JSON.stringify(done, show)).toEqual([])
                 expect(report.failures).toEqual([])
               })
               applyOperations(merged, bursts.flat())
