@@ -1,6 +1,7 @@
 import { spawn, spawnSync } from 'node:child_process'
 import {
   chmodSync,
+  mkdirSync,
   readdirSync,
   readFileSync,
   renameSync,
@@ -38,13 +39,13 @@ import {
   tagSnapshots,
 } from '@lsync/snapshot'
 import fc from 'fast-check'
-import { describe, expect, test } from 'vitest'
+import { describe, expect, onTestFinished, test } from 'vitest'
 import { buildRichTree } from '../layers/rich-tree.ts'
 import { buildTree, dir, file, linkTo, symlink } from '../support/build.ts'
 import { needs } from '../support/needs.ts'
 import { CHEAP, newRepository, PASSWORD, Restic, reopen, temporaryDirectory } from '../support/repository.ts'
 import { runs } from '../support/runs.ts'
-import { isPresent } from '../support/system.ts'
+import { isPresent, run, unmount } from '../support/system.ts'
 import { readTree } from '../support/tree.ts'
 
 const isRoot = needs('root', process.geteuid?.() === 0)
@@ -388,6 +389,26 @@ describe.skipIf(!canAll)('locks', () => {
     })
     expect(await removeLocks(repository, { all: false })).toBe(2)
     expect(await removeLocks(repository, { all: true })).toBe(1)
+  })
+
+  test('are not needed to read what cannot be written to', async () => {
+    const { path, repository } = await newRepository()
+    const directory = temporaryDirectory()
+    buildTree(`${directory}/tree`, dir({ f: file('x') }))
+    await save(repository, `${directory}/tree`)
+    const mounted = `${directory}/mounted`
+    mkdirSync(mounted)
+    run('mount', '--bind', '-o', 'ro', path, mounted)
+    const again = await reopen(mounted)
+    onTestFinished(async () => {
+      await again.backend.close()
+      unmount(mounted)
+    })
+    const snapshot = await findSnapshot(again, 'latest')
+    const target = hostPath(`${directory}/back`)
+    await expect(restoreSnapshot(again, { snapshot, target })).rejects.toMatchObject({ code: 'EROFS' })
+    expect((await restoreSnapshot(again, { snapshot, target, noLock: true })).problems).toEqual([])
+    expect(await errorsOf(again, { readData: true, noLock: true })).toEqual([])
   })
 
   test('one that was taken away is noticed before anything counts', async () => {

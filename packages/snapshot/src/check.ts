@@ -3,7 +3,7 @@ import { type ByteString, LsyncError, printable } from '@lsync/posix'
 import { type CheckInit, type CheckJob, type CheckResult, PackChecker } from './check-pack.ts'
 import { eachOf } from './concurrent.ts'
 import type { IndexedPack } from './index-file.ts'
-import { RepositoryLock } from './lock.ts'
+import { lockForReading } from './lock.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import type { ObjectId, TreeNode } from './model/tree.ts'
 import { packSizeBytes } from './pack.ts'
@@ -19,6 +19,8 @@ export type ReadSubset = { readonly part: number; readonly of: number } | { read
 export interface CheckRequest {
   /** Read every pack to the last byte, or some of them. Otherwise only what describes them is looked at. */
   readonly readData?: boolean | ReadSubset
+  /** Take no lock, for a repository that cannot be written to. */
+  readonly noLock?: boolean
   readonly workers?: number
   readonly signal?: AbortSignal | undefined
   readonly onProgress?: (progress: { phase: string; done: number; total?: number }) => void
@@ -55,7 +57,7 @@ const DEFAULT_WORKERS = 2
  */
 export async function checkRepository(repository: Repository, request: CheckRequest = {}): Promise<CheckReport> {
   const startMs = performance.now()
-  const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
+  const lock = await lockForReading(repository, request)
   const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
   try {
     const check = new Check(repository, request, signal)

@@ -125,6 +125,25 @@ export class RepositoryLock {
   }
 }
 
+/** What holds a repository still while it is read. */
+export interface ReadingLock {
+  /** Aborted when the repository may change under the reader. */
+  readonly signal: AbortSignal
+  release(): Promise<void>
+}
+
+/**
+ * A shared lock for reading. With `noLock` none is taken: for storage that cannot be written to, or may not. What somebody prunes
+ * meanwhile is then missing, and named.
+ */
+export async function lockForReading(
+  repository: Repository,
+  { noLock, signal }: { readonly noLock?: boolean | undefined; readonly signal?: AbortSignal | undefined },
+): Promise<ReadingLock> {
+  if (noLock === true) return { signal: new AbortController().signal, release: async () => undefined }
+  return RepositoryLock.acquire(repository, { exclusive: false, signal })
+}
+
 async function settle(repository: Repository, exclusive: boolean, own: ObjectId): Promise<void> {
   if (repository.backend.settleMs === 0) return
   await sleep(repository.backend.settleMs)

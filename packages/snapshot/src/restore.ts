@@ -10,7 +10,7 @@ import {
   withFd,
 } from '@lsync/posix'
 import { eachOf } from './concurrent.ts'
-import { RepositoryLock } from './lock.ts'
+import { lockForReading } from './lock.ts'
 import { isMatched, type Pattern, parsePatterns } from './model/exclude.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import { decodeTree, encodeNode, encodeTree, type ObjectId, type TreeNode } from './model/tree.ts'
@@ -50,6 +50,8 @@ export interface RestoreRequest {
   readonly dryRun?: boolean
   /** Take existing files of the same size and mtime for the same, instead of comparing them. */
   readonly trustTimes?: boolean
+  /** Take no lock, for a repository that cannot be written to. */
+  readonly noLock?: boolean
   readonly workers?: number
   readonly signal?: AbortSignal | undefined
   readonly onProgress?: (progress: { phase: string; done: number }) => void
@@ -97,7 +99,7 @@ const FINISH_BATCH = 500
  */
 export async function restoreSnapshot(repository: Repository, request: RestoreRequest): Promise<RestoreReport> {
   const startMs = performance.now()
-  const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
+  const lock = await lockForReading(repository, request)
   const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
   let targetFd = -1
   try {

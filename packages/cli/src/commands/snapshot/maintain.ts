@@ -292,6 +292,8 @@ async function prune(repository: Repository, options: PruneOptions, session: Ses
 interface CheckOptions extends RepositoryOptions {
   readonly readData?: true
   readonly readDataSubset?: ReadSubset
+  /** False with --no-lock. */
+  readonly lock: boolean
   readonly workers?: number
 }
 
@@ -301,6 +303,7 @@ export function defineCheck(command: Command, session: Session): void {
     examples('lsync snapshot check -r /backup/repo', 'lsync snapshot check -r /backup/repo --read-data-subset 1/7'),
   )
   addRepositoryOptions(command)
+    .option('--no-lock', 'take no lock: for a repository that cannot be written to')
     .option('--read-data', 'read every pack to the last byte')
     .option(
       '--read-data-subset <part>',
@@ -312,6 +315,7 @@ export function defineCheck(command: Command, session: Session): void {
       const readData: CheckRequest['readData'] = options.readDataSubset ?? options.readData
       const report = await checkRepository(repository, {
         ...given({ readData, workers: options.workers }),
+        noLock: !options.lock,
         signal: session.signal,
         onProgress: session.output.progress,
       })

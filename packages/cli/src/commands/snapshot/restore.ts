@@ -20,6 +20,8 @@ interface RestoreOptions extends RepositoryOptions, FilterOptions {
   readonly exclude?: string[]
   readonly delete?: true
   readonly trustTimes?: true
+  /** False with --no-lock. */
+  readonly lock: boolean
   readonly dryRun?: true
   readonly yes?: true
   readonly workers?: number
@@ -40,6 +42,7 @@ export function defineRestore(command: Command, session: Session): void {
     .option('--include <pattern>', 'only what matches, and what lies above it; may be repeated', textsArgument)
     .option('--exclude <pattern>', 'not what matches; may be repeated', textsArgument)
     .option('--delete', 'remove what the snapshot does not have')
+    .option('--no-lock', 'take no lock: for a repository that cannot be written to')
     .option('--trust-times', 'take files of the same size and time for the same, without comparing them')
   addWorkersOption(addYesOption(addDryRunOption(command))).action(
     async (name: string, target: HostPath, options: RestoreOptions) => {
@@ -53,6 +56,7 @@ export function defineRestore(command: Command, session: Session): void {
           snapshot,
           target,
           ...given({ path, includes: include, excludes: exclude, delete: options.delete, trustTimes, dryRun, workers }),
+          noLock: !options.lock,
           signal: session.signal,
           onProgress: session.output.progress,
           ...(dryRun === true ? { onAction: (action, entry) => renderAction(action, entry, session) } : {}),
