@@ -72,8 +72,8 @@ export function jsonText(text: string): string {
   if (SIMPLE_TEXT.test(text)) return `"${text}"`
   return JSON.stringify(text)
     .replace(/[<>&\u2028\u2029\x7f]/g, (unit) => (unit === '\x7f' ? unit : `\\u${hex(unit.charCodeAt(0), 4)}`))
-    .replace(/\\b/g, '\\u0008')
-    .replace(/\\f/g, '\\u000c')
+    // Escape by escape, since the second half of an escaped backslash begins none.
+    .replace(/\\./g, (escape) => (escape === '\\b' ? '\\u0008' : escape === '\\f' ? '\\u000c' : escape))
 }
 
 const SECOND_NS = 1_000_000_000n
