@@ -70,10 +70,12 @@ const SIMPLE_TEXT = /^[ !#-%'-;=?-[\]-~]*$/
 /** A string as Go's `encoding/json` writes it: also `<`, `>`, `&` and two line separators are escaped. */
 export function jsonText(text: string): string {
   if (SIMPLE_TEXT.test(text)) return `"${text}"`
-  return JSON.stringify(text)
-    .replace(/[<>&\u2028\u2029\x7f]/g, (unit) => (unit === '\x7f' ? unit : `\\u${hex(unit.charCodeAt(0), 4)}`))
-    // Escape by escape, since the second half of an escaped backslash begins none.
-    .replace(/\\./g, (escape) => (escape === '\\b' ? '\\u0008' : escape === '\\f' ? '\\u000c' : escape))
+  return (
+    JSON.stringify(text)
+      .replace(/[<>&\u2028\u2029\x7f]/g, (unit) => (unit === '\x7f' ? unit : `\\u${hex(unit.charCodeAt(0), 4)}`))
+      // Escape by escape, since the second half of an escaped backslash begins none.
+      .replace(/\\./g, (pair) => (pair === '\\b' ? '\\u0008' : pair === '\\f' ? '\\u000c' : pair))
+  )
 }
 
 const SECOND_NS = 1_000_000_000n

@@ -131,6 +131,7 @@ test.each([
   ['\u2028', '"\\u2028"'],
   ['\b\f\n', '"\\u0008\\u000c\\n"'],
   ['"\\', '"\\"\\\\"'],
+  ['\\b\\f', '"\\\\b\\\\f"'],
   ['é', '"é"'],
 ])('%j becomes the JSON that Go writes', (text, json) => expect(jsonText(text)).toBe(json))
 

@@ -177,7 +177,7 @@ export function isComponent(name: string): boolean {
   return name !== '' && name !== '.' && name !== '..' && name.length <= 255 && !/[/\0]/.test(name)
 }
 
-function count(raw: Raw, name: string, limit = Number.MAX_SAFE_INTEGER): number {
+function count(raw: Raw, name: string, limit = Number.MAX_SAFE_INTEGER + 1): number {
   const value = raw[name] ?? 0
   if (typeof value === 'number' && Number.isInteger(value) && value >= 0 && value < limit) return value
   throw new TreeInvalidError(`${name} is out of range`)
