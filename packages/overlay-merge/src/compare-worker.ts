@@ -13,6 +13,10 @@ import type { EntryPath } from './model/path.ts'
 let trees: { expected: OpenTree; actual: OpenTree; options: CompareTreesOptions } | undefined
 
 parentPort?.on('message', (message: ToCompareWorker) => {
+  if ('end' in message) {
+    parentPort?.close()
+    return
+  }
   if ('options' in message) {
     const { expectedFd, actualFd, emulated, options } = message
     trees = { expected: new OpenTree(expectedFd, emulated), actual: new OpenTree(actualFd), options }

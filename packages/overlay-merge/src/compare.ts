@@ -26,6 +26,7 @@ import {
   statFd,
   tryStatAt,
 } from '@lsync/posix'
+import { type EndMessage, endWorker } from './end-worker.ts'
 import type { Xattr } from './model/entry.ts'
 import { type EntryPath, join, type Name, ROOT } from './model/path.ts'
 import { type Directory, rootDirectory, type Stack } from './resolve.ts'
@@ -428,6 +429,7 @@ export type ToCompareWorker =
       readonly options: CompareOptions & { limit?: number }
     }
   | { readonly paths: readonly EntryPath[]; readonly budgetMs: number }
+  | EndMessage
 
 /** What a helper answers. */
 export type FromCompareWorker =
@@ -506,7 +508,7 @@ class Helpers {
   }
 
   async close(): Promise<void> {
-    await Promise.all(this.#helpers.map(({ worker }) => worker.terminate()))
+    await Promise.all(this.#helpers.map(({ worker }) => endWorker(worker)))
   }
 
   #receive(helper: Helper, message: FromCompareWorker): void {

@@ -1,5 +1,6 @@
 import { Worker } from 'node:worker_threads'
 import { LsyncError, randomHex } from '@lsync/posix'
+import { endWorker } from './end-worker.ts'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 import type { FromWorker, ToWorker, TravellingError } from './worker.ts'
 
@@ -189,7 +190,7 @@ export class Pool {
   }
 
   async close(): Promise<void> {
-    await Promise.all(this.#members.map(({ worker }) => worker.terminate()))
+    await Promise.all(this.#members.map(({ worker }) => endWorker(worker)))
     this.#members.length = 0
   }
 }

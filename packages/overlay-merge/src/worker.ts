@@ -1,9 +1,10 @@
 import { parentPort, threadId } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
+import type { EndMessage } from './end-worker.ts'
 import { type Job, type JobResult, type WorkInit, Workshop } from './work.ts'
 
-/** What the pool sends: a new workshop, or a job for it. */
-export type ToWorker = { readonly init: WorkInit; readonly tag: string } | { readonly job: Job }
+/** What the pool sends: a new workshop, a job for it, or that there are no more. */
+export type ToWorker = { readonly init: WorkInit; readonly tag: string } | { readonly job: Job } | EndMessage
 
 /** What a worker sends: that it can begin, or how a job ended (`isPart`: what it has given so far). */
 export type FromWorker =
@@ -25,6 +26,10 @@ export interface TravellingError {
 let workshop: Workshop | undefined
 
 parentPort?.on('message', (message: ToWorker) => {
+  if ('end' in message) {
+    parentPort?.close()
+    return
+  }
   if ('init' in message) {
     const isFirst = workshop === undefined
     workshop = new Workshop(message.init, `${message.tag}-${threadId}`)
