@@ -76,8 +76,10 @@ describe.skipIf(!needs('rclone', hasRclone))('rclone serve restic', () => {
 
   test('an upload that is cut off is not seen by anybody, and the next attempt stores it whole', async () => {
     const content = randomBytes(3_000_000)
-    const { backend, proxy } = await behindProxy((exchange) =>
-      exchange < 3 ? { kind: 'cut', direction: 'up', afterBytes: 1_000_000 } : undefined,
+    // rclone removes what it has of a cut upload a little later: the next attempt must not come before that.
+    const { backend, proxy } = await behindProxy(
+      (exchange) => (exchange < 3 ? { kind: 'cut', direction: 'up', afterBytes: 1_000_000 } : undefined),
+      { firstDelayMs: 1500 },
     )
     await backend.put(refOf('pack', content), content)
     expect(proxy.faults).toBe(3)

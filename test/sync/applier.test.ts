@@ -181,7 +181,7 @@ describe.skipIf(!needs('root', isRoot)).each(['ext4', 'tmpfs'] as const)('an app
     place.close()
   })
 
-  test.skipIf(kind !== 'ext4')('immutable and append-only files and directories are changed, and can become so', () => {
+  test('immutable and append-only files and directories are changed, and can become so', () => {
     const { at, root, place, applier } = site(
       dir({
         d: dir(
