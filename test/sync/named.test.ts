@@ -71,6 +71,43 @@ describe.skipIf(!canMountImages)('a sync', () => {
   })
 
   test.each<[string, (upper: string) => void]>([
+    [
+      'a directory leaves another that goes, without a file that it had',
+      (u) => {
+        unlinkSync(`${u}/top/mid/box/tool/f`)
+        renameSync(`${u}/top/mid/box`, `${u}/box`)
+        rmSync(`${u}/top`, { recursive: true })
+      },
+    ],
+    [
+      'a directory moves into a new one, and another to where one in it was',
+      (u) => {
+        mkdirSync(`${u}/new/dir`, { recursive: true })
+        renameSync(`${u}/top/mid/box`, `${u}/new/dir/box`)
+        rmSync(`${u}/new/dir/box/tool`, { recursive: true })
+        renameSync(`${u}/other`, `${u}/new/dir/box/tool`)
+        rmSync(`${u}/top`, { recursive: true })
+      },
+    ],
+  ])('carries over, as it happens and after a restart: %s', async (_, change) => {
+    for (const isFollowed of [true, false]) {
+      const { upper, target, request } = site()
+      mkdirSync(`${upper}/top/mid/box/tool/inner`, { recursive: true })
+      writeFileSync(`${upper}/top/mid/box/tool/f`, 'x')
+      mkdirSync(`${upper}/other`)
+      await withSync(request, async (sync) => {
+        await sync.flush()
+        if (!isFollowed) return
+        change(upper)
+        expect(await sync.flush()).toMatchObject({ isSettled: true, failures: [] })
+      })
+      if (!isFollowed) change(upper)
+      await withSync(request, (sync) => sync.flush())
+      expect(differences(upper, target)).toEqual([])
+    }
+  })
+
+  test.each<[string, (upper: string) => void]>([
     ['files that change places', (u) => swap(`${u}/a/f0`, `${u}/b/f1`)],
     ['directories that change places', (u) => swap(`${u}/a`, `${u}/b`)],
     [

@@ -111,6 +111,33 @@ export function missingLinks(observations: Iterable<Observation>, index: Pick<In
   )
 }
 
+/** The directory of the index that was seen, wherever it is by now; `undefined` when it is none that the index knows. */
+export function findDirectory(index: IndexView, seen: Row, handle: DirectoryHandle | undefined): number | undefined {
+  const id = handle && index.byHandle(handle)
+  return id !== undefined && placeOfDirectory(index, id, seen) !== undefined ? id : undefined
+}
+
+/** Where the index has a directory, if it is the one that was seen and can move at all. */
+function placeOfDirectory(index: IndexView, id: number, seen: Row): NamePlace | undefined {
+  const record = index.directory(id)
+  if (record === undefined || record.parent === 0) return undefined
+  const row = index.row(record.parent, record.name)
+  if (row === undefined || row.ref !== id || row.identity !== seen.identity) return undefined
+  return { directory: record.parent, name: record.name }
+}
+
+/** The ids that new directories of a plan have in the index once it is carried out, by identity. */
+export function madeDirectories({ changes }: Pick<Plan, 'changes'>): Map<string, number> {
+  const ids = new Set(changes.flatMap((change) => (change.set === 'new directory' ? [change.id] : [])))
+  return new Map(
+    changes.flatMap((change) =>
+      change.set === 'row' && change.row.isDirectory && ids.has(change.row.ref)
+        ? [[change.row.identity, change.row.ref]]
+        : [],
+    ),
+  )
+}
+
 /** Whether replaying `first` after `second` has begun would undo something: a barrier has to stand between them. */
 export function needsBarrier(plan: Pick<Plan, 'second'>): boolean {
   return plan.second.some((operation) => operation.do === 'in' || operation.do === 'rename')
@@ -248,11 +275,8 @@ class Planner {
     const here = this.#leftByIdentity.get(seen.identity)?.find(({ row }) => row.isDirectory)
     const id = here?.row.ref ?? (observation.handle && this.#index.byHandle(observation.handle))
     if (id === undefined) return 'unknown'
-    const record = this.#index.directory(id)
-    if (record === undefined || record.parent === 0) return 'unknown'
-    const row = this.#index.row(record.parent, record.name)
-    if (row === undefined || row.ref !== id || row.identity !== seen.identity) return 'unknown'
-    const place = { directory: record.parent, name: record.name }
+    const place = placeOfDirectory(this.#index, id, seen)
+    if (place === undefined) return 'unknown'
     const key = keyOf(place)
     if (!this.#observed.has(key)) {
       this.#alsoLook.set(key, place)
@@ -533,6 +557,8 @@ class Planner {
   #isBeneathRemoved(directory: number): boolean {
     for (let at = directory, depth = 0; at > 0 && depth < MAX_DEPTH; depth++) {
       if (this.#removed.has(at)) return true
+      // What is in a directory that moves away from there goes with it.
+      if (this.#placed.has(at)) return false
       at = this.#index.directory(at)?.parent ?? 0
     }
     return false

@@ -23,7 +23,15 @@ import type { IndexChange, NamePlace } from './model/index-change.ts'
 import type { Failure, Operation, TreePath } from './model/operation.ts'
 import { Row } from './model/row.ts'
 import type { Pace } from './pace.ts'
-import { missingLinks, needsBarrier, type Observation, type Plan, planChanges } from './planner.ts'
+import {
+  findDirectory,
+  madeDirectories,
+  missingLinks,
+  needsBarrier,
+  type Observation,
+  type Plan,
+  planChanges,
+} from './planner.ts'
 import { type Deliver, workers } from './pool.ts'
 import { rowOf } from './send.ts'
 import type { DirectoryRef, Hint } from './source/source.ts'
@@ -656,7 +664,6 @@ export class TargetSession {
   async #plan(taken: readonly NamePlace[], forced: ReadonlySet<string>, suspects: ReadonlySet<string>) {
     const index = this.#index
     const observations = new Map<string, Observation>()
-    const known = new Map<string, number>()
     const view = {
       directory: (id: number) => index.directory(id),
       byHandle: (handle: { type: number; bytes: Buffer }) => index.byHandle(handle),
@@ -687,9 +694,9 @@ export class TargetSession {
       if (plan.isInconsistent) return undefined
       places = plan.alsoLook
       if (places.length > 0) continue
-      if (hasPeeked || plan.leaving.size === 0 || plan.fresh.length === 0) return { plan, known, observations }
+      if (hasPeeked || plan.leaving.size === 0 || plan.fresh.length === 0) return { plan, observations }
       hasPeeked = true
-      await this.#peek(plan, observations, known)
+      await this.#peek(plan, forced, observations)
     }
     return undefined
   }
@@ -740,12 +747,11 @@ export class TargetSession {
   }
 
   // Things that left their names may have moved into directories that are new.
-  async #peek(plan: Plan, observations: Map<string, Observation>, known: Map<string, number>): Promise<void> {
+  async #peek(plan: Plan, forced: ReadonlySet<string>, observations: Map<string, Observation>): Promise<void> {
     const identities = [...plan.leaving]
-    for (const { id, parent, name, path, identity } of plan.fresh) {
+    for (const { id, parent, name, path } of plan.fresh) {
       const { found } = await this.#run({ do: 'peek', path, identities })
       if (found.length === 0) continue
-      known.set(identity, id)
       const key = keyOf({ directory: parent, name })
       const root = observations.get(key)
       if (root !== undefined) observations.set(key, { ...root, freshId: id })
@@ -756,22 +762,25 @@ export class TargetSession {
         const seen = new Row(at.slice(slash + 1) as ByteString, Buffer.from(row))
         const place = { directory, name: seen.name }
         const plain = handle && { type: handle.type, bytes: Buffer.from(handle.bytes) }
-        if (isHit) observations.set(keyOf(place), { ...place, seen, handle: plain })
-        else {
-          const freshId = this.#index.takeDirectoryIds(1)
-          ids.set(at, freshId)
-          known.set(seen.identity, freshId)
-          observations.set(keyOf(place), { ...place, seen, handle: plain, freshId })
+        const observation = { ...place, seen, handle: plain, isForced: forced.has(keyOf(place)) }
+        if (isHit) {
+          observations.set(keyOf(place), observation)
+          continue
         }
+        // It may have moved there from beneath something that went as a whole, where nobody looked for it.
+        const knownId = findDirectory(this.#index, seen, plain)
+        const freshId = knownId === undefined ? this.#index.takeDirectoryIds(1) : undefined
+        ids.set(at, knownId ?? (freshId as number))
+        observations.set(keyOf(place), freshId === undefined ? observation : { ...observation, freshId })
       }
     }
   }
 
   async #carryOut(
-    { plan, known, observations }: { plan: Plan; known: Map<string, number>; observations: Map<string, Observation> },
+    { plan, observations }: { plan: Plan; observations: Map<string, Observation> },
     taken: readonly NamePlace[],
   ): Promise<void> {
-    const { first, second, fresh, contents, links, metas } = plan
+    const { first, second, contents, links, metas } = plan
     if (first.length + second.length + contents.length + links.length + metas.length === 0) {
       for (const place of taken) this.#retries.delete(keyOf(place))
       return
@@ -788,8 +797,7 @@ export class TargetSession {
       }
       kept = this.#withoutFailed(kept, await this.#operations(second), observations)
       for (const change of kept.changes) if (change.set === 'row') moved.add(change.row.identity)
-      for (const identity of known.keys()) moved.delete(identity)
-      for (const { identity } of fresh) moved.delete(identity)
+      for (const identity of madeDirectories(plan).keys()) moved.delete(identity)
       const changes: IndexChange[] = [...kept.changes]
       const skipped = await this.#sendContents(kept, changes, retried)
       const linkable = kept.links.filter((operation) => operation.do !== 'link' || !skipped.has(operation.to))
@@ -806,7 +814,7 @@ export class TargetSession {
     }
     // They are in the index by now, as pending, so that a crash does not lose them.
     const roots = kept.fresh
-    if (roots.length > 0) await this.#carryFresh(roots, known, moved)
+    if (roots.length > 0) await this.#carryFresh(roots, madeDirectories(kept), moved)
   }
 
   /** A plan without what depends on operations that failed. */
