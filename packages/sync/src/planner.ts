@@ -373,7 +373,7 @@ class Planner {
     for (const { left, arrival, seen, id } of moves) {
       const from = this.#oldPathOf(left.observation)
       const to = newPathOf(arrival)
-      if (this.#isInconsistent) return { ...EMPTY, isInconsistent: true }
+      if (this.#isInconsistent) return this.#incomplete()
       touchParent(left.observation.directory)
       touchParent(arrival.directory)
       if (to === undefined) {
@@ -467,7 +467,7 @@ class Planner {
       first.push({ path, operation: { do: 'remove', path } })
       touched.add(path)
     }
-    if (this.#isInconsistent) return { ...EMPTY, isInconsistent: true }
+    if (this.#isInconsistent) return this.#incomplete()
     for (const { path, directory, others } of contents) {
       touched.add(path)
       // A file is replaced by a rename, which its directory's time shows even where the upper's was only written to.
@@ -588,11 +588,32 @@ class Planner {
     return path
   }
 
+  // A circle: one of the directories in it has moved, and nobody has looked where it was.
+  #lookAround(directory: number): void {
+    const seen = new Set<number>()
+    for (let at = directory; at > 1 && !seen.has(at); ) {
+      seen.add(at)
+      const placed = this.#placed.get(at)
+      const record = this.#index.directory(at)
+      const place = record && { directory: record.parent, name: record.name }
+      if (placed === undefined && place !== undefined && !this.#observed.has(keyOf(place))) {
+        this.#alsoLook.set(keyOf(place), place)
+      }
+      at = (placed ?? record)?.parent ?? 0
+    }
+  }
+
+  #incomplete(): Plan {
+    if (this.#alsoLook.size > 0) return { ...EMPTY, alsoLook: [...this.#alsoLook.values()] }
+    return { ...EMPTY, isInconsistent: true }
+  }
+
   #findNewPath(directory: number): TreePath | undefined {
     let path = ''
     for (let at = directory, depth = 0; at > 1; depth++) {
       if (depth > MAX_DEPTH) {
         this.#isInconsistent = true
+        this.#lookAround(at)
         return undefined
       }
       const place = this.#placed.get(at) ?? this.#index.directory(at)
