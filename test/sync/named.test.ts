@@ -6,6 +6,7 @@ import {
   mkdirSync,
   readdirSync,
   readFileSync,
+  readlinkSync,
   renameSync,
   rmSync,
   symlinkSync,
@@ -68,6 +69,23 @@ describe.skipIf(!canMountImages)('a sync', () => {
       expect(bytes).toBeGreaterThan(0)
       expect(bytes).toBeLessThanOrEqual(2 * 128 * 1024)
     })
+  })
+
+  test('keeps no journal open that is damaged', async () => {
+    const { at, request } = site()
+    await withSync(request, (sync) => sync.flush())
+    const [name] = readdirSync(`${at}/state/targets`)
+    const journal = `${at}/state/targets/${name}/journal`
+    writeFileSync(journal, 'no\nline\n')
+    await expect(openSync(request)).rejects.toMatchObject({ code: 'SYNC_JOURNAL_DAMAGED' })
+    const open = readdirSync('/proc/self/fd').map((fd) => {
+      try {
+        return readlinkSync(`/proc/self/fd/${fd}`)
+      } catch {
+        return ''
+      }
+    })
+    expect(open).not.toContain(journal)
   })
 
   test.each<[string, (upper: string) => void]>([

@@ -57,6 +57,15 @@ export class SyncJournal {
    */
   static async open(path: string): Promise<{ journal: SyncJournal; unfinished: readonly UnfinishedBatch[] }> {
     const file = await open(path, 'a+', 0o600)
+    try {
+      return await SyncJournal.#read(path, file)
+    } catch (error) {
+      await file.close()
+      throw error
+    }
+  }
+
+  static async #read(path: string, file: File): Promise<{ journal: SyncJournal; unfinished: UnfinishedBatch[] }> {
     const text = await file.readFile('latin1')
     const batches: UnfinishedBatch[] = []
     let length = 0

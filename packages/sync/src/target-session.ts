@@ -186,16 +186,15 @@ export class TargetSession {
     this.#losses = state.losses
     this.#nextStage = state.nextStage
     this.#checkpoint = state.checkpoint
-    const opened = await SyncJournal.open(`${stateDir}/journal`)
-    this.#journal = opened.journal
+    const unfinished = await this.#openJournal()
     const root = rowOf(NO_NAME, rawStatFd(upperFd))
     this.#index = await IndexStore.open(`${stateDir}/index`, Buffer.from(root.identity, 'latin1').toString('hex'))
-    const isBelieved = await this.#believe(state.checkpoint, state.isEmpty, opened.unfinished.length > 0)
+    const isBelieved = await this.#believe(state.checkpoint, state.isEmpty, unfinished.length > 0)
     const losses = state.losses.map(({ what }) => what)
     const { delivery } = target
     this.#session = workers.open({ upperFd, delivery, losses, namespace, patterns })
     if (isBelieved) {
-      await this.#recover(opened.unfinished)
+      await this.#recover(unfinished)
       this.#queuePending()
       this.#isScanDue = true
     } else {
@@ -441,10 +440,19 @@ export class TargetSession {
     this.#forced.add(keyOf(place))
   }
 
+  async #openJournal(): Promise<readonly UnfinishedBatch[]> {
+    const { stateDir, signal } = this.#request
+    const { journal, unfinished } = await SyncJournal.open(`${stateDir}/journal`)
+    this.#journal = journal
+    // The session may have been closed meanwhile, without this one.
+    if (signal.aborted) await journal.close()
+    signal.throwIfAborted()
+    return unfinished
+  }
+
   async #redo(): Promise<void> {
     await this.#journal.close()
-    const { journal, unfinished } = await SyncJournal.open(`${this.#request.stateDir}/journal`)
-    this.#journal = journal
+    const unfinished = await this.#openJournal()
     this.#delivered = []
     const { target, signal, upperFd } = this.#request
     if (target.delivery.mode === 'encoded') {
