@@ -102,6 +102,7 @@ const POLL_MS = 10_000
 const BACK_OFF_FIRST_MS = 1000
 const BACK_OFF_MOST_MS = 30_000
 const FLUSH_ROUNDS = 20
+const LAST_ROUND_MS = 10_000
 
 /**
  * Where a sync keeps what it knows of an upper: /var/lib/lsync/sync for root, else in $XDG_STATE_HOME (~/.local/state),
@@ -140,6 +141,8 @@ interface Member {
   readonly session: TargetSession
   /** Rounds of one target, one after the other; those of others do not wait for them. */
   readonly queue: PQueue
+  /** What the queue does now; it goes on for a moment when the queue has given it up. */
+  running: Promise<unknown>
   timer: NodeJS.Timeout | undefined
   failedRounds: number
   readonly target: string
@@ -265,6 +268,9 @@ export class Sync {
       this.#abort.abort(new SyncStoppedError())
       await this.#source?.stop()
       await Promise.allSettled(this.#members.map(({ queue }) => queue.onIdle()))
+      // A round uses descriptors that are closed next. On a dead line it may never end: then closing the target ends it.
+      const rounds = Promise.allSettled(this.#members.map(({ running }) => running))
+      await Promise.race([rounds, delay(LAST_ROUND_MS, undefined, { ref: false })])
       await Promise.all(this.#members.map(({ session }) => session.close()))
       if (this.#upperFd !== undefined) close(this.#upperFd)
       this.#upperFd = undefined
@@ -324,6 +330,7 @@ export class Sync {
     this.#members.push({
       session,
       queue: new PQueue({ concurrency: 1 }),
+      running: Promise.resolve(),
       timer: undefined,
       failedRounds: 0,
       target: description,
@@ -335,7 +342,7 @@ export class Sync {
     const { session, queue } = member
     const { signal } = this.#abort
     const look = async (ids: readonly number[]): Promise<void> => {
-      await queue.add(() => session.tree.look(ids), { signal })
+      await queue.add(() => track(member, session.tree.look(ids)), { signal })
       if (session.hasWork) this.#schedule(member)
     }
     const sweep = new Sweep({ periodMs, directoriesPerSecond: SWEPT_PER_SECOND }, { ...session.tree, look })
@@ -365,7 +372,7 @@ export class Sync {
   async #round(member: Member): Promise<boolean> {
     const { session, queue } = member
     try {
-      const { isSettled } = await queue.add(() => session.round(), { signal: this.#abort.signal })
+      const { isSettled } = await queue.add(() => track(member, session.round()), { signal: this.#abort.signal })
       member.failedRounds = 0
       if (session.hasWork) this.#schedule(member)
       else if (session.retryInMs !== undefined) this.#schedule(member, session.retryInMs)
@@ -376,6 +383,11 @@ export class Sync {
       throw error
     }
   }
+}
+
+function track<T>(member: Member, work: Promise<T>): Promise<T> {
+  member.running = work
+  return work
 }
 
 function isWithin(path: string, directory: string): boolean {
