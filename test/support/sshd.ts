@@ -88,6 +88,9 @@ done
           `AuthorizedKeysFile ${base}/authorized_keys`,
           'PidFile none',
           'UsePAM no',
+          // bash reads the user's start-up files for a command of sshd, unless it is not the first shell. What they do must
+          // not be cut in the middle, and is not what is tested.
+          'SetEnv SHLVL=1',
           'PasswordAuthentication no',
           'KbdInteractiveAuthentication no',
           'PermitRootLogin prohibit-password',
