@@ -163,7 +163,7 @@ function readNode(
     const inode = `${stat.dev}:${stat.ino}`
     const group = groups.get(inode)
     if (group === undefined) groups.set(inode, [path])
-    else group.push(path)
+    else if (!group.includes(path)) group.push(path) // a read that is tried again comes here again
   }
   const common = metaOf(stat)
   if (stat.isDirectory) {
