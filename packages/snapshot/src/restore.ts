@@ -9,7 +9,7 @@ import {
   syncFileSystem,
   withFd,
 } from '@lsync/posix'
-import { eachOf } from './concurrent.ts'
+import { drainStack, eachOf } from './concurrent.ts'
 import { lockForReading } from './lock.ts'
 import { isMatched, type Pattern, parsePatterns } from './model/exclude.ts'
 import type { Snapshot } from './model/snapshot.ts'
@@ -209,7 +209,8 @@ class RestoreWork {
     } else {
       if (node !== undefined) this.#finished.push({ path: '', node })
       this.#tasks.push({ path: '', shownPath: path, treeId: tree, isNew, depth: 0 })
-      await this.#runTasks()
+      // Several directories at a time, depth first.
+      await drainStack(this.#tasks, LANES, (task) => this.#restoreDirectory(task))
     }
     if (this.#request.dryRun === true) return
     await this.#inBatches(this.#links, (pairs) => ({ kind: 'links', pairs }))
@@ -227,34 +228,6 @@ class RestoreWork {
     await eachOf(batches, LANES, async (batch) => {
       await this.#do(jobOf(batch))
     })
-  }
-
-  /** Several directories at a time, depth first. */
-  async #runTasks(): Promise<void> {
-    let active = 0
-    let failure: unknown
-    let hasFailed = false
-    await new Promise<void>((resolve) => {
-      const next = () => {
-        while (!hasFailed && active < LANES) {
-          const task = this.#tasks.pop()
-          if (task === undefined) break
-          active++
-          this.#restoreDirectory(task)
-            .catch((error: unknown) => {
-              if (!hasFailed) failure = error
-              hasFailed = true
-            })
-            .finally(() => {
-              active--
-              next()
-            })
-        }
-        if (active === 0) resolve()
-      }
-      next()
-    })
-    if (hasFailed) throw failure
   }
 
   async #restoreDirectory(task: Task): Promise<void> {

@@ -1,4 +1,5 @@
 import { type ByteString, LsyncError } from '@lsync/posix'
+import { drainStack } from './concurrent.ts'
 import { decodeTree, type ObjectId, type TreeNode } from './model/tree.ts'
 import { ObjectTable } from './object-table.ts'
 import type { Repository } from './repository.ts'
@@ -54,9 +55,6 @@ export async function visitTrees(
     if (seen.claim('tree', id)) pending.push({ id, path })
   }
   for (const { id, path } of roots) push(id, path)
-  let active = 0
-  let failure: unknown
-  let hasFailed = false
   const visit = async ({ id, path }: { id: ObjectId; path: ByteString }) => {
     signal?.throwIfAborted()
     let nodes: TreeNode[]
@@ -70,25 +68,5 @@ export async function visitTrees(
     visitor.tree(id, nodes, path)
     for (const { name, subtree } of nodes) if (subtree !== undefined) push(subtree, joinShown(path, name))
   }
-  await new Promise<void>((resolve) => {
-    const next = () => {
-      while (!hasFailed && active < WIDTH) {
-        const item = pending.pop()
-        if (item === undefined) break
-        active++
-        visit(item)
-          .catch((error: unknown) => {
-            if (!hasFailed) failure = error
-            hasFailed = true
-          })
-          .finally(() => {
-            active--
-            next()
-          })
-      }
-      if (active === 0) resolve()
-    }
-    next()
-  })
-  if (hasFailed) throw failure
+  await drainStack(pending, WIDTH, visit)
 }
