@@ -88,3 +88,12 @@ export async function withFollowed<T>(
     unmount(merged)
   }
 }
+
+/**
+ * What was written through a name that is gone when somebody looks shows at another name of the inode, of which no event
+ * tells: that is for the sweep.
+ */
+export function hidesWrites(burst: readonly Operation[]): boolean {
+  const takesNames = ['unlink', 'remove', 'rename', 'exchange', 'remake']
+  return burst.some(({ do: what }) => what === 'link') && burst.some(({ do: what }) => takesNames.includes(what))
+}

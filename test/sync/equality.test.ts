@@ -6,7 +6,7 @@ import { anyOperations, applyOperations, type Operation } from '../support/opera
 import type { OverlayOptions } from '../support/overlay.ts'
 import { canMountImages } from '../support/ready.ts'
 import { runs } from '../support/runs.ts'
-import { differences, keepWorkers, withFollowed, withSync } from '../support/syncing.ts'
+import { differences, hidesWrites, keepWorkers, withFollowed, withSync } from '../support/syncing.ts'
 
 const CELLS: readonly OverlayOptions[] = [
   { namespace: 'trusted', redirectDir: 'off', metacopy: false, index: false },
@@ -59,15 +59,6 @@ describe.skipIf(!canMountImages)('after a flush a target equals the upper', () =
     },
   )
 })
-
-/**
- * What was written through a name that is gone when somebody looks shows at another name of the inode, of which no event
- * tells: that is for the sweep.
- */
-function hidesWrites(burst: readonly Operation[]): boolean {
-  const takesNames = ['unlink', 'remove', 'rename', 'exchange', 'remake']
-  return burst.some(({ do: what }) => what === 'link') && burst.some(({ do: what }) => takesNames.includes(what))
-}
 
 function show(_: string, value: unknown): unknown {
   return typeof value === 'bigint' ? String(value) : value

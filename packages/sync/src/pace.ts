@@ -70,21 +70,27 @@ export class Pace {
     this.#pressure = pressure
   }
 
+  /** A rate is to be held. */
+  get isLimited(): boolean {
+    return this.#bytes !== undefined || this.#operations !== undefined
+  }
+
   /** How long each delivery waits now because others wait for the disks. */
   get backOffMs(): number {
     return this.#backOffMs
   }
 
   /**
-   * Resolves when so much may be delivered; calls are let through in their order.
+   * Resolves when so much may be delivered; calls are let through in their order. What is urgent does not wait for the
+   * pressure to pass, only for the limits.
    * @throws the signal's reason when it is aborted; what was asked for is then free for others
    */
-  async take(bytes: number, operations: number, signal: AbortSignal): Promise<void> {
+  async take(bytes: number, operations: number, signal: AbortSignal, isUrgent = false): Promise<void> {
     signal.throwIfAborted()
     const now = this.#effects.now()
     this.#sample(now)
     const waitMs = Math.max(
-      this.#backOffMs,
+      isUrgent ? 0 : this.#backOffMs,
       this.#bytes?.reserve(bytes, now) ?? 0,
       this.#operations?.reserve(operations, now) ?? 0,
     )

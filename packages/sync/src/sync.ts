@@ -39,8 +39,13 @@ export interface SyncRequest {
   readonly stateDir?: string
   /** Whose marks tell what is tied to this node. Default `trusted`. */
   readonly namespace?: Namespace
-  /** How long changes are collected before they are carried over, from the first one on. Default 1000. */
+  /** How long after the first change what has changed is to be durable, as far as carrying it over is quick. Default 1000. */
   readonly tickMs?: number
+  /**
+   * How long a change may wait in any case, in ms: a first pass makes way for it before that, and nobody is spared by
+   * backing off any more. What waits longer is told by a `lag` event. Default 5000, or five ticks if they are longer.
+   */
+  readonly maxLagMs?: number
   /** How long the slow walk in the background takes that looks for what nothing told of, in ms; 0: none. Default a day. */
   readonly sweepMs?: number
   readonly include?: readonly string[]
@@ -90,15 +95,19 @@ interface SyncEvents {
   durable: [{ readonly target: string; readonly files: number; readonly bytes: number }]
   /** One name could not be carried over; it is tried again. */
   failure: [NameFailure & { readonly target: string }]
+  /** A change waits for longer than `maxLagMs` (`isLate`), or none does any more. */
+  lag: [{ readonly target: string; readonly lagMs: number; readonly isLate: boolean }]
   /** A target as a whole does not work; it is tried again. */
   problem: [{ readonly target: string; readonly error: Error }]
 }
 
 const TICK_MS = 1000
+const MAX_LAG_MS = 5000
 const CHECKPOINT_MS = 5000
 const SWEEP_MS = 86_400_000
 const SWEPT_PER_SECOND = 200
 const POLL_MS = 10_000
+const LAG_LOOK_MS = 250
 const BACK_OFF_FIRST_MS = 1000
 const BACK_OFF_MOST_MS = 30_000
 const FLUSH_ROUNDS = 20
@@ -144,6 +153,9 @@ interface Member {
   /** What the queue does now; it goes on for a moment when the queue has given it up. */
   running: Promise<unknown>
   timer: NodeJS.Timeout | undefined
+  /** Looks whether a change waits for too long. */
+  lagTimer: NodeJS.Timeout | undefined
+  isLate: boolean
   failedRounds: number
   readonly target: string
 }
@@ -158,6 +170,8 @@ export class Sync {
   #source: Source | undefined
   #isPaused = false
   #isStopped = false
+  /** Barriers that somebody waits for, paused or not. */
+  #flushes = 0
   #stopping: Promise<void> | undefined
 
   constructor(request: SyncRequest) {
@@ -166,6 +180,9 @@ export class Sync {
     if (request.targets.length === 0) throw new SyncRequestError('a sync needs a target', 'name one')
     if ((request.include?.length ?? 0) > 0 && (request.exclude?.length ?? 0) === 0) {
       throw new SyncRequestError('what is included is an exception from what is excluded', 'say what is excluded')
+    }
+    if (this.#maxLagMs < this.#tickMs) {
+      throw new SyncRequestError('changes are collected for longer than they may wait', 'name a shorter tick')
     }
   }
 
@@ -188,6 +205,7 @@ export class Sync {
         for (const member of this.#members) {
           member.session.hint(hint)
           this.#schedule(member)
+          this.#watchLag(member)
         }
       })
       const sweepMs = this.#request.sweepMs ?? SWEEP_MS
@@ -204,7 +222,15 @@ export class Sync {
    */
   async flush(options: FlushOptions = {}): Promise<FlushReport> {
     if (this.#isStopped) throw new SyncStoppedError()
-    const { sweep = false, rounds = FLUSH_ROUNDS } = options
+    this.#flushes++
+    try {
+      return await this.#flush(options)
+    } finally {
+      this.#flushes--
+    }
+  }
+
+  async #flush({ sweep = false, rounds = FLUSH_ROUNDS }: FlushOptions): Promise<FlushReport> {
     const mapped = mappedFiles(this.#request.source)
     let isSettled = true
     for (let round = 0; round < rounds; round++) {
@@ -226,7 +252,7 @@ export class Sync {
     }
   }
 
-  /** Stops carrying over; changes are collected meanwhile. */
+  /** Stops carrying over, in the middle of a pass, too, unless for a `flush`; changes are collected meanwhile. */
   pause(): void {
     this.#isPaused = true
     for (const member of this.#members) {
@@ -263,6 +289,7 @@ export class Sync {
       this.#isStopped = true
       for (const member of this.#members) {
         clearTimeout(member.timer)
+        clearTimeout(member.lagTimer)
         member.queue.clear()
       }
       this.#abort.abort(new SyncStoppedError())
@@ -296,6 +323,14 @@ export class Sync {
     }
   }
 
+  get #tickMs(): number {
+    return this.#request.tickMs ?? TICK_MS
+  }
+
+  get #maxLagMs(): number {
+    return this.#request.maxLagMs ?? Math.max(MAX_LAG_MS, 5 * this.#tickMs)
+  }
+
   get #stateDir(): string {
     return this.#request.stateDir ?? defaultStateDir(this.#request.source)
   }
@@ -318,6 +353,9 @@ export class Sync {
       adopt: adopt === true,
       pace: new Pace(limits),
       checkpointMs: this.#request.checkpointMs ?? CHECKPOINT_MS,
+      tickMs: this.#tickMs,
+      maxLagMs: this.#maxLagMs,
+      isHeld: () => this.#isPaused && this.#flushes === 0,
       signal: this.#abort.signal,
     })
     const { description } = target
@@ -332,6 +370,8 @@ export class Sync {
       queue: new PQueue({ concurrency: 1 }),
       running: Promise.resolve(),
       timer: undefined,
+      lagTimer: undefined,
+      isLate: false,
       failedRounds: 0,
       target: description,
     })
@@ -355,7 +395,24 @@ export class Sync {
     this.events.emit('problem', { target: member.target, error: problem })
   }
 
-  #schedule(member: Member, afterMs = this.#request.tickMs ?? TICK_MS): void {
+  // Without a change, no timer runs.
+  #watchLag(member: Member, afterMs = this.#maxLagMs): void {
+    if (this.#isStopped || member.lagTimer !== undefined) return
+    member.lagTimer = setTimeout(() => {
+      member.lagTimer = undefined
+      const { lagMs, isLate } = member.session.status
+      // Who has paused it knows.
+      if (!this.#isPaused && isLate !== member.isLate) {
+        member.isLate = isLate
+        this.events.emit('lag', { target: member.target, lagMs, isLate })
+      }
+      if (isLate) this.#watchLag(member, LAG_LOOK_MS)
+      else if (lagMs > 0) this.#watchLag(member, Math.max(LAG_LOOK_MS, this.#maxLagMs - lagMs + 1))
+    }, afterMs)
+    member.lagTimer.unref()
+  }
+
+  #schedule(member: Member, afterMs = member.session.collectMs): void {
     if (this.#isPaused || this.#isStopped || member.timer !== undefined) return
     member.timer = setTimeout(() => {
       member.timer = undefined

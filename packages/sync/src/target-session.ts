@@ -41,6 +41,8 @@ import type {
   ContentsResult,
   FreshDirectory,
   FreshResult,
+  Job,
+  JobResults,
   LookDirectory,
   NameFailure,
   Piece,
@@ -70,6 +72,12 @@ export interface TargetSessionRequest {
   readonly pace: Pace | undefined
   /** How much of a first pass may have to be repeated after a crash. */
   readonly checkpointMs: number
+  /** How long changes are collected. */
+  readonly tickMs: number
+  /** How old a change may get before it is durable: a pass makes way for those that come near it. */
+  readonly maxLagMs: number
+  /** Nothing more is to be carried over for now: a pass stops where it is. */
+  readonly isHeld: () => boolean
   readonly signal: AbortSignal
 }
 
@@ -94,6 +102,8 @@ export interface TargetStatus {
   readonly queuedNames: number
   /** Age in ms of the oldest change that is not durable yet; 0 when there is none. */
   readonly lagMs: number
+  /** A change waits for longer than `maxLagMs`. */
+  readonly isLate: boolean
   readonly failures: readonly PendingFailure[]
   readonly losses: readonly TargetLoss[]
 }
@@ -113,7 +123,10 @@ const FRESH_MS = 150
 const DIRECTORY_IDS = 8192
 const BLOCKS_IDS = 256
 const CHECKPOINT_ROW_BYTES = 32 << 20
+// A pass gets on for so long, at least, between two rounds for changes.
+const PASS_LEAST_MS = 250
 const PLAN_ROUNDS = 16
+const REACH_LEVELS = 256
 const RETRY_FIRST_MS = 1000
 const RETRY_MOST_MS = 60_000
 /** Beyond this many directories that nobody knows, looking for each would take longer than looking everywhere. */
@@ -165,8 +178,20 @@ export class TargetSession {
   readonly #retries = new Map<string, PendingFailure & NamePlace & { readonly dueAt: number }>()
   /** A batch could not be carried out; it is done again from the journal. */
   #isBroken = false
+  /** What a pass has still to carry over. */
   #freshQueue: FreshDirectory[] = []
+  /** What is being carried over now. */
+  #carrying: readonly FreshDirectory[] = []
+  /** What a pass has found that is to be looked at again, when it is over. */
+  readonly #later = new Map<number, Set<ByteString>>()
+  readonly #laterRescans = new Set<number>()
+  /** A pass has made way for changes. */
+  #hasYielded = false
   #oldestChangeAt: number | undefined
+  /** Of the changes that are being carried over. */
+  #takenChangeAt: number | undefined
+  /** How long it has taken of late to carry over the changes of a tick. */
+  #takeMs = 0
   readonly #tally = { files: 0, bytes: 0, operations: 0 }
   #delivered: Failure[] = []
 
@@ -236,7 +261,7 @@ export class TargetSession {
       after: (id, most) => this.#index.directoriesAfter(id, most),
       look: async (ids) => {
         // A first pass or a comparison of everything does as much, and sooner.
-        if (this.#freshQueue.length > 0 || this.#isScanDue) return
+        if (this.#isPassing || this.#isScanDue) return
         const directories = ids.flatMap((id) => {
           const path = this.#index.pathOf(id)
           return path === undefined ? [] : [{ id, path }]
@@ -258,9 +283,24 @@ export class TargetSession {
       this.#isScanDue ||
       this.#isBroken ||
       this.#rescans.size > 0 ||
+      this.#later.size > 0 ||
+      this.#laterRescans.size > 0 ||
       this.#unknown.size > 0 ||
-      this.#freshQueue.length > 0
+      this.#isPassing
     )
+  }
+
+  /** A pass has not come to its end. */
+  get #isPassing(): boolean {
+    return this.#freshQueue.length > 0
+  }
+
+  /** How long changes may be collected so that they are durable a tick after the first of them. */
+  get collectMs(): number {
+    const { tickMs, maxLagMs, pace } = this.#request
+    // While others wait for the disks, what is written several times is better carried over once.
+    const wantedMs = (pace?.backOffMs ?? 0) > 0 ? Math.max(tickMs, maxLagMs / 2) : tickMs
+    return Math.max(wantedMs / 2, wantedMs - this.#takeMs)
   }
 
   /** When the next retry is due, in ms from now. */
@@ -274,14 +314,16 @@ export class TargetSession {
   get status(): TargetStatus {
     let queuedNames = 0
     for (const names of this.#dirty.values()) queuedNames += names.size
+    const lagMs = this.#lagMs
     return {
       target: this.#request.target.description,
       phase: this.#phase,
       checkpoint: this.#checkpoint,
       ...this.#tally,
-      queuedDirectories: this.#freshQueue.length,
+      queuedDirectories: this.#freshQueue.length + this.#carrying.length,
       queuedNames,
-      lagMs: this.#oldestChangeAt === undefined ? 0 : performance.now() - this.#oldestChangeAt,
+      lagMs,
+      isLate: lagMs > this.#request.maxLagMs,
       failures: [...this.#retries.values()].map(({ path, code, message, attempts }) => ({
         path,
         code,
@@ -292,38 +334,93 @@ export class TargetSession {
     }
   }
 
+  get #lagMs(): number {
+    const oldest = Math.min(
+      this.#takenChangeAt ?? Number.POSITIVE_INFINITY,
+      this.#oldestChangeAt ?? Number.POSITIVE_INFINITY,
+    )
+    return oldest === Number.POSITIVE_INFINITY ? 0 : performance.now() - oldest
+  }
+
   /**
    * Carries over everything that is known to have changed, and makes it durable. Returns whether something changed
-   * while it was read, so that another round is needed for it.
+   * while it was read, so that another round is needed for it. A pass makes way for what changes meanwhile.
    */
   async round(): Promise<{ readonly isSettled: boolean }> {
     const startedAt = performance.now()
     const before = this.#checkpoint?.sequence
-    const oldest = this.#oldestChangeAt
-    this.#oldestChangeAt = undefined
-    try {
-      if (this.#isBroken) await this.#redo()
-      if (this.#freshQueue.length > 0) {
+    let names = 0
+    if (this.#isBroken) await this.#redo()
+    do {
+      this.#hasYielded = false
+      if (this.#isPassing) {
         this.#phase = 'first pass'
         await this.#carryFresh(this.#freshQueue.splice(0), new Map(), new Set())
       }
-      await this.#scanDue()
-      this.#takeRetries()
-      this.#placeUnknown()
-      let names = 0
-      if (this.#dirty.size > 0) {
-        this.#phase = 'following'
-        names = await this.#follow()
-      }
-      this.#phase = 'waiting'
-      if (this.#checkpoint !== undefined && this.#checkpoint.sequence !== before) {
-        this.events.emit('checkpoint', { ...this.#checkpoint, names, tookMs: performance.now() - startedAt })
-      }
-    } catch (error) {
-      if (this.#oldestChangeAt === undefined) this.#oldestChangeAt = oldest
-      throw error
+      names += await this.#takeChanges()
+    } while (this.#hasYielded && !this.#request.isHeld())
+    this.#phase = 'waiting'
+    if (this.#checkpoint !== undefined && this.#checkpoint.sequence !== before) {
+      this.events.emit('checkpoint', { ...this.#checkpoint, names, tookMs: performance.now() - startedAt })
     }
     return { isSettled: !this.#isUnsettled }
+  }
+
+  /** Carries over what is known to have changed. Returns how many names it looked at. */
+  async #takeChanges(): Promise<number> {
+    const startedAt = performance.now()
+    this.#takenChangeAt = this.#oldestChangeAt
+    this.#oldestChangeAt = undefined
+    try {
+      if (!this.#isPassing) this.#lookLater()
+      await this.#scanDue()
+      this.#takeRetries()
+      await this.#reachUnknown()
+      if (this.#dirty.size === 0) return 0
+      this.#phase = 'following'
+      return await this.#follow()
+    } catch (error) {
+      this.#oldestChangeAt = this.#takenChangeAt ?? this.#oldestChangeAt
+      throw error
+    } finally {
+      this.#takenChangeAt = undefined
+      const tookMs = performance.now() - startedAt
+      this.#takeMs = Math.max(tookMs, this.#takeMs * 0.9)
+    }
+  }
+
+  #lookLater(): void {
+    for (const [directory, names] of this.#later) for (const name of names) this.#add(directory, name)
+    for (const id of this.#laterRescans) this.#rescans.add(id)
+    this.#later.clear()
+    this.#laterRescans.clear()
+  }
+
+  /** Whether a pass that has gone on since then is to make way for changes. */
+  #isChangeDue(since: number): boolean {
+    const now = performance.now()
+    if (this.#oldestChangeAt === undefined || now - since < Math.max(PASS_LEAST_MS, this.#takeMs)) return false
+    const { tickMs, maxLagMs } = this.#request
+    // A pass is interrupted as rarely as the lag allows.
+    return now - this.#oldestChangeAt >= Math.max(tickMs, Math.min(maxLagMs / 2, maxLagMs - 2 * this.#takeMs))
+  }
+
+  /**
+   * Finds out where directories are of which something was said before the index knew them. What a pass has not come to
+   * is carried over now, as far as it leads to a change: level by level, since nobody knows what lies beneath.
+   */
+  async #reachUnknown(): Promise<void> {
+    for (let level = 0; level < REACH_LEVELS; level++) {
+      const wanted = this.#placeUnknown()
+      if (wanted.size === 0) return
+      const reached = this.#freshQueue.filter(({ id }) => wanted.has(id))
+      this.#freshQueue = this.#freshQueue.filter(({ id }) => !wanted.has(id))
+      // What is in them is seen as it is now.
+      for (const id of wanted) this.#dirty.delete(id)
+      await this.#carryFresh(reached, new Map(), new Set(), true)
+    }
+    // Deeper than any tree is, or many that keep moving: they are lagging behind.
+    this.#oldestChangeAt ??= this.#takenChangeAt
   }
 
   async close(): Promise<void> {
@@ -384,6 +481,12 @@ export class TargetSession {
       const identity = this.#index.row(parent, name)?.identity ?? ''
       this.#freshQueue.push({ id, parent, name, path, identity, isDirty: true })
     }
+  }
+
+  // A directory that was to be carried over and was not there for the moment, or was refused.
+  #queueAnew(id: number): void {
+    if (this.#index.directory(id)?.isPending !== true || this.#freshQueue.some((queued) => queued.id === id)) return
+    this.#queuePending(id)
   }
 
   // What is beneath a directory that is carried over anew comes with it, under another id.
@@ -523,31 +626,40 @@ export class TargetSession {
   }
 
   // Directories that the index did not know when something was said of them: by now it may, or they lie beneath one
-  // that has just appeared, or outside the upper.
-  #placeUnknown(): void {
-    if (this.#unknown.size === 0) return
-    const unknown = [...this.#unknown.values()]
+  // that has just appeared, or outside the upper. Gives those that a pass has to carry over before more can be said.
+  #placeUnknown(): ReadonlySet<number> {
+    const queued = new Set(this.#freshQueue.map(({ id }) => id))
+    const wanted = new Set<number>()
+    if (queued.size > 0) for (const id of this.#dirty.keys()) if (queued.has(id)) wanted.add(id)
+    const unknown = [...this.#unknown]
     this.#unknown.clear()
     if (unknown.length > UNKNOWN_MOST) {
       this.#isScanDue = true
-      return
+      return wanted
     }
-    for (const { handle, names } of unknown) {
+    for (const [key, one] of unknown) {
+      const { handle, names } = one
       const id = this.#index.byHandle(handle)
-      if (id !== undefined) for (const name of names) this.#markKnown(id, name)
+      if (id !== undefined) {
+        for (const name of names) this.#markKnown(id, name)
+        if (queued.has(id)) wanted.add(id)
+        continue
+      }
+      const path = this.#pathOfHandle(handle)
+      if (path === undefined) continue
+      const { directory, rest } = this.#index.resolve(path)
+      const [missing] = rest
+      if (queued.has(directory)) {
+        wanted.add(directory)
+        this.#unknown.set(key, one)
+      } else if (missing !== undefined) this.#add(directory, missing)
       else {
-        const path = this.#pathOfHandle(handle)
-        if (path === undefined) continue
-        const { directory, rest } = this.#index.resolve(path)
-        const [missing] = rest
-        if (missing !== undefined) this.#add(directory, missing)
-        else {
-          // Another directory than the one that the index has there.
-          this.#markKnown(directory, DOT)
-          for (const name of names) this.#markKnown(directory, name)
-        }
+        // Another directory than the one that the index has there.
+        this.#markKnown(directory, DOT)
+        for (const name of names) this.#markKnown(directory, name)
       }
     }
+    return wanted
   }
 
   /** Where a directory is beneath the upper now. */
@@ -574,7 +686,7 @@ export class TargetSession {
       if (retry.dueAt > now) continue
       this.#add(retry.directory, retry.name)
       const row = this.#index.row(retry.directory, retry.name)
-      if (row?.isDirectory === true && this.#index.directory(row.ref)?.isPending === true) this.#queuePending(row.ref)
+      if (row?.isDirectory === true) this.#queueAnew(row.ref)
       // Until it has succeeded or failed once more.
       this.#retries.set(key, { ...retry, dueAt: Number.POSITIVE_INFINITY })
     }
@@ -599,8 +711,12 @@ export class TargetSession {
   }
 
   async #scanList(queue: ScanDirectory[], flat: boolean): Promise<void> {
+    // What a pass has not come to is carried over as it will be then.
+    const queued = new Set(this.#freshQueue.map(({ id }) => id))
     await this.#inParallel(queue, 64, async (directories) => {
-      const indexed = directories.map((directory) => ({ ...directory, pages: this.#index.pages(directory.id) }))
+      const indexed = directories
+        .filter(({ id }) => !queued.has(id))
+        .map((directory) => ({ ...directory, pages: this.#index.pages(directory.id) }))
       const { dirty, children, failures } = await this.#run({ do: 'scan', directories: indexed })
       for (const { directory, name } of dirty) this.#add(directory, name)
       for (const failure of failures) this.#fail(failure)
@@ -610,15 +726,23 @@ export class TargetSession {
 
   /**
    * Hands out a growing list in pieces to all threads. The list is handed out from its end, so that what was found last,
-   * deepest in the tree, comes first and the list stays short.
+   * deepest in the tree, comes first and the list stays short. What is enough leaves the rest in it.
    */
-  async #inParallel<T>(queue: T[], size: number, work: (piece: T[]) => Promise<readonly T[]>): Promise<void> {
+  async #inParallel<T>(
+    queue: T[],
+    size: number,
+    work: (piece: T[]) => Promise<readonly T[]>,
+    isEnough: () => boolean = () => false,
+  ): Promise<void> {
     let running = 0
     let failure: unknown
+    let isDone = false
     await new Promise<void>((resolve) => {
       const next = () => {
         if (failure !== undefined) queue.length = 0
-        while (queue.length > 0 && running < workers.width * 2) {
+        while (queue.length > 0 && running < workers.width * 2 && !isDone) {
+          isDone = isEnough()
+          if (isDone) break
           running++
           const share = Math.max(1, Math.min(size, Math.ceil(queue.length / workers.width)))
           work(queue.splice(-share))
@@ -631,7 +755,7 @@ export class TargetSession {
               next()
             })
         }
-        if (running === 0 && queue.length === 0) resolve()
+        if (running === 0 && (queue.length === 0 || isDone)) resolve()
       }
       next()
     })
@@ -660,7 +784,7 @@ export class TargetSession {
         this.#forced.delete(keyOf(place))
         // It was somewhere else for the moment in which it was to be carried over.
         const row = this.#index.row(place.directory, place.name)
-        if (row?.isDirectory === true && this.#index.directory(row.ref)?.isPending === true) this.#queuePending(row.ref)
+        if (row?.isDirectory === true) this.#queueAnew(row.ref)
       }
     } catch (error) {
       giveBack()
@@ -815,6 +939,7 @@ export class TargetSession {
       for (const key of retried)
         if (this.#retries.get(key)?.dueAt === Number.POSITIVE_INFINITY) this.#retries.delete(key)
       for (const id of plan.rescans) this.#rescans.add(id)
+      this.#relocateQueue(plan)
     } catch (error) {
       // What was sent is not known to be there: it is done again from the journal.
       this.#isBroken = true
@@ -823,6 +948,25 @@ export class TargetSession {
     // They are in the index by now, as pending, so that a crash does not lose them.
     const roots = kept.fresh
     if (roots.length > 0) await this.#carryFresh(roots, madeDirectories(kept), moved)
+  }
+
+  // What a pass has still to carry over may have moved with a directory above it, or gone with it.
+  #relocateQueue({ first, second }: Plan): void {
+    if (!this.#isPassing) return
+    const left = new Set<string>()
+    for (const operation of [...first, ...second]) {
+      if (operation.do === 'rename') left.add(operation.from)
+      else if (operation.do === 'out' || operation.do === 'remove') left.add(operation.path)
+    }
+    if (left.size === 0) return
+    this.#freshQueue = this.#freshQueue.flatMap((queued) => {
+      if (!hasAncestorIn(queued.path, left)) return [queued]
+      const record = this.#index.directory(queued.id)
+      const path = this.#index.pathOf(queued.id)
+      return record === undefined || path === undefined
+        ? []
+        : [{ ...queued, parent: record.parent, name: record.name, path }]
+    })
   }
 
   /** A plan without what depends on operations that failed. */
@@ -1012,18 +1156,21 @@ export class TargetSession {
   }
 
   /**
-   * Carries over directories, pending in the index, with what is beneath them, with a checkpoint every few seconds.
+   * Carries over directories, pending in the index, with what is beneath them, with a checkpoint every few seconds. Makes
+   * way for changes: then the rest is left in the queue. `isFlat`: what is beneath them is left there in any case.
    */
   async #carryFresh(
     roots: readonly FreshDirectory[],
     known: ReadonlyMap<string, number>,
     moved: ReadonlySet<string>,
+    isFlat = false,
   ): Promise<void> {
     try {
-      await this.#carryTrees(roots, known, moved)
+      await this.#carryTrees(roots, known, moved, isFlat)
     } catch (error) {
       // What is pending in the index is carried over anew.
       this.#isBroken = true
+      this.#carrying = []
       throw error
     }
   }
@@ -1032,18 +1179,21 @@ export class TargetSession {
     roots: readonly FreshDirectory[],
     known: ReadonlyMap<string, number>,
     moved: ReadonlySet<string>,
+    isFlat: boolean,
   ): Promise<void> {
     const changes: IndexChange[] = []
     // Of a directory whose copy is repeated no row is believed; a new one may have rows of what was moved into it.
     const repeated = new Set(moved.size === 0 ? roots.map(({ id }) => id) : [])
     const knownIds = [...known]
     const movedInodes = [...moved]
-    let lastAt = performance.now()
+    const startedAt = performance.now()
+    let lastAt = startedAt
     let rowBytes = 0
     let count = DIRECTORY_IDS
     let checkpointing: Promise<void> | undefined
     const queue = [...roots]
-    await this.#inParallel(queue, 64, async (directories) => {
+    const left: FreshDirectory[] = []
+    const carry = async (directories: readonly FreshDirectory[]): Promise<readonly FreshDirectory[]> => {
       const result = await this.#run({
         do: 'fresh',
         directories,
@@ -1051,12 +1201,12 @@ export class TargetSession {
         blocksIds: [this.#index.takeBlocksIds(BLOCKS_IDS), BLOCKS_IDS],
         known: knownIds,
         moved: movedInodes,
-        budgetMs: FRESH_MS,
+        // What is limited is done in small pieces, so that no change waits until a large one is paid for.
+        budgetMs: isFlat || this.#request.pace?.isLimited === true ? 0 : FRESH_MS,
         budgetBytes: JOB_BYTES,
       })
       if (result.needsIds > 0) count = Math.max(count, result.needsIds * 2)
       rowBytes += this.#mergeFresh(result, changes, repeated)
-      this.#freshQueue = queue
       this.events.emit('progress', this.status)
       const isDue = performance.now() - lastAt > this.#request.checkpointMs || rowBytes > CHECKPOINT_ROW_BYTES
       if (isDue && checkpointing === undefined) {
@@ -1067,11 +1217,20 @@ export class TargetSession {
         })
         await checkpointing
       }
-      return result.rest
-    })
-    this.#freshQueue = []
+      if (!isFlat) return result.rest
+      const asked = new Set(directories.map(({ id }) => id))
+      left.push(...result.rest.filter(({ id }) => !asked.has(id)))
+      return result.rest.filter(({ id }) => asked.has(id))
+    }
+    // What moves from place to place within a plan is known to this call alone.
+    const isEnough = () => !isFlat && moved.size === 0 && (this.#request.isHeld() || this.#isChangeDue(startedAt))
+    this.#carrying = queue
+    await this.#inParallel(queue, isFlat ? 1 : 64, carry, isEnough)
+    this.#carrying = []
+    this.#hasYielded ||= queue.length > 0
     await checkpointing
     await this.#checkpointNow(changes)
+    this.#freshQueue.push(...left, ...queue)
   }
 
   #mergeFresh(result: FreshResult, changes: IndexChange[], repeated: ReadonlySet<number>): number {
@@ -1106,9 +1265,13 @@ export class TargetSession {
     }
     for (const { id, hashes } of result.blocks) changes.push({ set: 'blocks', id, hashes })
     for (const { directory, name, isForced } of result.again) {
-      if (name === DOT) this.#rescans.add(directory)
-      else if (isForced) this.#force({ directory, name })
-      else this.#add(directory, name)
+      if (name === DOT) this.#laterRescans.add(directory)
+      else {
+        const names = this.#later.get(directory)
+        if (names === undefined) this.#later.set(directory, new Set([name]))
+        else names.add(name)
+        if (isForced) this.#forced.add(keyOf({ directory, name }))
+      }
     }
     for (const failure of result.failures) {
       if (TARGET_WIDE.has(failure.code)) throw new BatchFailedError(failure)
@@ -1147,14 +1310,25 @@ export class TargetSession {
   }
 
   readonly #deliver: Deliver = async (lane, batch) => {
-    const { target, pace, signal } = this.#request
-    await pace?.take(batch.length, 1, signal)
+    const { target } = this.#request
+    await this.#pay(batch.length, 1)
     this.#delivered.push(...(await target.deliver(lane, batch)))
   }
 
-  #run<K extends Parameters<typeof workers.run>[1]['do']>(job: Extract<Parameters<typeof workers.run>[1], { do: K }>) {
+  async #run<K extends Job['do']>(job: Extract<Job, { do: K }>): Promise<JobResults[K]> {
     this.#request.signal.throwIfAborted()
-    return workers.run<K>(this.#session, job, this.#deliver)
+    const result = await workers.run<K>(this.#session, job, this.#deliver)
+    // What the workers write themselves is paid for afterwards: who pays next waits until it is made up for.
+    if (this.#request.target.delivery.mode === 'direct') {
+      if ('operations' in job) await this.#pay(0, job.operations.length)
+      else if (result !== undefined && 'bytes' in result) await this.#pay(result.bytes, Math.max(1, result.files))
+    }
+    return result
+  }
+
+  async #pay(bytes: number, operations: number): Promise<void> {
+    const { pace, maxLagMs, signal } = this.#request
+    await pace?.take(bytes, operations, signal, this.#lagMs > maxLagMs / 2)
   }
 }
 
@@ -1179,6 +1353,13 @@ function pathOf(operation: Operation): TreePath {
 
 function join(parent: TreePath | undefined, name: ByteString): string | undefined {
   return parent === undefined ? undefined : parent === '' ? name : `${parent}/${name}`
+}
+
+/** Whether a path or one that leads to it is among some. */
+function hasAncestorIn(path: string, paths: ReadonlySet<string>): boolean {
+  for (let end = path.length; end > 0; end = path.lastIndexOf('/', end - 1))
+    if (paths.has(path.slice(0, end))) return true
+  return false
 }
 
 function isBeneath(path: string, top: string): boolean {

@@ -26,6 +26,7 @@ import type { Session } from '../session.ts'
 interface SyncOptions {
   readonly once?: true
   readonly tick: number
+  readonly maxLag?: number
   readonly include?: string[]
   readonly exclude?: string[]
   readonly bwlimit?: number
@@ -58,11 +59,12 @@ export function define(command: Command, session: Session): void {
         .argument('<upper>', 'the upper to follow; or flush, pause, resume, status, for one that is followed')
         .argument('<targets...>', '/path, ssh://user@host:port/path or sftp://user@host:port/path; or that upper')
         .option('--once', 'carry over what there is, then end')
-        .option('--tick <time>', 'how long changes are collected: 1s, 200ms', timeArgument, 1000)
+        .option('--tick <time>', 'how long after a change it is durable: 1s, 200ms', timeArgument, 1000)
+        .option('--max-lag <time>', 'how long it may take at most, before it is said; default 5s', timeArgument)
         .option('--include <pattern>', 'an exception from what is excluded; may be repeated', listArgument)
         .option('--exclude <pattern>', 'leave out: NAME, dir/, path/*, **; may be repeated', listArgument)
         .option('--bwlimit <rate>', 'at most so many bytes a second: 50M', sizeArgument)
-        .option('--iops <count>', 'at most so many batches a second', countArgument)
+        .option('--iops <count>', 'at most so many files a second, over a network so many batches', countArgument)
         .option('--state <dir>', 'keep index and journal there', pathArgument)
         .addOption(
           new Option('--source <kind>', 'how changes are seen')
@@ -115,7 +117,7 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
   const connections = new SshConnections(given({ identities: options.identity }))
   const opened = targets.map((text) => targetOf(text, options, connections))
   const { output } = session
-  const { include, exclude, bwlimit, iops, namespace, once, adopt, tick } = options
+  const { include, exclude, bwlimit, iops, namespace, once, adopt, tick, maxLag } = options
   const stateDir = options.state === undefined ? defaultStateDir(source) : textOf(options.state)
   const request = {
     source,
@@ -124,7 +126,7 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
     namespace,
     tickMs: tick,
     sourceChoice: options.source,
-    ...given({ include, exclude, once, adopt, bytesPerSecond: bwlimit, operationsPerSecond: iops }),
+    ...given({ include, exclude, once, adopt, maxLagMs: maxLag, bytesPerSecond: bwlimit, operationsPerSecond: iops }),
   }
   if (options.dryRun === true) {
     for (const target of opened) {
@@ -198,6 +200,16 @@ function report(sync: Sync, session: Session): void {
     output.warning(code, `${target}: ${message}; it is tried again`, { target, path: textOf(path) }),
   )
   sync.events.on('problem', ({ target, error }) => tell(session, error, target))
+  sync.events.on('lag', ({ target, lagMs, isLate }) => {
+    if (isLate) output.warning('SYNC_LATE', `${target}: a change waits for ${durationOf(lagMs)}`, { target, lagMs })
+    else {
+      output.data(
+        () => ({ type: 'lag', target, lagMs, isLate }),
+        () => undefined,
+      )
+      output.note(`${target}: no change waits for too long any more`)
+    }
+  })
   const startMs = performance.now()
   sync.events.on('progress', (status) => output.progressText(() => progressText(status, startMs)))
 }
