@@ -1,3 +1,4 @@
+import { execFileSync } from 'node:child_process'
 import { mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { hostPath } from '@lsync/posix'
@@ -68,6 +69,26 @@ describe('lsync snapshot', () => {
     expect(run('restore', after, 'back', '--delete')).toMatchObject({ code: 2 })
     expect(run('restore', after, 'back', '--delete', '--yes')).toMatchObject({ code: 0 })
     expect(readFileSync(`${directory}/back/a`, 'utf8')).toBe('second')
+  })
+
+  test('saves a tar that comes through a pipe', async () => {
+    const { directory, said, path } = await small()
+    const env = { LSYNC_PASSWORD: PASSWORD, LSYNC_REPOSITORY: path }
+    const input = execFileSync('tar', ['-c', '-C', `${directory}/tree`, '.'], { encoding: 'latin1' })
+    const piped = (...args: string[]) => lsync(['snapshot', 'create', ...args], { env, cwd: directory, input })
+    expect(said(piped('--stdin-tar', '/srv/web', '--tag', 'web'))).toMatchObject({
+      stdout: expect.stringMatching(/^snapshot <id>: 2 files \(2 new, 0 changed\), \d+ B added in <time>\n$/),
+      code: 0,
+    })
+    const restored = lsync(['snapshot', 'restore', 'latest', 'back', '--tag', 'web'], { env, cwd: directory })
+    expect(restored.code).toBe(0)
+    expect(readFileSync(`${directory}/back/a`, 'utf8')).toBe('first')
+    expect(piped('tree', '--stdin-tar')).toMatchObject({ code: 2 })
+    expect(piped()).toMatchObject({ code: 2, stderr: expect.stringContaining('name a directory, or use --stdin-tar') })
+    expect(lsync(['snapshot', 'create', '--stdin-tar'], { env, input: 'not a tar' })).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining('ARCHIVE_BROKEN'),
+    })
   })
 
   test('forgets, prunes, checks, and says what is damaged', async () => {

@@ -36,7 +36,8 @@ export {
   type WriteMetaOptions,
   writeMeta,
 } from './encodings/inode.ts'
-export { decodeKernelInode, type RawInode } from './encodings/kernel.ts'
+export type { LayerItem } from './encodings/item.ts'
+export { decodeKernelInode, marksOf, type RawInode } from './encodings/kernel.ts'
 export type { EntryPolicy } from './encodings/policy.ts'
 export { dataName } from './encodings/portable.ts'
 export {
@@ -46,9 +47,11 @@ export {
   readPortableTree,
   writeManifest,
 } from './encodings/portable-tree.ts'
+export { piecesOf, type Spool } from './encodings/spool.ts'
+export { readTarLayer, type TarReadOptions } from './encodings/tar.ts'
 export { TargetBusyError } from './journal.ts'
 export * from './merge.ts'
-export type { Meta, Xattr } from './model/entry.ts'
+export type { Entry, Meta, Xattr } from './model/entry.ts'
 export { isMark, MARKS, type MarkNames, type Namespace } from './model/marks.ts'
 export type { PlanEnd, PlanHeader, PlanRecord, Step } from './model/plan.ts'
 export * from './portable-plan.ts'

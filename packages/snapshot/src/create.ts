@@ -155,20 +155,7 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       await store.flush()
       await lock.settled()
       const snapshotId = await repository.writeSnapshot(
-        {
-          time: formatTime(request.timeNs ?? BigInt(Date.now()) * 1_000_000n),
-          parent: parent?.id,
-          tree,
-          paths: targets.map(({ path }) => path),
-          hostname: host,
-          username: userName(),
-          uid: process.getuid?.() ?? 0,
-          gid: process.getgid?.() ?? 0,
-          excludes: request.excludes ?? [],
-          tags: request.tags ?? [],
-          original: undefined,
-          others: {},
-        },
+        describeSnapshot({ ...request, paths: targets.map(({ path }) => path), tree, parent: parent?.id }),
         signal,
       )
       const problems = [...work.problems].sort(byPath)
@@ -182,6 +169,28 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
   } finally {
     for (const fd of opened) close(fd)
     await lock.release()
+  }
+}
+
+/** What is stored of a snapshot that is made by this process, now or at the time of the request. */
+export function describeSnapshot(
+  request: Pick<CreateRequest, 'timeNs' | 'hostname' | 'excludes' | 'tags'> &
+    Pick<Snapshot, 'paths' | 'tree' | 'parent'>,
+): Omit<Snapshot, 'id'> {
+  const { timeNs, paths, tree, parent, excludes = [], tags = [] } = request
+  return {
+    time: formatTime(timeNs ?? BigInt(Date.now()) * 1_000_000n),
+    parent,
+    tree,
+    paths,
+    hostname: request.hostname ?? hostname(),
+    username: userName(),
+    uid: process.getuid?.() ?? 0,
+    gid: process.getgid?.() ?? 0,
+    excludes,
+    tags,
+    original: undefined,
+    others: {},
   }
 }
 
@@ -227,7 +236,8 @@ function isBeneath(path: string, above: string): boolean {
   return path !== above && path.startsWith(above === '/' ? '/' : `${above}/`)
 }
 
-function normalized(path: HostPath): HostPath {
+/** An absolute path without what means nothing in it. @throws {CreateInvalidError} */
+export function normalized(path: HostPath): HostPath {
   if (!path.startsWith('/')) throw new CreateInvalidError(`${printable(path)} is not absolute`)
   const components = path.split('/').filter((part) => part !== '' && part !== '.')
   if (components.includes('..')) throw new CreateInvalidError(`${printable(path)} has a .. in it`)

@@ -8,7 +8,15 @@ export { S3Backend, type S3Options } from './backend/s3.ts'
 export { SftpBackend, type SftpOptions } from './backend/sftp.ts'
 export * from './check.ts'
 export * from './copy.ts'
-export * from './create.ts'
+export {
+  CreateInvalidError,
+  type CreateReport,
+  type CreateRequest,
+  createSnapshot,
+  type SnapshotTarget,
+  SourceUnreadableError,
+} from './create.ts'
+export * from './create-tar.ts'
 export * from './diff.ts'
 export * from './forget.ts'
 export * from './inspect.ts'

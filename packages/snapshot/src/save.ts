@@ -207,6 +207,19 @@ export class Saver {
     return result
   }
 
+  /** Stores content that is no directory's: a chunk at a place in memory. */
+  storeChunk(memory: Memory, at: number, length: number): ObjectId {
+    return this.#store('data', memory, at, length)
+  }
+
+  /** The packs that are full, and what was counted, since this was last asked for. */
+  takeStored(): Pick<SaveResult, 'packs' | 'counts'> {
+    const stored = { packs: this.#packs, counts: this.#counts }
+    this.#packs = []
+    this.#counts = emptyCounts()
+    return stored
+  }
+
   /** Stores a tree of which all nodes are known. */
   storeTree(nodes: readonly string[]): ObjectId {
     const text = treeText(nodes)

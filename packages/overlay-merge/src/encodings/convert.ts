@@ -43,6 +43,7 @@ import { kernelTreeForm, readKernelLayer } from './kernel.ts'
 import { plainTreeForm, readPlainTree } from './plain.ts'
 import { applyPolicy, type EntryPolicy } from './policy.ts'
 import { PortableSink, readPortableLayer } from './portable.ts'
+import { DirectorySpool } from './spool.ts'
 import { readTarLayer, TarSink } from './tar.ts'
 import type { TarLimits } from './tar-members.ts'
 import { type LayerSink, reportInodeFlags, type TreeForm, TreeSink } from './tree-sink.ts'
@@ -396,7 +397,7 @@ class Conversion {
     try {
       const { index } = await readTarLayer(source, {
         form: fromForm === 'oci' ? 'oci' : (namespaceOf(fromForm, namespace) ?? 'plain'),
-        spoolFd,
+        spool: new DirectorySpool(spoolFd),
         onLoss: this.#onLoss,
         ...(limits === undefined ? {} : { limits }),
         ...(signal === undefined ? {} : { signal }),

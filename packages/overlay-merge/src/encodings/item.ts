@@ -16,6 +16,8 @@ export interface LayerItem {
   readonly openContent?: () => OpenContent
   /** The data lies in a file that may be moved away: puts it at `name` beneath `dirfd`, if that is the same volume. */
   readonly takeContent?: (dirfd: number, name: ByteString) => boolean
+  /** Files of an archive: the number under which the spool has the data, of a metacopy the hole that it is. */
+  readonly spooled?: number
   /** The raw value of `NS.protattr` (chattr flags that the view emulates). */
   readonly protattr?: Uint8Array
   /** chattr flags of the inode itself, which no form carries: FS_IMMUTABLE_FL, FS_APPEND_FL. */

@@ -1,19 +1,19 @@
-import { type ByteString, close, errnoOf, truncate, tryRename, writeAt } from '@lsync/posix'
+import type { ByteString } from '@lsync/posix'
 import type { Meta, Xattr } from '../model/entry.ts'
 import { MARKS, type Namespace } from '../model/marks.ts'
 import { components, type EntryPath, join, type Name, ROOT } from '../model/path.ts'
 import { invalidMarker, parseWhName, WHITEOUT_PREFIX } from './aufs.ts'
 import { LayerEntryRefusedError } from './errors.ts'
-import { openNew, openRegular } from './inode.ts'
 import { DEFAULT_DIRECTORY_META, type ItemOrder, isValidName, type LayerItem, type Loss, NAME_MAX } from './item.ts'
 import { decodeKernelInode, plainEntry, type RawInode } from './kernel.ts'
-import type { Segment, TarMember } from './tar-members.ts'
+import type { Spool } from './spool.ts'
+import type { TarMember } from './tar-members.ts'
 
 export interface LayerIndexOptions {
   /** `oci`: `.wh.` names, marks of overlayfs dropped. A namespace: the tar of a raw layer with marks of that one. */
   readonly form: 'oci' | Namespace | 'plain'
-  /** An open directory for the data of files, on the volume of the result if it can be. */
-  readonly spoolFd: number
+  /** Takes the data of files. */
+  readonly spool: Spool
   /** What a directory is that the archive only implies: its metadata in the layers beneath. */
   readonly impliedMeta?: (path: EntryPath) => Meta | undefined
   readonly onLoss?: (loss: Loss) => void
@@ -40,7 +40,7 @@ interface Node {
 }
 
 /**
- * An archive's members as the layer that they make up, in memory, with their data in numbered spool files. Members
+ * An archive's members as the layer that they make up, in memory, with their data in a spool. Members
  * come in any order, replace each other, and are hostile: names only ever lead through this index, never through a
  * file system, so nothing that one member plants can catch another.
  * Source: overlay-format §10; OCI image layer specification, "Applying changesets".
@@ -149,15 +149,9 @@ export class LayerIndex {
       }
       return { ...item, entry: { ...entry, opaque: path !== ROOT && (entry.opaque || node.isOpaque || isHidden) } }
     }
-    if (entry.kind !== 'file' || entry.metacopy !== undefined || inode.spool === undefined) return item
-    const { spoolFd } = this.#options
-    const spool = spoolName(inode.spool)
-    return {
-      ...item,
-      openContent: () => openRegular(spoolFd, spool),
-      // EXDEV and the like: then it is copied.
-      takeContent: (dirfd, name) => tryRename(spoolFd, spool, dirfd, name) === undefined,
-    }
+    if (entry.kind !== 'file' || inode.spool === undefined) return item
+    const spooled = { ...item, spooled: inode.spool }
+    return entry.metacopy === undefined ? { ...spooled, ...this.#options.spool.dataOf(inode.spool) } : spooled
   }
 
   /** The directory that holds a member, made where the archive only implies it. */
@@ -213,14 +207,7 @@ export class LayerIndex {
   async #stored(path: EntryPath, member: TarMember, body: AsyncIterable<Uint8Array>): Promise<Inode> {
     const inode = this.#inodeOf(path, member)
     if (inode.raw.kind !== 'file') return inode
-    const { spoolFd } = this.#options
-    const name = spoolName(inode.id)
-    const fd = openNew(spoolFd, name)
-    try {
-      await spoolBody(fd, member, body)
-    } finally {
-      close(fd)
-    }
+    await this.#options.spool.put(inode.id, member, body)
     return { ...inode, spool: inode.id }
   }
 
@@ -242,10 +229,6 @@ export class LayerIndex {
 
 function directoryNode(inode: Inode): Node {
   return { inode, children: new Map(), whiteouts: new Set(), isOpaque: false }
-}
-
-function spoolName(id: number): ByteString {
-  return id.toString(36) as ByteString
 }
 
 function isWhiteoutInode(raw: RawInode, form: LayerIndexOptions['form']): boolean {
@@ -296,35 +279,5 @@ function rawOf(path: EntryPath, member: TarMember, meta: Meta): RawInode {
       return { kind: 'special', meta, type: 'fifo', rdev: 0 }
     case 'link':
       throw new Error('a hard link has no inode of its own')
-  }
-}
-
-async function spoolBody(fd: number, member: TarMember, body: AsyncIterable<Uint8Array>): Promise<void> {
-  const segments: readonly Segment[] = member.segments ?? [{ offset: 0, sizeBytes: member.sizeBytes }]
-  let index = 0
-  let done = 0
-  for await (const chunk of body) {
-    for (let at = 0; at < chunk.length; ) {
-      const segment = segments[index]
-      if (segment === undefined) throw new Error('more data than the header said')
-      const count = Math.min(segment.sizeBytes - done, chunk.length - at)
-      if (count > 0) writeAt(fd, segment.offset + done, chunk.subarray(at, at + count), member.name)
-      at += count
-      done += count
-      if (done === segment.sizeBytes) {
-        index++
-        done = 0
-      }
-    }
-  }
-  if (member.segments !== undefined) setSize(fd, member)
-}
-
-function setSize(fd: number, member: TarMember): void {
-  try {
-    truncate(fd, member.sizeBytes, member.name)
-  } catch (error) {
-    if (errnoOf(error) !== 'EFBIG' && errnoOf(error) !== 'EINVAL') throw error
-    throw new LayerEntryRefusedError(member.name, 'it is larger than the file system allows')
   }
 }

@@ -12,6 +12,7 @@ import type { LayerItem } from './item.ts'
 import { kernelTreeForm, readKernelLayer } from './kernel.ts'
 import { plainTreeForm, readPlainTree } from './plain.ts'
 import { PortableSink, readPortableLayer } from './portable.ts'
+import { DirectorySpool } from './spool.ts'
 import { readTarLayer, TarSink, type TarSinkOptions } from './tar.ts'
 import { type LayerSink, type TreeForm, TreeSink } from './tree-sink.ts'
 
@@ -128,7 +129,10 @@ function tarRoundTrip(options: TarSinkOptions, abilities: Abilities) {
     fc.asyncProperty(anyLayer(abilities), (models) =>
       inPlace(async ({ content, spool }) => {
         const items = itemsOf(models, content)
-        const { index } = await readTarLayer(written(items, options), { form: options.form, spoolFd: spool })
+        const { index } = await readTarLayer(written(items, options), {
+          form: options.form,
+          spool: new DirectorySpool(spool),
+        })
         expect(observed(index.items('whiteouts-first'))).toEqual(observed(items.map(withoutAccessTime)))
       }),
     ),

@@ -5,6 +5,7 @@ import { describe, expect, test } from 'vitest'
 import { outlineOf, type Spec } from '../../../../test/layers/outline.ts'
 import { scratch } from '../../../../test/layers/scratch.ts'
 import { openDirectory } from './inode.ts'
+import { DirectorySpool } from './spool.ts'
 import { readTarLayer, type TarReadOptions } from './tar.ts'
 import { encodeHeader, encodePax, paddingOf, type UstarFields } from './tar-header.ts'
 
@@ -35,7 +36,7 @@ async function read(parts: Buffer | Buffer[], options: Partial<TarReadOptions> =
   const spoolFd = openDirectory(place.fd, 'spool' as ByteString)
   const bytes = Array.isArray(parts) ? Buffer.concat([...parts, END]) : parts
   try {
-    const { index } = await readTarLayer(one(bytes), { form: 'oci', ...options, spoolFd })
+    const { index } = await readTarLayer(one(bytes), { form: 'oci', ...options, spool: new DirectorySpool(spoolFd) })
     return outlineOf(index.items())
   } finally {
     // Whatever the names say, nothing but numbered files in the spool may ever appear.

@@ -440,9 +440,10 @@ function xattrsOf(records: PaxRecords, losses: string[]): readonly Xattr[] {
     } else if (key === 'SCHILY.acl.access' || key === 'SCHILY.acl.default') {
       const kind = key === 'SCHILY.acl.access' ? 'access' : 'default'
       const name = `system.posix_acl_${kind}`
+      if (records.has(SCHILY + name)) continue
       const acl = aclFromText(value.toString('latin1'), kind)
       if (acl === undefined) losses.push(`${key} (it names users that only its own host knows)`)
-      else if (acl.length > 0 && !records.has(SCHILY + name)) found.set(name, acl)
+      else if (acl.length > 0) found.set(name, acl)
     }
   }
   if (found.size === 0) return []

@@ -24,7 +24,7 @@ export interface TarReadOptions extends LayerIndexOptions {
 
 /**
  * Reads an archive, plain, gzip or zstd, into an index whose `items` are the layer. The data of files goes to the
- * spool directory; nothing is written under a name from the archive.
+ * spool; nothing is written under a name from the archive.
  * @throws {ArchiveBrokenError | LimitExceededError | LayerEntryRefusedError}
  */
 export async function readTarLayer(

@@ -1,8 +1,17 @@
 import { readFileSync } from 'node:fs'
 import { type HostPath, printable, textOf } from '@lsync/posix'
-import { type CreateReport, createSnapshot, findSnapshot, type ObjectId, type Repository } from '@lsync/snapshot'
-import { type Command, InvalidArgumentError } from 'commander'
+import {
+  type CreateReport,
+  createSnapshot,
+  createSnapshotOfTar,
+  findSnapshot,
+  type ObjectId,
+  type Repository,
+  type TarCreateRequest,
+} from '@lsync/snapshot'
+import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../../examples.ts'
+import { UsageError } from '../../failure.ts'
 import { addWorkersOption, given, pathArgument, pathsArgument } from '../../options.ts'
 import { countOf, durationOf, sizeOf } from '../../progress-line.ts'
 import type { Session } from '../../session.ts'
@@ -23,7 +32,12 @@ interface CreateOptions extends RepositoryOptions {
   readonly parent?: string
   readonly force?: true
   readonly workers?: number
+  /** True without a directory. */
+  readonly stdinTar?: string | true
+  readonly form?: keyof typeof TAR_FORMS
 }
+
+const TAR_FORMS = { 'plain-tar': 'plain', tar: 'trusted', oci: 'oci' } as const
 
 export function defineCreate(command: Command, session: Session): void {
   command
@@ -32,9 +46,10 @@ export function defineCreate(command: Command, session: Session): void {
       examples(
         'lsync snapshot create -r /backup/repo /srv/up',
         "lsync snapshot create -r rest:https://backup:8000/ --tag nightly --exclude '*.o' /home",
+        'docker export web | lsync snapshot create -r /backup/repo --stdin-tar /containers/web',
       ),
     )
-    .argument('<dir...>', 'what to save')
+    .argument('[dir...]', 'what to save')
   addRepositoryOptions(command)
     .option('--tag <tags>', 'tags of the snapshot (a,b); may be repeated', tagsArgument)
     .option('--host <name>', "whose snapshot it is (default: this machine's name)")
@@ -47,8 +62,16 @@ export function defineCreate(command: Command, session: Session): void {
     .option('--exclude-file <file>', 'a file of such patterns, one a line; may be repeated', pathsArgument)
     .option('--parent <snapshot>', 'files unchanged since this one are not read; none: read all (default: the latest)')
     .option('--force', 'read every file, whatever its times say')
+    .option('--stdin-tar [dir]', 'save the tar archive on standard input, as if it lay in this directory (default: /)')
+    .addOption(
+      new Option('--form <form>', 'what that archive is: a tree, the tar of a kernel layer, or a layer of an image')
+        .choices(Object.keys(TAR_FORMS))
+        .default('plain-tar'),
+    )
   addWorkersOption(command).action(async (dirs: string[], options: CreateOptions) => {
     const { tag, host, time, force, workers } = options
+    if (options.stdinTar !== undefined) return createOfTar(dirs, options, session)
+    if (dirs.length === 0) throw new UsageError('what to save is not said', 'name a directory, or use --stdin-tar')
     const paths = dirs.map((dir) => pathArgument(dir))
     await withRepository(options, session, async (repository) => {
       const parent = await parentOf(repository, options.parent, session)
@@ -61,6 +84,26 @@ export function defineCreate(command: Command, session: Session): void {
       })
       render(report, paths, session)
     })
+  })
+}
+
+async function createOfTar(dirs: string[], options: CreateOptions, session: Session): Promise<void> {
+  const { tag, host, time, stdinTar, form = 'plain-tar' } = options
+  const others = [options.exclude, options.excludeFile, options.parent, options.force, dirs[0]]
+  if (others.some((other) => other !== undefined)) {
+    throw new UsageError('--stdin-tar saves the whole archive and nothing else', 'leave out patterns and directories')
+  }
+  const path = pathArgument(typeof stdinTar === 'string' ? stdinTar : '/')
+  await withRepository(options, session, async (repository) => {
+    const report = await createSnapshotOfTar(repository, {
+      archive: process.stdin,
+      path,
+      form: TAR_FORMS[form] satisfies TarCreateRequest['form'],
+      ...given({ tags: tag, hostname: host, timeNs: time }),
+      signal: session.signal,
+      onProgress: session.output.progress,
+    })
+    render(report, [path], session)
   })
 }
 
