@@ -1,5 +1,6 @@
 import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
+import { LeaseClaim } from '@lsync/container-root'
 import { expect, test } from 'vitest'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
@@ -41,4 +42,8 @@ test('the types that are written to disk are found', () => {
 test.each(written)('docs/format.md explains each field of %s, and no other', (name, fields) => {
   expect(fields.length).toBeGreaterThan(0)
   expect(explained(name).sort()).toEqual([...fields].sort())
+})
+
+test.each([['LeaseClaim', LeaseClaim]])('docs/format.md explains each field of %s, and no other', (name, shape) => {
+  expect(explained(name).sort()).toEqual(Object.keys(shape.shape).sort())
 })

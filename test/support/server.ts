@@ -12,17 +12,18 @@ export interface RunningServer {
 }
 
 /**
- * Starts a server on a free port and waits until it takes connections. Its log is `base/name.log`. The caller stops it;
+ * Starts a server on a free port (or on `wantedPort`) and waits until it takes connections. Its log is `base/name.log`. The caller stops it;
  * a killed test run is cleared away by the next one.
  */
 export async function startServer(
   base: string,
   name: string,
   commandFor: (port: number) => readonly [string, ...string[]],
+  wantedPort?: number,
 ): Promise<RunningServer> {
   // Another process can take the port between its finding and the server: then the next one.
   for (let attempt = 0; ; attempt++) {
-    const port = await freePort()
+    const port = wantedPort ?? (await freePort())
     const [command, ...args] = commandFor(port)
     const child = start(`${base}/${name}.log`, command, ...args)
     appendFileSync(`${testDirectory()}/stop.sh`, `grep -qs ${base} /proc/${child.pid}/cmdline && kill ${child.pid}\n`)

@@ -1,1 +1,3 @@
-export {}
+export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
+export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
+export * from './lease.ts'

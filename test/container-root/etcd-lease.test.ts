@@ -1,0 +1,65 @@
+import { EtcdLeases } from '@lsync/container-root'
+import { describe, expect, test } from 'vitest'
+import { describeLeases } from '../conformance/leases.ts'
+import { hasEtcd, useEtcd } from '../support/etcd.ts'
+import { needs } from '../support/needs.ts'
+
+const encode = (text: string) => Buffer.from(text).toString('base64')
+
+describe.skipIf(!needs('etcd', hasEtcd))('with a real etcd', () => {
+  const etcd = useEtcd()
+  let roots = 0
+  const fresh = () => `${etcd.current.endpoint}/root${++roots}`
+  const open = (where: string, durationMs?: number) => {
+    const slash = where.lastIndexOf('/')
+    return new EtcdLeases({ endpoints: [where.slice(0, slash)], root: where.slice(slash + 1), durationMs })
+  }
+  const ask = async (method: string, body: object) => {
+    const response = await fetch(`${etcd.current.endpoint}/v3/kv/${method}`, {
+      method: 'POST',
+      body: JSON.stringify(body),
+    })
+    return (await response.json()) as { kvs?: { value: string }[] }
+  }
+
+  describeLeases('in etcd', {
+    fresh,
+    open,
+    async keep(where) {
+      const key = encode(`lsync/${where.slice(where.lastIndexOf('/') + 1)}/claim`)
+      const value = (await ask('range', { key })).kvs?.[0]?.value
+      return async () => {
+        await ask('put', { key, value })
+      }
+    },
+  })
+
+  test('a member that does not answer is passed over', async () => {
+    const leases = new EtcdLeases({ endpoints: ['http://127.0.0.1:1', etcd.current.endpoint], root: 'passed-over' })
+    expect((await leases.acquire({ node: 'one' })).epoch).toBe(1)
+  })
+
+  test('a damaged claim is refused, and force goes on after it', async () => {
+    const where = fresh()
+    const leases = open(where)
+    await leases.acquire({ node: 'one' })
+    await ask('put', { key: encode(`lsync/root${roots}/claim`), value: encode('{"epoch":7,') })
+    await expect(leases.acquire({ node: 'two' })).rejects.toMatchObject({ code: 'LEASE_DAMAGED' })
+    expect((await leases.takeover({ node: 'two', force: true })).epoch).toBe(8)
+  })
+
+  test('while it is away nobody can say who may write, and claims stand when it is back', async () => {
+    const leases = open(fresh(), 60_000)
+    const lease = await leases.acquire({ node: 'one' })
+    await etcd.current.stop()
+    try {
+      await expect(lease.check()).rejects.toMatchObject({ code: 'LEASE_UNREACHABLE' })
+      await expect(lease.heartbeat()).rejects.toMatchObject({ code: 'LEASE_UNREACHABLE' })
+    } finally {
+      await etcd.current.start()
+    }
+    await lease.check()
+    await lease.heartbeat()
+    await lease.release()
+  })
+})

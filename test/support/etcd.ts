@@ -1,0 +1,58 @@
+import { existsSync, mkdirSync } from 'node:fs'
+import { afterAll, beforeAll } from 'vitest'
+import { holdTestDirectory, testDirectory } from './image.ts'
+import { type RunningServer, startServer } from './server.ts'
+import { freePort } from './sshd.ts'
+import { isPresent } from './system.ts'
+
+/** Whether etcd's server is installed. */
+export const hasEtcd = isPresent('etcd')
+
+/** An etcd of the test's own, one member on loopback, its data in RAM. */
+export interface Etcd {
+  readonly endpoint: string
+  /** Stops it; its data stays. */
+  stop(): Promise<void>
+  /** Starts it again with its data, on the same port. */
+  start(): Promise<void>
+}
+
+let servers = 0
+
+/** One etcd for all tests of the surrounding `describe` (or file). */
+export function useEtcd(): { readonly current: Etcd } {
+  let server: RunningServer | undefined
+  let release: (() => void) | undefined
+  let etcd: Etcd | undefined
+  beforeAll(async () => {
+    release = holdTestDirectory()
+    const base = `${testDirectory()}/etcd${++servers}`
+    if (!existsSync(base)) mkdirSync(base, { mode: 0o700 })
+    const peer = `http://127.0.0.1:${await freePort()}`
+    const command = (port: number): [string, ...string[]] => [
+      'etcd',
+      ...['--data-dir', `${base}/data`, '--name', 'one', '--logger', 'zap', '--log-level', 'warn'],
+      ...['--listen-client-urls', `http://127.0.0.1:${port}`, '--advertise-client-urls', `http://127.0.0.1:${port}`],
+      ...['--listen-peer-urls', peer, '--initial-advertise-peer-urls', peer, '--initial-cluster', `one=${peer}`],
+    ]
+    server = await startServer(base, 'etcd', command)
+    const { port } = server
+    etcd = {
+      endpoint: `http://127.0.0.1:${port}`,
+      stop: async () => server?.stop(),
+      start: async () => {
+        server = await startServer(base, 'etcd', () => command(port), port)
+      },
+    }
+  }, 60_000)
+  afterAll(async () => {
+    await server?.stop()
+    release?.()
+  }, 60_000)
+  return {
+    get current() {
+      if (etcd === undefined) throw new Error('etcd exists only while tests run')
+      return etcd
+    },
+  }
+}
