@@ -1,8 +1,8 @@
 import { type ChildProcess, fork } from 'node:child_process'
-import { mkdirSync, readdirSync, symlinkSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readdirSync, renameSync, symlinkSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import type { ByteString, HostPath } from '@lsync/posix'
-import { LsyncError, S_IFCHR, S_IFIFO } from '@lsync/posix'
+import { LsyncError, S_IFCHR, S_IFIFO, setSyscallHook } from '@lsync/posix'
 import { Applier, type Operation, type RawMeta, TargetPlace, type TreePath } from '@lsync/sync'
 import { afterEach, describe, expect, test } from 'vitest'
 import { buildTree, character, dir, fifo, file, linkTo, sparse, symlink } from '../support/build.ts'
@@ -114,6 +114,46 @@ describe.skipIf(!needs('root', isRoot)).each(['ext4', 'tmpfs'] as const)('an app
     again.forget()
     applier.forget()
     place.close()
+  })
+
+  test('names in a directory that it has made are made in their places until it is finished', () => {
+    const { root, place, applier } = site(dir({ old: dir() }))
+    let renames = 0
+    setSyscallHook((syscall) => {
+      if (syscall === 'renameat2') renames++
+    })
+    const renamesOf = (act: () => void): number => {
+      const before = renames
+      act()
+      return renames - before
+    }
+    try {
+      const add = (name: string) => renamesOf(() => carryOut(applier, fileOf(name, 'x')))
+      expect(add('old/1')).toBe(1)
+      for (const name of ['new', 'other', 'moved']) carryOut(applier, { do: 'directory', path: path(name) })
+      expect(add('new/1')).toBe(0)
+      // Between batches it is closed.
+      applier.forget()
+      expect(add('new/2')).toBe(0)
+      expect(add('new/2')).toBe(1)
+      // Another one in its place is not the one that it has made.
+      renameSync(`${root}/moved`, `${root}/elsewhere`)
+      mkdirSync(`${root}/moved`)
+      expect(add('moved/1')).toBe(1)
+      carryOut(applier, { do: 'meta', path: path('new'), kind: 'directory', meta: meta({ mode: 0o755 }) })
+      expect(add('new/3')).toBe(1)
+      applier.forget()
+      expect(add('new/4')).toBe(1)
+      expect(add('other/1')).toBe(0)
+      applier.disown()
+      expect(add('other/2')).toBe(1)
+      applier.forget()
+      expect(add('other/3')).toBe(1)
+    } finally {
+      setSyscallHook(undefined)
+      applier.forget()
+      place.close()
+    }
   })
 
   test('a patch keeps what its extents do not cover, in a new inode or for all names of the old one', () => {

@@ -38,12 +38,14 @@ import {
   PosixError,
   punchHole,
   RENAME_NOREPLACE,
+  rawStatFd,
   readDirents,
   removeXattr,
   S_IFBLK,
   S_IFCHR,
   S_IFIFO,
   S_IFSOCK,
+  STATX_WORD,
   setInodeFlags,
   truncate,
   tryLink,
@@ -80,6 +82,8 @@ interface Parent {
 }
 
 const PARENTS = 64
+/** Beyond this it forgets which directories it has made, for a sender could make any number. */
+const MADE_MOST = 1 << 14
 const SPECIAL_TYPES: ReadonlySet<number> = new Set([S_IFIFO, S_IFSOCK, S_IFCHR, S_IFBLK])
 const NO_LOSSES: ReadonlySet<TargetLoss['what']> = new Set()
 const NO_XATTRS: readonly Xattr[] = []
@@ -105,6 +109,8 @@ export class Applier {
   readonly #losses: ReadonlySet<TargetLoss['what']>
   readonly #onlyNew: boolean
   readonly #parents = new Map<string, Parent>()
+  /** Directories that it has made and not finished, with what tells each from another in its place. */
+  readonly #made = new Map<string, string>()
   readonly #tag = randomBytes(6).toString('hex')
   #count = 0
   readonly #trashed: ByteString[] = []
@@ -169,7 +175,13 @@ export class Applier {
     place.isFresh = !place.inheritsAcls
   }
 
-  /** Closes all directories that were kept open. */
+  /** Directories that it has made are not new any more: what is in them counts from here on, or others work there. */
+  disown(): void {
+    this.#made.clear()
+    for (const place of this.#parents.values()) place.isFresh = false
+  }
+
+  /** Closes all directories that were kept open. One that it has made is still new when it is opened again. */
   forget(): void {
     for (const { fd } of this.#parents.values()) close(fd)
     this.#parents.clear()
@@ -267,7 +279,15 @@ export class Applier {
     const fd = openat(place.fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
     // Its children would inherit them; what belongs to it comes with its metadata.
     if (place.inheritsAcls) for (const acl of [ACL_DEFAULT, ACL_ACCESS]) removeXattr(fd, '', acl)
+    this.#remember(path, fd)
     this.#hold(path, { fd, isFresh: true, inheritsAcls: false })
+  }
+
+  // In a tree that only grows, what a crash left half written in its place could never be made whole.
+  #remember(path: TreePath, fd: number): void {
+    if (this.#onlyNew) return
+    if (this.#made.size >= MADE_MOST) this.#made.clear()
+    this.#made.set(path, identityOf(fd))
   }
 
   #keep({ path, names, after, last }: Extract<Operation, { do: 'keep' }>): void {
@@ -382,6 +402,7 @@ export class Applier {
       if (path !== '') checkPath(path)
       const place = this.#parent(path)
       place.isFresh = false
+      this.#made.delete(path)
       despiteProtection([{ dirfd: place.fd, name: '' }], () => writeMeta(place.fd, '', kind, raw, options))
       return
     }
@@ -483,7 +504,9 @@ export class Applier {
       return held
     }
     const fd = openBeneath(this.#rootFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    return this.#hold(path, { fd, isFresh: false, inheritsAcls: inheritsAcls(fd) })
+    const made = this.#made.get(path)
+    const isFresh = made !== undefined && made === identityOf(fd)
+    return this.#hold(path, { fd, isFresh, inheritsAcls: !isFresh && inheritsAcls(fd) })
   }
 
   // A parent that is missing, or is no directory, holds nothing.
@@ -681,6 +704,13 @@ function moveBeside(fromDir: number, from: ByteString, toDir: number, to: ByteSt
   // A file system without that flag (FUSE); a new link does not replace anything either.
   link(fromDir, from, toDir, to)
   tryUnlink(fromDir, from)
+}
+
+/** Inode number and time of birth. */
+function identityOf(fd: number): string {
+  const words = rawStatFd(fd)
+  const { ino, birth } = STATX_WORD
+  return `${words[ino]}.${words[ino + 1]}.${words[birth]}.${words[birth + 2]}`
 }
 
 function missing(what: string, path: TreePath): PosixError {

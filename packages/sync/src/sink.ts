@@ -45,7 +45,9 @@ export class DirectSink implements Sink {
     this.applier.adopt(path)
   }
 
+  // Who goes on in a directory says so: it may be another thread, or this one for another reason.
   forget(): void {
+    this.applier.disown()
     this.applier.forget()
   }
 

@@ -47,6 +47,11 @@ export class Lane implements OperationReceiver {
     return { failures: this.#failures, highestStage: this.#highestStage }
   }
 
+  /** A barrier comes: directories that were made before it are not new any more. */
+  disown(): void {
+    this.#applier.disown()
+  }
+
   /** Forgets the file whose end did not come. */
   end(): void {
     this.#file?.writer?.discard()

@@ -32,6 +32,7 @@ export type ServeJob =
   | { readonly job: 'target'; readonly target: ServedTarget }
   | { readonly job: 'batch'; readonly lane: number; readonly bytes: Uint8Array; readonly isCompressed: boolean }
   | { readonly job: 'barrier'; readonly checkpoint: Checkpoint | undefined; readonly nextStage: number }
+  | { readonly job: 'disown' }
   | { readonly job: 'end' }
 
 /** `payload` is the answer's. `isBroken`: the client broke the protocol, or lsync has a bug; nothing may follow. */
@@ -73,7 +74,11 @@ function run(job: ServeJob): ServeResult {
       const { failures, highestStage } = laneOf(job.lane).run(bytes)
       return { done: encodeFailures(failures), highestStage }
     }
+    case 'disown':
+      for (const lane of lanes.values()) lane.disown()
+      return NOTHING
     case 'barrier':
+      for (const lane of lanes.values()) lane.disown()
       if (target !== undefined) syncFileSystem(target.rootFd, '')
       if (job.checkpoint !== undefined) place?.storeCheckpoint(job.checkpoint, job.nextStage)
       return NOTHING

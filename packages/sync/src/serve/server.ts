@@ -232,9 +232,10 @@ class Server {
         settle(FRAME.done, encodeCheckpoint(peekServed(this.#request.root, decodePath(payload))))
       } else if (type === FRAME.barrier) {
         const checkpoint = decodeCheckpoint(payload)
-        const [first] = this.#members
+        const [first, ...others] = this.#members
         if (first === undefined) throw new ProtocolError('a barrier before a target was opened')
         await Promise.all(this.#batches)
+        await Promise.all(others.map((member) => member.run({ job: 'disown' })))
         const job = { job: 'barrier', checkpoint, nextStage: this.#nextStage } as const
         this.#settle(await first.run(job), settle)
       } else {
