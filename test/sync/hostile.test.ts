@@ -8,7 +8,13 @@ import { Applier, type Connection, ProtocolError, RemoteTarget, serve, TargetPla
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { encodeHeader, encodeHello, FRAME, type FrameType } from '../../packages/sync/src/protocol/frame.ts'
-import { encodeCheckpoint, encodeFailures, encodePath, encodeState } from '../../packages/sync/src/protocol/message.ts'
+import {
+  encodeCheckpoint,
+  encodeDescribe,
+  encodeFailures,
+  encodePath,
+  encodeState,
+} from '../../packages/sync/src/protocol/message.ts'
 import { Lane } from '../../packages/sync/src/serve/lane.ts'
 import { useFileSystem } from '../support/image.ts'
 import { needs } from '../support/needs.ts'
@@ -239,6 +245,9 @@ describe.skipIf(!needs('root', isRoot))('a server of a hostile client', () => {
   }
 
   const batch = batchOf(fileOf('f', 'x'))
+  const questions = (count: number) => [
+    Buffer.concat(Array.from({ length: count }, (_, i) => frame(FRAME.describe, i + 2, encodeDescribe(path(''), '')))),
+  ]
   const bomb = (says: number, is: number) => {
     const size = Buffer.alloc(4)
     size.writeUInt32LE(says)
@@ -250,6 +259,7 @@ describe.skipIf(!needs('root', isRoot))('a server of a hostile client', () => {
 
   test.each<[string, Uint8Array[]]>([
     ['a batch before a target', [hello, frame(FRAME.deliver, 1, batch)]],
+    ['a question before a target', [hello, frame(FRAME.describe, 1, encodeDescribe(path(''), ''))]],
     ['a barrier before a target', [hello, frame(FRAME.barrier, 1, encodeCheckpoint(undefined))]],
     [
       'one number for two requests',
@@ -275,6 +285,8 @@ describe.skipIf(!needs('root', isRoot))('a server of a hostile client', () => {
 
   test.each<[string, Uint8Array[]]>([
     ['a second target', [frame(FRAME.open, 2, encodePath('u' as ByteString))]],
+    ['a question about another place', [frame(FRAME.describe, 2, encodeDescribe(path('../precious'), ''))]],
+    ['more questions than the window holds', questions(40)],
     ['an unknown record', [frame(FRAME.deliver, 2, Buffer.from([99]))]],
     ['a path that leads out', [frame(FRAME.deliver, 2, batchOf({ do: 'remove', path: path('../precious') }))]],
     ['an absolute path', [frame(FRAME.deliver, 2, batchOf({ do: 'remove', path: path('/etc/x') }))]],

@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto'
+import { closeSync, openSync, readSync, statSync } from 'node:fs'
 import { type ByteString, type FileHandle, LsyncError } from '@lsync/posix'
 import { type Database, open, type RootDatabase } from 'lmdb'
 import { MAX_BITS, PAGE_BYTES, pageRows } from './index-pages.ts'
@@ -12,6 +13,16 @@ export class IndexVersionError extends LsyncError {
     super('INDEX_VERSION', `the index ${path} has version ${String(version)}`, {
       path,
       hint: 'use the lsync that made it, or remove the directory: the next sync then compares the whole tree',
+    })
+  }
+}
+
+/** The index is no index any more. */
+export class IndexDamagedError extends LsyncError {
+  constructor(path: string) {
+    super('INDEX_DAMAGED', `the index ${path} is damaged`, {
+      path,
+      hint: 'check the disk, and remove that directory: then the next sync with --adopt sends what differs at the target',
     })
   }
 }
@@ -35,7 +46,37 @@ const TURN_MS = 5
 const META_KEY = Buffer.from('meta')
 const EMPTY = Buffer.alloc(0)
 
+// LMDB maps its file and believes it: what is no database ends the process. Its two meta pages say which page is the root;
+// 0 pages stand before a file has any.
+function assertDatabase(path: string): void {
+  const file = `${path}/data.mdb`
+  const sizeBytes = statSync(file, { throwIfNoEntry: false })?.size ?? 0
+  if (sizeBytes === 0) return
+  const bytes = Buffer.alloc(2 * MOST_PAGE_BYTES)
+  const fd = openSync(file, 'r')
+  try {
+    readSync(fd, bytes, 0, bytes.length, 0)
+  } finally {
+    closeSync(fd)
+  }
+  const pageBytes = bytes.readUInt32LE(LMDB_PAGE_BYTES_AT)
+  const isPage = pageBytes >= 512 && pageBytes <= MOST_PAGE_BYTES
+  const isMeta = (at: number) => {
+    const root = bytes.readBigInt64LE(at + LMDB_ROOT_AT)
+    return bytes.readUInt32LE(at + LMDB_MAGIC_AT) === LMDB_MAGIC && root * BigInt(pageBytes) < BigInt(sizeBytes)
+  }
+  if (!isPage || sizeBytes < 2 * pageBytes || !isMeta(0) || !isMeta(pageBytes)) throw new IndexDamagedError(path)
+}
+
+// struct MDB_meta of lmdb 0.9.90, behind a page header of 24 bytes.
+const LMDB_MAGIC = 0xbeef_c0de
+const LMDB_MAGIC_AT = 24
+const LMDB_PAGE_BYTES_AT = 48
+const LMDB_ROOT_AT = 136
+const MOST_PAGE_BYTES = 65_536
+
 function openTables(path: string) {
+  assertDatabase(path)
   const env: RootDatabase<Buffer, Buffer> = open({
     path,
     maxDbs: 8,

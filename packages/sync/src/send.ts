@@ -129,7 +129,7 @@ export function sendFile(
   dirfd: number,
   name: ByteString,
   path: TreePath,
-  known: undefined,
+  known: Known | undefined,
   only: 'single',
 ): Sent | undefined
 export function sendFile(

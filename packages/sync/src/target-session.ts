@@ -15,6 +15,7 @@ import {
   rawStatFd,
   withFd,
 } from '@lsync/posix'
+import type { DescribedFile } from './describe.ts'
 import type { Patterns } from './filter.ts'
 import { IndexStore, ROOT_ID } from './index-store.ts'
 import { SyncJournal, type UnfinishedBatch } from './journal.ts'
@@ -1201,6 +1202,7 @@ export class TargetSession {
         blocksIds: [this.#index.takeBlocksIds(BLOCKS_IDS), BLOCKS_IDS],
         known: knownIds,
         moved: movedInodes,
+        described: await this.#describe(directories),
         // What is limited is done in small pieces, so that no change waits until a large one is paid for.
         budgetMs: isFlat || this.#request.pace?.isLimited === true ? 0 : FRESH_MS,
         budgetBytes: JOB_BYTES,
@@ -1231,6 +1233,19 @@ export class TargetSession {
     await checkpointing
     await this.#checkpointNow(changes)
     this.#freshQueue.push(...left, ...queue)
+  }
+
+  /** What the target has in directories that are dirty; `undefined` where the workers see that themselves, or nobody does. */
+  async #describe(
+    directories: readonly FreshDirectory[],
+  ): Promise<readonly (readonly [id: number, files: readonly DescribedFile[]])[] | undefined> {
+    const { target, signal } = this.#request
+    const dirty = directories.filter(({ isDirty }) => isDirty)
+    if (target.describe === undefined || dirty.length === 0) return undefined
+    const described = await Promise.all(dirty.map(({ path }) => target.describe?.(path)))
+    signal.throwIfAborted()
+    if (described.includes(undefined)) return undefined
+    return dirty.map(({ id }, index) => [id, described[index] ?? []])
   }
 
   #mergeFresh(result: FreshResult, changes: IndexChange[], repeated: ReadonlySet<number>): number {

@@ -21,13 +21,24 @@ import {
   withFd,
 } from '@lsync/posix'
 import type { PlainOperation } from './applier.ts'
+import { type DescribedFile, listingOf, NO_LISTING, openListing, type TargetListing } from './describe.ts'
 import { compilePatterns, type IsExcluded, type Patterns } from './filter.ts'
 import { pageRows } from './index-pages.ts'
 import type { DirectoryHandle, NamePlace } from './model/index-change.ts'
 import type { Operation, TreePath } from './model/operation.ts'
 import { eachRow, isUnchanged, type Row, rowAt, rowBytes } from './model/row.ts'
 import type { MetaTask } from './planner.ts'
-import { isRacy, keptAttributes, metaOf, rowOf, type SendContext, type Sent, sendFile, sendOther } from './send.ts'
+import {
+  isRacy,
+  type Known,
+  keptAttributes,
+  metaOf,
+  rowOf,
+  type SendContext,
+  type Sent,
+  sendFile,
+  sendOther,
+} from './send.ts'
 import { DirectSink, EncodedSink, type Sink } from './sink.ts'
 import type { Target, TargetLoss } from './transport/target.ts'
 
@@ -65,6 +76,11 @@ export type Job =
       readonly known: readonly (readonly [identity: string, id: number])[]
       /** Inodes that are not to be copied, since they are moved to their places. */
       readonly moved: readonly string[]
+      /**
+       * What the target has in directories that are dirty, by id; those that are not among them are left in the `rest`.
+       * `undefined`: the worker looks there itself, or nobody can.
+       */
+      readonly described: readonly (readonly [id: number, files: readonly DescribedFile[]])[] | undefined
       readonly budgetMs: number
       readonly budgetBytes: number
     }
@@ -233,7 +249,7 @@ export class Workshop {
     try {
       switch (job.do) {
         case 'fresh':
-          return new FreshCopy(this.#init.upperFd, this.#context, this.#isExcluded, job).run()
+          return new FreshCopy(this.#init, this.#context, this.#isExcluded, job).run()
         case 'look':
           return this.#look(job.directories)
         case 'scan':
@@ -535,9 +551,12 @@ function sendDirectoryMeta(
 /** Carries over directories that the target does not have. */
 class FreshCopy {
   readonly #upperFd: number
+  readonly #delivery: SessionInit['delivery']
   readonly #context: SendContext
   readonly #isExcluded: IsExcluded | undefined
   readonly #job: Extract<Job, { do: 'fresh' }>
+  readonly #described: ReadonlyMap<number, readonly DescribedFile[]> | undefined
+  readonly #undescribed: FreshDirectory[] = []
   readonly #known: ReadonlyMap<string, number>
   readonly #moved: ReadonlySet<string>
   #nextDirectory: number
@@ -553,12 +572,14 @@ class FreshCopy {
   #needsIds = 0
 
   constructor(
-    upperFd: number,
+    { upperFd, delivery }: Pick<SessionInit, 'upperFd' | 'delivery'>,
     context: SendContext,
     isExcluded: IsExcluded | undefined,
     job: Extract<Job, { do: 'fresh' }>,
   ) {
     this.#upperFd = upperFd
+    this.#delivery = delivery
+    this.#described = job.described && new Map(job.described)
     this.#context = context
     this.#isExcluded = isExcluded
     this.#job = job
@@ -573,6 +594,10 @@ class FreshCopy {
     const { budgetMs, budgetBytes } = this.#job
     const queue = [...this.#job.directories]
     for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
+      if (next.isDirty && this.#described?.has(next.id) === false) {
+        this.#undescribed.push(next)
+        continue
+      }
       const children: FreshDirectory[] = []
       if (!this.#carry(next, children)) {
         queue.push(next)
@@ -584,7 +609,7 @@ class FreshCopy {
     return {
       arena: this.#arena(),
       directories: [...this.#directories.values()],
-      rest: queue,
+      rest: [...queue, ...this.#undescribed],
       needsIds: this.#needsIds,
       again: this.#again,
       blocks: this.#blocks,
@@ -647,18 +672,32 @@ class FreshCopy {
         names: names.filter((name) => !this.#isOut(fd, join(path, name), name)),
       })
     }
-    for (const [index, name] of names.entries()) {
-      try {
-        this.#carryName(fd, { directory: id, name }, join(path, name), types[index] as number, isDirty, rows, children)
-      } catch (error) {
-        // The target may say the same of its own side, where it is a failure.
-        const isGone = VANISHED.has(codeOf(error)) && this.#hasChanged(fd, name, types[index] as number)
-        if (isGone) this.#again.push({ directory: id, name, isForced: isDirty })
-        else this.#failures.push(failureOf({ directory: id, name }, join(path, name), error))
+    const listing = this.#listingOf(directory)
+    try {
+      for (const [index, name] of names.entries()) {
+        const type = types[index] as number
+        try {
+          this.#carryName(fd, { directory: id, name }, join(path, name), type, listing, rows, children)
+        } catch (error) {
+          // The target may say the same of its own side, where it is a failure.
+          const isGone = VANISHED.has(codeOf(error)) && this.#hasChanged(fd, name, type)
+          if (isGone) this.#again.push({ directory: id, name, isForced: isDirty })
+          else this.#failures.push(failureOf({ directory: id, name }, join(path, name), error))
+        }
       }
+    } finally {
+      listing?.close()
     }
     this.#finish(fd, { id, parent, path }, own, rows)
     return true
+  }
+
+  /** What the target has there; `undefined` where it has nothing. */
+  #listingOf({ id, path, isDirty }: FreshDirectory): TargetListing | undefined {
+    if (!isDirty) return undefined
+    const described = this.#described?.get(id)
+    if (described !== undefined) return listingOf(described)
+    return this.#delivery.mode === 'direct' ? openListing(this.#delivery.rootFd, path) : NO_LISTING
   }
 
   #piece(bytes: Uint8Array): Piece {
@@ -714,14 +753,14 @@ class FreshCopy {
     place: NamePlace,
     path: TreePath,
     type: number,
-    isDirty: boolean,
+    listing: TargetListing | undefined,
     rows: Buffer[],
     children: FreshDirectory[],
   ): void {
     const { name } = place
     if (type === DT_REG && this.#moved.size === 0) {
       if (this.#isExcluded?.(path, name, false) === true) return
-      this.#carryFile(fd, place, path, isDirty, rows)
+      this.#carryFile(fd, place, path, listing, rows)
       return
     }
     const words = tryRawStatAt(fd, name)
@@ -729,6 +768,7 @@ class FreshCopy {
     const row = rowOf(name, words)
     if (this.#isExcluded?.(path, name, row.isDirectory) === true) return
     const hasLinks = row.nlink > 1 && !row.isDirectory && !row.isWhiteout
+    const isDirty = listing !== undefined
     if (!hasLinks && this.#moved.has(row.identity)) return
     if (row.isDirectory) {
       const id = this.#known.get(row.identity) ?? this.#nextDirectory++
@@ -750,14 +790,19 @@ class FreshCopy {
       this.#again.push({ ...place, isForced: isDirty })
       return
     }
-    if (row.isFile) this.#carryFile(fd, place, path, isDirty, rows)
+    if (row.isFile) this.#carryFile(fd, place, path, listing, rows)
     else this.#keep(place, sendOther(this.#context, fd, row, path, undefined), rows)
   }
 
-  #carryFile(fd: number, place: NamePlace, path: TreePath, isDirty: boolean, rows: Buffer[]): void {
-    const sent = sendFile(this.#context, fd, place.name, path, undefined, 'single')
-    if (sent === undefined) this.#again.push({ ...place, isForced: isDirty })
+  #carryFile(fd: number, place: NamePlace, path: TreePath, listing: TargetListing | undefined, rows: Buffer[]): void {
+    const sent = sendFile(this.#context, fd, place.name, path, this.#knownFile(fd, place.name, listing), 'single')
+    if (sent === undefined) this.#again.push({ ...place, isForced: listing !== undefined })
     else this.#keep(place, sent, rows)
+  }
+
+  #knownFile(fd: number, name: ByteString, listing: TargetListing | undefined): Known | undefined {
+    const words = listing === undefined ? undefined : tryRawStatAt(fd, name)
+    return words === undefined ? undefined : listing?.known(name, rowOf(name, words).sizeBytes)
   }
 
   #keep(place: NamePlace, { row, blocks, isUnsettled, bytes }: Sent, rows: Buffer[]): void {

@@ -102,6 +102,13 @@ export class Row {
     return this.image.readBigUInt64LE(CONTENT_HASH_AT)
   }
 
+  /** What it is, without what tells which inode: another one may be the same. */
+  withoutInode(): Row {
+    const image = Buffer.from(this.image)
+    image.fill(0, IDENTITY_AT, MODIFICATION_AT)
+    return new Row(this.name, image)
+  }
+
   /** The same inode with other things known of it. */
   with(known: { name?: ByteString; ref?: number; metaHash?: bigint; contentHash?: bigint; settled?: false }): Row {
     const image = Buffer.from(this.image)

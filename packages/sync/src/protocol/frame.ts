@@ -14,18 +14,37 @@ export const PROTOCOL_LOWEST = 1
 export const PROTOCOL_HIGHEST = 1
 /** A side reads frames whose payload is a zstd frame. */
 export const CAPABILITY_ZSTD = 1
+/** A server answers `describe`. */
+export const CAPABILITY_DESCRIBE = 2
 
 /** Bytes of requests that a server takes before it has answered them. */
 export const WINDOW_BYTES = 16 << 20
 /** What a request costs of the window at least, so that the number of open requests is bounded, too. */
 export const LEAST_COST_BYTES = 4096
+/** What a `describe` costs of the window: as much as its answer may be long. */
+const DESCRIBE_COST_BYTES = 512 << 10
 export const MAX_LANES = 64
 /** Answers name what failed in a batch: its paths again, and a message for each. */
 export const MAX_PAYLOAD_BYTES = 2 * MAX_BATCH_BYTES + (1 << 20)
 
 /** Kinds of frames. Requests come from the client, an answer to each from the server, with the same id. */
-export const FRAME = { open: 1, deliver: 2, barrier: 3, status: 4, close: 5, ping: 6, done: 64, failed: 65 } as const
+export const FRAME = {
+  open: 1,
+  deliver: 2,
+  barrier: 3,
+  status: 4,
+  close: 5,
+  ping: 6,
+  describe: 7,
+  done: 64,
+  failed: 65,
+} as const
 export type FrameType = (typeof FRAME)[keyof typeof FRAME]
+/** What a request takes of the server's window until it is answered; `contentBytes` is the length of its payload before compression. */
+export function costOf(type: FrameType, contentBytes: number): number {
+  return type === FRAME.describe ? DESCRIBE_COST_BYTES : Math.max(contentBytes, LEAST_COST_BYTES)
+}
+
 const TYPES: ReadonlySet<number> = new Set(Object.values(FRAME))
 
 const FLAG_ZSTD = 1

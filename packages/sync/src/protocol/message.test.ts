@@ -2,19 +2,32 @@ import { type ByteString, LsyncError } from '@lsync/posix'
 import { ProtocolError } from '@lsync/ssh'
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
+import type { DescribedFile } from '../describe.ts'
 import type { TreePath } from '../model/operation.ts'
+import { ROW_BYTES } from '../model/row.ts'
 import {
   decodeCheckpoint,
+  decodeDescribe,
+  decodeDescription,
   decodeError,
   decodeFailures,
   decodePath,
   decodeState,
   encodeCheckpoint,
+  encodeDescribe,
+  encodeDescription,
   encodeError,
   encodeFailures,
   encodePath,
   encodeState,
 } from './message.ts'
+
+function described(name: string, blocksBytes = 0) {
+  const image = Buffer.alloc(ROW_BYTES)
+  image.writeUInt16LE(0o100_644, 12)
+  const blocks = blocksBytes === 0 ? undefined : Buffer.alloc(blocksBytes, 1)
+  return { name: name as ByteString, image, blocks }
+}
 
 describe('messages', () => {
   test('arrive as they were', () => {
@@ -34,6 +47,28 @@ describe('messages', () => {
       { index: 9, code: 'ENOSPC', path: '' as TreePath, message: '' },
     ]
     expect(decodeFailures(encodeFailures(failures))).toEqual(failures)
+    const question = { path: 'a/\xff' as TreePath, after: 'n' as ByteString }
+    expect(decodeDescribe(encodeDescribe(question.path, question.after))).toEqual(question)
+    const description = { files: [described('a'), described('b', 16)], isWhole: false }
+    expect(decodeDescription(encodeDescription(description), '')).toEqual(description)
+  })
+
+  test('a description that is out of order, does not go on, or is of something else than files is refused', () => {
+    const answer = (files: readonly DescribedFile[], isWhole = true) => encodeDescription({ files, isWhole })
+    const socket = described('a')
+    socket.image.writeUInt16LE(0o140_644, 12)
+    for (const [bytes, after] of [
+      [answer([described('b'), described('a')]), ''],
+      [answer([described('b'), described('b')]), ''],
+      [answer([described('b')]), 'c'],
+      [answer([], false), ''],
+      [answer([socket]), ''],
+      [answer([{ ...described('a'), image: Buffer.alloc(10) }]), ''],
+      [answer([described('a', 7)]), ''],
+      [answer([described('a', 256 << 10)]), ''],
+    ] as const) {
+      expect(() => decodeDescription(bytes, after as ByteString)).toThrow(ProtocolError)
+    }
   })
 
   test('an error keeps its code and hint, and loses what a terminal would obey', () => {
@@ -73,7 +108,16 @@ describe('messages', () => {
     )
     fc.assert(
       fc.property(anyBytes, (bytes) => {
-        for (const decode of [decodeState, decodeFailures, decodeError, decodePath, decodeCheckpoint]) {
+        const decodeFiles = (bytes: Uint8Array) => decodeDescription(bytes, '')
+        for (const decode of [
+          decodeFiles,
+          decodeDescribe,
+          decodeState,
+          decodeFailures,
+          decodeError,
+          decodePath,
+          decodeCheckpoint,
+        ]) {
           try {
             decode(bytes)
           } catch (error) {

@@ -1,7 +1,9 @@
 import { type ByteString, LsyncError, printable } from '@lsync/posix'
 import { ProtocolError } from '@lsync/ssh'
+import { type DescribedFile, type Description, MAX_DESCRIBED_BLOCKS_BYTES } from '../describe.ts'
 import type { Checkpoint } from '../model/checkpoint.ts'
-import type { Failure } from '../model/operation.ts'
+import type { Failure, TreePath } from '../model/operation.ts'
+import { ROW_BYTES, Row } from '../model/row.ts'
 import type { TargetLoss, TargetState } from '../transport/target.ts'
 import { assertBeneath, MAX_BATCH_OPERATIONS, MAX_PATH_BYTES } from './operation-codec.ts'
 
@@ -10,6 +12,9 @@ import { assertBeneath, MAX_BATCH_OPERATIONS, MAX_PATH_BYTES } from './operation
 const MAX_TEXT_BYTES = 4096
 const MAX_MESSAGE_BYTES = 256
 const MAX_LOSSES = 64
+const MAX_NAME_BYTES = 255
+const MAX_DESCRIBED = 16_384
+const NO_BYTES = Buffer.alloc(0)
 const CODE = /^[A-Z][A-Z0-9_]{0,63}$/
 const LOSSES: ReadonlySet<string> = new Set<TargetLoss['what']>([
   'owner',
@@ -89,6 +94,10 @@ class Reader {
     return path
   }
 
+  name(): ByteString {
+    return this.bytes(MAX_NAME_BYTES).toString('latin1') as ByteString
+  }
+
   /** Text for people, without anything that a terminal would obey. */
   text(limit = MAX_TEXT_BYTES): string {
     return printable(this.bytes(limit).toString('latin1')).replaceAll('\\\\', '\\')
@@ -103,6 +112,10 @@ class Reader {
   end(): void {
     if (this.#at !== this.#bytes.length) throw new ProtocolError('a message with more than belongs to it')
   }
+}
+
+function asBuffer(bytes: Uint8Array): Buffer {
+  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
 }
 
 function decode<T>(payload: Uint8Array, read: (reader: Reader) => T): T {
@@ -188,6 +201,48 @@ export function decodeFailures(payload: Uint8Array): readonly Failure[] {
       failures.push({ index, code: reader.code(), path: reader.path(), message: reader.text(MAX_MESSAGE_BYTES) })
     }
     return failures
+  })
+}
+
+/** `describe`: a directory of the target, and the name after which its description is to go on. */
+export function encodeDescribe(path: TreePath, after: ByteString | ''): Buffer {
+  return new Writer()
+    .name(path)
+    .name(after as ByteString)
+    .done()
+}
+
+export function decodeDescribe(payload: Uint8Array): { readonly path: TreePath; readonly after: ByteString } {
+  return decode(payload, (reader) => ({ path: reader.path() as TreePath, after: reader.name() }))
+}
+
+/** The answer to `describe`. */
+export function encodeDescription({ files, isWhole }: Description): Buffer {
+  const writer = new Writer().number(isWhole ? 1 : 0).number(files.length)
+  for (const { name, image, blocks = NO_BYTES } of files) {
+    writer.name(name).bytes(asBuffer(image)).bytes(asBuffer(blocks))
+  }
+  return writer.done()
+}
+
+export function decodeDescription(payload: Uint8Array, after: ByteString | ''): Description {
+  return decode(payload, (reader) => {
+    const isWhole = reader.number(1) === 1
+    const files: DescribedFile[] = []
+    let last: string = after
+    for (let count = reader.number(MAX_DESCRIBED); count > 0; count--) {
+      const name = reader.name()
+      if (name <= last) throw new ProtocolError('a description out of order')
+      last = name
+      const image = reader.bytes(ROW_BYTES)
+      const blocks = reader.bytes(MAX_DESCRIBED_BLOCKS_BYTES)
+      if (image.length !== ROW_BYTES || !new Row(name, image).isFile) throw new ProtocolError('a file that is none')
+      if (blocks.length % 8 !== 0) throw new ProtocolError('hashes that are cut short')
+      files.push({ name, image, blocks: blocks.length === 0 ? undefined : blocks })
+    }
+    // Else it would be asked for the same again and again.
+    if (!isWhole && files.length === 0) throw new ProtocolError('a description that does not go on')
+    return { files, isWhole }
   })
 }
 

@@ -3,8 +3,10 @@ import { zstdDecompressSync } from 'node:zlib'
 import { type ByteString, errnoOf, type HostPath, LsyncError, syncFileSystem } from '@lsync/posix'
 import { ProtocolError } from '@lsync/ssh'
 import { Applier } from '../applier.ts'
+import { describeDirectory } from '../describe.ts'
 import type { Checkpoint } from '../model/checkpoint.ts'
-import { encodeError, encodeFailures, encodeState } from '../protocol/message.ts'
+import type { TreePath } from '../model/operation.ts'
+import { encodeDescription, encodeError, encodeFailures, encodeState } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES } from '../protocol/operation-codec.ts'
 import type { TargetPlace } from '../target-state.ts'
 import type { TargetLoss } from '../transport/target.ts'
@@ -31,6 +33,7 @@ export type ServeJob =
     }
   | { readonly job: 'target'; readonly target: ServedTarget }
   | { readonly job: 'batch'; readonly lane: number; readonly bytes: Uint8Array; readonly isCompressed: boolean }
+  | { readonly job: 'describe'; readonly path: TreePath; readonly after: ByteString }
   | { readonly job: 'barrier'; readonly checkpoint: Checkpoint | undefined; readonly nextStage: number }
   | { readonly job: 'disown' }
   | { readonly job: 'end' }
@@ -77,6 +80,9 @@ function run(job: ServeJob): ServeResult {
     case 'disown':
       for (const lane of lanes.values()) lane.disown()
       return NOTHING
+    case 'describe':
+      if (target === undefined) return { done: encodeDescription({ files: [], isWhole: true }) }
+      return { done: encodeDescription(describeDirectory(target.rootFd, job.path, job.after)) }
     case 'barrier':
       for (const lane of lanes.values()) lane.disown()
       if (target !== undefined) syncFileSystem(target.rootFd, '')

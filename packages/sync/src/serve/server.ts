@@ -4,7 +4,9 @@ import type { ByteString, HostPath } from '@lsync/posix'
 import { ConnectionLostError, ProtocolError } from '@lsync/ssh'
 import {
   agreeOnVersion,
+  CAPABILITY_DESCRIBE,
   CAPABILITY_ZSTD,
+  costOf,
   encodeHeader,
   encodeHello,
   FRAME,
@@ -18,7 +20,7 @@ import {
   PROTOCOL_LOWEST,
   WINDOW_BYTES,
 } from '../protocol/frame.ts'
-import { decodeCheckpoint, decodePath, encodeCheckpoint, encodeError } from '../protocol/message.ts'
+import { decodeCheckpoint, decodeDescribe, decodePath, encodeCheckpoint, encodeError } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES, MAX_PATH_BYTES } from '../protocol/operation-codec.ts'
 import { AccessRefusedError } from './errors.ts'
 import { peekServed } from './place.ts'
@@ -126,7 +128,8 @@ class Server {
       encodeHello({
         lowest: PROTOCOL_LOWEST,
         highest: PROTOCOL_HIGHEST,
-        capabilities: CAPABILITY_ZSTD,
+        // Who may only add does not learn what is there.
+        capabilities: CAPABILITY_ZSTD | (this.#request.access === 'full' ? CAPABILITY_DESCRIBE : 0),
         windowBytes: WINDOW_BYTES,
         lanes: MAX_LANES,
       }),
@@ -198,7 +201,7 @@ class Server {
 
   #receive(header: FrameHeader, payload: Buffer): void {
     const { type, id } = header
-    const costBytes = Math.max(LEAST_COST_BYTES, payload.length, header.isCompressed ? contentBytes(payload) : 0)
+    const costBytes = costOf(type, Math.max(payload.length, header.isCompressed ? contentBytes(payload) : 0))
     this.#inFlightBytes += costBytes
     if (this.#inFlightBytes > WINDOW_BYTES) throw new ProtocolError('more than the window holds')
     this.#openIds.add(id)
@@ -209,6 +212,7 @@ class Server {
     }
     if (type === FRAME.ping) settle(FRAME.done, new Uint8Array(0))
     else if (type === FRAME.deliver) this.#deliver(header, payload, settle)
+    else if (type === FRAME.describe) this.#describe(id, payload, settle)
     else this.#chain = this.#chain.then(() => this.#carryOut(type, payload, settle))
   }
 
@@ -223,6 +227,18 @@ class Server {
     })
     const counted = batch.catch((error) => this.#fail(error)).finally(() => this.#batches.delete(counted))
     this.#batches.add(counted)
+  }
+
+  #describe(id: number, payload: Buffer, settle: Settle): void {
+    const { access } = this.#request
+    if (access !== 'full') throw new ProtocolError('a question that was not offered')
+    if (this.#target === undefined) throw new ProtocolError('a question before a target was opened')
+    const member = this.#members[id % this.#members.length] as Member
+    const job = { job: 'describe', ...decodeDescribe(payload) } as const
+    member.run(job).then(
+      (result) => this.#settle(result, settle),
+      (error) => this.#fail(error),
+    )
   }
 
   async #carryOut(type: FrameType, payload: Buffer, settle: Settle): Promise<void> {

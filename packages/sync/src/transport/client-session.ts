@@ -5,7 +5,9 @@ import { ConnectError, type Connection, ConnectionLostError, ProtocolError } fro
 import { CompressionChoice } from '../protocol/compression.ts'
 import {
   agreeOnVersion,
+  CAPABILITY_DESCRIBE,
   CAPABILITY_ZSTD,
+  costOf,
   encodeHeader,
   encodeHello,
   FRAME,
@@ -14,7 +16,6 @@ import {
   type FrameType,
   HEADER_BYTES,
   type Hello,
-  LEAST_COST_BYTES,
   MAX_LANES,
   PROTOCOL_HIGHEST,
   PROTOCOL_LOWEST,
@@ -138,7 +139,7 @@ export class ClientSession {
    */
   async request(type: FrameType, payload: Uint8Array, lane = 0): Promise<Buffer> {
     if (payload.length > MAX_BATCH_BYTES) throw new Error('a request that no server takes')
-    const costBytes = Math.max(payload.length, LEAST_COST_BYTES)
+    const costBytes = costOf(type, payload.length)
     await this.#window(costBytes)
     return new Promise((resolve, reject) => {
       const id = this.#nextId
@@ -147,6 +148,11 @@ export class ClientSession {
       this.#outgoing.push(this.#outgoingOf({ type, lane, id }, payload))
       if (!this.#isSending) void this.#send()
     })
+  }
+
+  /** The server tells what it has, so that only what differs need travel. */
+  get canDescribe(): boolean {
+    return ((this.#server?.capabilities ?? 0) & CAPABILITY_DESCRIBE) !== 0
   }
 
   /** Ends the stream in order. What is still open is rejected. */

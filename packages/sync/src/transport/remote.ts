@@ -1,9 +1,18 @@
 import type { ByteString } from '@lsync/posix'
 import { type Connection, ConnectionLostError } from '@lsync/ssh'
+import type { DescribedFile } from '../describe.ts'
 import type { Checkpoint } from '../model/checkpoint.ts'
-import type { Failure } from '../model/operation.ts'
+import type { Failure, TreePath } from '../model/operation.ts'
 import { FRAME } from '../protocol/frame.ts'
-import { decodeCheckpoint, decodeFailures, decodeState, encodeCheckpoint, encodePath } from '../protocol/message.ts'
+import {
+  decodeCheckpoint,
+  decodeDescription,
+  decodeFailures,
+  decodeState,
+  encodeCheckpoint,
+  encodeDescribe,
+  encodePath,
+} from '../protocol/message.ts'
 import { ClientSession, type SessionOptions } from './client-session.ts'
 import type { Target, TargetState } from './target.ts'
 
@@ -14,6 +23,8 @@ export interface RemoteTargetRequest extends Omit<SessionOptions, 'signal'> {
   readonly path: ByteString
   readonly connect: (signal: AbortSignal) => Promise<Connection>
 }
+
+const MOST_DESCRIBED_BYTES = 64 << 20
 
 /**
  * A target behind `lsync serve`. After the connection is lost every call fails with CONNECTION_LOST; `close` and a new
@@ -48,6 +59,23 @@ export class RemoteTarget implements Target {
 
   async deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]> {
     return decodeFailures(await this.#opened.request(FRAME.deliver, batch, lane))
+  }
+
+  async describe(path: TreePath): Promise<readonly DescribedFile[] | undefined> {
+    const session = this.#opened
+    if (!session.canDescribe) return undefined
+    const files: DescribedFile[] = []
+    let bytes = 0
+    // What a server tells beyond that is taken for unknown: it may never come to an end.
+    for (let isWhole = false; !isWhole && bytes < MOST_DESCRIBED_BYTES; ) {
+      const after = files.at(-1)?.name ?? ''
+      const answer = await session.request(FRAME.describe, encodeDescribe(path, after))
+      const part = decodeDescription(answer, after)
+      files.push(...part.files)
+      bytes += answer.length
+      isWhole = part.isWhole
+    }
+    return files
   }
 
   async barrier(checkpoint?: Checkpoint): Promise<void> {

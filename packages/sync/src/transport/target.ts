@@ -1,5 +1,6 @@
+import type { DescribedFile } from '../describe.ts'
 import type { Checkpoint } from '../model/checkpoint.ts'
-import type { Failure } from '../model/operation.ts'
+import type { Failure, TreePath } from '../model/operation.ts'
 
 /** What a target says of itself when it is opened. */
 export interface TargetState {
@@ -47,6 +48,11 @@ export interface Target {
    * they were carried out (not yet durable) with those that failed. Back-pressure: a call may wait before it takes more.
    */
   deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]>
+  /**
+   * The files that have one name in a directory, as they are; what was carried out before shows. `undefined`: this target
+   * cannot tell. Absent where the workers look there themselves.
+   */
+  describe?(path: TreePath): Promise<readonly DescribedFile[] | undefined>
   /**
    * Everything that was carried out before is durable when it resolves; with a checkpoint, that is stored durably after
    * it.
