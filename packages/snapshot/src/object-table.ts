@@ -115,16 +115,23 @@ function wordsOf(id: ObjectId): Int32Array {
  */
 export class ObjectTable {
   #segments: Segment[]
-  #packs: ObjectId[] = []
+  readonly #packs: ObjectId[]
 
-  constructor(segments?: readonly TableSegment[]) {
+  /** A table of what another thread has in its `segments`; with its `packs`, `locate` can be used, too. */
+  constructor(segments?: readonly TableSegment[], packs: readonly ObjectId[] = []) {
     this.#segments =
       segments === undefined ? [Segment.ofCapacity(FIRST_CAPACITY)] : segments.map((buffer) => new Segment(buffer))
+    this.#packs = [...packs]
   }
 
-  /** For another thread's table. Packs do not travel: there `locate` is not to be used. */
+  /** For another thread's table: the memory is shared. */
   get segments(): readonly TableSegment[] {
     return this.#segments.map(({ buffer }) => buffer)
+  }
+
+  /** The packs by their numbers, as they are now. */
+  get packs(): readonly ObjectId[] {
+    return this.#packs
   }
 
   /** An upper bound: an object that was added twice at once counts twice. */

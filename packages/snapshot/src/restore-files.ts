@@ -4,6 +4,7 @@ import {
   type ByteString,
   close,
   getXattr,
+  type HostPath,
   LsyncError,
   link,
   listXattrs,
@@ -46,7 +47,10 @@ import {
 } from '@lsync/posix'
 import { type CipherKey, createEngine, type Engine, SEAL_BYTES } from './crypto/engine.ts'
 import { decodeTree, type ObjectId, type TreeNode, timeOf } from './model/tree.ts'
-import { ObjectDamagedError } from './repository.ts'
+import { type Location, ObjectTable, type TableSegment } from './object-table.ts'
+import type { ObjectKind } from './pack.ts'
+import { PackReader } from './pack-reader.ts'
+import { ObjectDamagedError, ObjectMissingError } from './repository.ts'
 import type { Doer } from './thread-pool.ts'
 
 /** What a thread needs to restore, in a form that travels. */
@@ -60,7 +64,20 @@ export interface RestoreInit {
   readonly isDryRun: boolean
   /** Whether somebody wants to know of each name what happens to it; counts are given in any case. */
   readonly tellsActions: boolean
+  /** Where packs lie that threads can read themselves, and in which of them every object is. */
+  readonly repository?: {
+    readonly directory: HostPath
+    readonly segments: readonly TableSegment[]
+    readonly packs: readonly ObjectId[]
+  }
 }
+
+/** A file of more than this is not one job, and not held in memory. */
+export const LARGE_BYTES = 16 * 1024 * 1024
+/** So many sealed bytes are read for one job, or one object of more. */
+export const BATCH_BYTES = 4 * 1024 * 1024
+/** Ranges of a pack that lie closer are read in one go. */
+const GAP_BYTES = 32 * 1024
 
 /** Bytes of a pack that were read, and where in it they begin. */
 export interface PackRange {
@@ -98,6 +115,16 @@ export interface FileRef {
 
 /** One piece of work. */
 export type RestoreJob =
+  /**
+   * A directory with everything in it that one job can do, by a thread that reads the repository itself. What it leaves to
+   * others is in `left` and `subdirectories`.
+   */
+  | {
+      readonly kind: 'directory'
+      readonly path: ByteString | ''
+      readonly treeId: ObjectId
+      readonly isNew: boolean
+    }
   /** Says what is there already, removes what is too much, makes directories and everything that has no content. */
   | (NodesRef & { readonly kind: 'prepare'; readonly isNew: boolean; readonly keepsOthers: boolean })
   /** Writes whole files. `isNew`: nothing of their names is there. */
@@ -145,6 +172,12 @@ export interface RestoreResult {
   readonly wanted: readonly number[]
   /** `prepare`: the directories among the nodes that are new. */
   readonly newDirectories: readonly number[]
+  /** `directory`: nodes with several names, and files that are too large. */
+  readonly left: readonly number[]
+  /** `directory`: what is to be restored next, unless there is a problem with it. */
+  readonly subdirectories: readonly { readonly node: TreeNode; readonly isNew: boolean }[]
+  /** `directory`: how many of its nodes are files; absent when its tree could not be read. */
+  readonly files: number | undefined
   /** `begin`: the name of the file until it is whole. */
   readonly temporary: ByteString | undefined
   readonly counts: Readonly<Record<RestoreAction, number>>
@@ -178,11 +211,17 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
   readonly #gid = process.getegid?.() ?? 0
   readonly #trees = new Map<string, readonly TreeNode[]>()
   readonly #digest = allocate(32)
+  readonly #table: ObjectTable | undefined
+  readonly #packs: PackReader | undefined
+  #sealed: Memory = allocate(64 * 1024)
   #plain: Memory = allocate(64 * 1024)
   #content: Memory = allocate(64 * 1024)
   #existing: Memory = allocate(64 * 1024)
   #wanted: number[] = []
   #newDirectories: number[] = []
+  #left: number[] = []
+  #subdirectories: { node: TreeNode; isNew: boolean }[] = []
+  #files: number | undefined
   #counts: Record<RestoreAction, number> = { create: 0, replace: 0, metadata: 0, remove: 0 }
   #actions: [RestoreAction, ByteString][] = []
   #problems: RestoreProblem[] = []
@@ -192,9 +231,14 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     this.#init = init
     const { encrypt, macK, macR } = init.key
     this.#engine = createEngine({ encrypt: Buffer.from(encrypt), macK: Buffer.from(macK), macR: Buffer.from(macR) })
+    if (init.repository === undefined) return
+    const { directory, segments, packs } = init.repository
+    this.#table = new ObjectTable(segments, packs)
+    this.#packs = new PackReader(directory)
   }
 
   close(): void {
+    this.#packs?.close()
     this.#engine.close()
   }
 
@@ -203,6 +247,9 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     const result = {
       wanted: this.#wanted,
       newDirectories: this.#newDirectories,
+      left: this.#left,
+      subdirectories: this.#subdirectories,
+      files: this.#files,
       temporary,
       counts: this.#counts,
       actions: this.#actions,
@@ -211,6 +258,9 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     }
     this.#wanted = []
     this.#newDirectories = []
+    this.#left = []
+    this.#subdirectories = []
+    this.#files = undefined
     this.#counts = { create: 0, replace: 0, metadata: 0, remove: 0 }
     this.#actions = []
     this.#problems = []
@@ -220,6 +270,9 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
 
   #do(job: RestoreJob): ByteString | undefined {
     switch (job.kind) {
+      case 'directory':
+        this.#try(job.path, () => this.#restoreDirectory(job))
+        return undefined
       case 'prepare':
         if (this.#init.isDryRun && job.isNew) this.#prepareNothing(job)
         else this.#in(job.path, (directory) => this.#prepare(job, directory))
@@ -276,6 +329,96 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     return nodes
   }
 
+  #restoreDirectory(job: Extract<RestoreJob, { kind: 'directory' }>): void {
+    const [tree] = this.#readSealed([this.#locate('tree', job.treeId)])
+    const length = this.#assemble([tree as Piece])
+    const nodes = decodeTree(this.#content.buffer.subarray(0, length))
+    this.#files = nodes.reduce((count, { type }) => count + (type === 'file' ? 1 : 0), 0)
+    const positions: number[] = []
+    for (const [position, { type, links }] of nodes.entries()) {
+      // Which of the names of an inode comes first is not for one thread to say.
+      if (links > 1 && type !== 'dir') this.#left.push(position)
+      else positions.push(position)
+    }
+    this.#in(job.path, (directory) => {
+      this.#prepareNodes(job, nodes, positions, false, directory)
+      const created = new Set(this.#newDirectories)
+      this.#subdirectories = positions.flatMap((position) => {
+        const node = nodes[position] as TreeNode
+        return node.type === 'dir' ? [{ node, isNew: created.has(position) }] : []
+      })
+      this.#restoreFiles(job, nodes, directory)
+    })
+    this.#wanted = []
+    this.#newDirectories = []
+  }
+
+  /** Reads and writes the content of what is wanted, as many files at a time as fit into a batch. */
+  #restoreFiles(job: Extract<RestoreJob, { kind: 'directory' }>, nodes: readonly TreeNode[], directory: number): void {
+    let files: { node: TreeNode; path: ByteString; count: number }[] = []
+    let locations: Location[] = []
+    let batchBytes = 0
+    const flush = () => {
+      const pieces = this.#readSealed(locations)
+      let at = 0
+      for (const { node, path, count } of files) {
+        const own = pieces.slice(at, at + count)
+        at += count
+        this.#try(path, () => this.#restoreFile(directory, path, node, own, job.isNew))
+      }
+      files = []
+      locations = []
+      batchBytes = 0
+    }
+    for (const position of this.#wanted) {
+      const node = nodes[position] as TreeNode
+      const path = joined(job.path, node.name)
+      this.#try(path, () => {
+        const own = (node.content ?? []).map((id) => this.#locate('data', id))
+        if (own.length > 1 && own.reduce((sum, location) => sum + plainLength(location), 0) > LARGE_BYTES) {
+          this.#left.push(position)
+          return
+        }
+        const sealedBytes = own.reduce((sum, { length }) => sum + length, 0)
+        if (batchBytes > 0 && batchBytes + sealedBytes > BATCH_BYTES) flush()
+        files.push({ node, path, count: own.length })
+        for (const location of own) locations.push(location)
+        batchBytes += sealedBytes
+      })
+    }
+    flush()
+  }
+
+  #locate(kind: ObjectKind, id: ObjectId): Location {
+    const location = this.#table?.locate(kind, id)
+    if (location === undefined) throw new ObjectMissingError(kind, id)
+    return location
+  }
+
+  /** Reads the sealed bytes of objects, neighbours together. What cannot be read fails where it is used. */
+  #readSealed(locations: readonly Location[]): Piece[] {
+    const { spans, refs } = gather(locations)
+    this.#sealed = roomIn(
+      this.#sealed,
+      spans.reduce((sum, { length }) => sum + length, 0),
+      0,
+    )
+    let base = 0
+    const ranges = spans.map(({ packId, offset, length }): OpenRange => {
+      const range = { packId, offset, memory: this.#sealed, base, length, failure: undefined }
+      base += length
+      try {
+        return { ...range, length: (this.#packs as PackReader).read(packId, offset, length, this.#sealed, range.base) }
+      } catch (error) {
+        return { ...range, failure: error }
+      }
+    })
+    return locations.map((location, i) => {
+      const ref = refs[i] as PieceRef
+      return { ...ref, kind: location.kind, id: location.id, in: ranges[ref.range] as OpenRange }
+    })
+  }
+
   #prepareNothing(job: Extract<RestoreJob, { kind: 'prepare' }>): void {
     const nodes = this.#nodesOf(job)
     for (const position of job.nodes) {
@@ -286,13 +429,22 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
   }
 
   #prepare(job: Extract<RestoreJob, { kind: 'prepare' }>, directory: number): void {
-    const nodes = this.#nodesOf(job)
-    if (!job.isNew) this.#removeOthers(job, directory, new Set(nodes.map(({ name }) => name)))
-    for (const position of job.nodes) {
+    this.#prepareNodes(job, this.#nodesOf(job), job.nodes, job.keepsOthers, directory)
+  }
+
+  #prepareNodes(
+    { path: parent, isNew }: { readonly path: ByteString | ''; readonly isNew: boolean },
+    nodes: readonly TreeNode[],
+    positions: readonly number[],
+    keepsOthers: boolean,
+    directory: number,
+  ): void {
+    if (!isNew) this.#removeOthers(parent, keepsOthers, directory, new Set(nodes.map(({ name }) => name)))
+    for (const position of positions) {
       const node = nodes[position] as TreeNode
-      const path = joined(job.path, node.name)
+      const path = joined(parent, node.name)
       this.#try(path, () => {
-        const existing = job.isNew ? undefined : tryStatAt(directory, node.name)
+        const existing = isNew ? undefined : tryStatAt(directory, node.name)
         if (node.type === 'dir') this.#prepareDirectory(directory, path, node, position, existing)
         else if (node.type === 'file') this.#prepareFile(directory, path, node, position, existing)
         else this.#makeSpecial(directory, path, node, existing)
@@ -300,11 +452,7 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
     }
   }
 
-  #removeOthers(
-    { path, keepsOthers }: Extract<RestoreJob, { kind: 'prepare' }>,
-    directory: number,
-    names: ReadonlySet<ByteString>,
-  ): void {
+  #removeOthers(path: ByteString | '', keepsOthers: boolean, directory: number, names: ReadonlySet<ByteString>): void {
     const others: ByteString[] = []
     readDirents(directory, (name) => {
       // What an interrupted run left behind goes in any case.
@@ -378,52 +526,57 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
 
   #writeFiles(job: Extract<RestoreJob, { kind: 'files' }>, directory: number): void {
     const nodes = this.#nodesOf(job)
-    const ranges = job.ranges.map(({ content, ...range }) => ({ ...range, memory: memoryOver(content) }))
+    const ranges = job.ranges.map(openRange)
     for (const { node: position, pieces } of job.files) {
       const node = nodes[position] as TreeNode
       const path = joined(job.path, node.name)
-      this.#try(path, () => {
-        const sizeBytes = this.#assemble(node.content ?? [], pieces, ranges)
-        const existing = job.isNew ? undefined : tryStatAt(directory, node.name)
-        if (existing?.isFile === true && this.#isContent(directory, node.name, existing, sizeBytes)) {
-          withFd(openat(directory, node.name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK), (fd) => {
-            if (this.#setFileMeta(fd, node, false)) this.#tell('metadata', path)
-          })
-          return
-        }
-        this.#tell(existing === undefined ? 'create' : 'replace', path)
-        this.#writeFile(directory, path, node, sizeBytes, existing, job.isNew)
-      })
+      const own = pieces.map((ref, i) => pieceOf(ref, node.content?.[i] as ObjectId, ranges))
+      this.#try(path, () => this.#restoreFile(directory, path, node, own, job.isNew))
     }
   }
 
+  #restoreFile(
+    directory: number,
+    path: ByteString,
+    node: TreeNode,
+    pieces: readonly Piece[],
+    isNewDirectory: boolean,
+  ): void {
+    const sizeBytes = this.#assemble(pieces)
+    const existing = isNewDirectory ? undefined : tryStatAt(directory, node.name)
+    if (existing?.isFile === true && this.#isContent(directory, node.name, existing, sizeBytes)) {
+      withFd(openat(directory, node.name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK), (fd) => {
+        if (this.#setFileMeta(fd, node, false)) this.#tell('metadata', path)
+      })
+      return
+    }
+    this.#tell(existing === undefined ? 'create' : 'replace', path)
+    this.#writeFile(directory, path, node, sizeBytes, existing, isNewDirectory)
+  }
+
   /** Puts the pieces of a file together in `#content`. Returns its size in bytes. */
-  #assemble(ids: readonly ObjectId[], pieces: readonly PieceRef[], ranges: readonly OpenRange[]): number {
+  #assemble(pieces: readonly Piece[]): number {
     let size = 0
-    for (const [i, piece] of pieces.entries()) {
+    for (const piece of pieces) {
       const length = plainLength(piece)
       this.#content = roomIn(this.#content, size + length, size)
-      this.#openPiece(ids[i] as ObjectId, piece, ranges[piece.range] as OpenRange, this.#content, size)
+      this.#openPiece(piece, this.#content, size)
       size += length
     }
     return size
   }
 
   /** Opens, decompresses and checks one object. Only what is what its id says gets any further. */
-  #openPiece(id: ObjectId, piece: PieceRef, range: OpenRange, to: Memory, toAt: number): void {
-    const { at, length, uncompressedLength } = piece
+  #openPiece(piece: Piece, to: Memory, toAt: number): void {
+    const { id, length, uncompressedLength, in: range } = piece
     const damaged = (why: string) => {
-      const place = {
-        kind: 'data',
-        id,
-        packId: range.packId,
-        offset: range.offset + at,
-        length,
-        uncompressedLength,
-      } as const
-      return new ObjectDamagedError(place, why)
+      const { kind } = piece
+      const { packId, offset } = range
+      return new ObjectDamagedError({ kind, id, packId, offset: offset + piece.at, length, uncompressedLength }, why)
     }
-    if (at + length > range.memory.buffer.length) throw damaged('its pack is too short')
+    if (range.failure !== undefined) throw range.failure
+    if (piece.at + length > range.length) throw damaged('its pack is too short')
+    const at = range.base + piece.at
     const frameLength = length - SEAL_BYTES
     if (uncompressedLength === undefined) {
       if (!this.#engine.open(range.memory, at, length, to, toAt)) throw damaged('its MAC is wrong')
@@ -511,12 +664,12 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
   }
 
   #writePieces(job: Extract<RestoreJob, { kind: 'pieces' }>, directory: number): void {
-    const ranges = job.ranges.map(({ content, ...range }) => ({ ...range, memory: memoryOver(content) }))
+    const ranges = job.ranges.map(openRange)
     withFd(openat(directory, job.temporary, O_RDWR | O_NOFOLLOW), (fd) => {
-      for (const [i, piece] of job.pieces.entries()) {
-        const length = plainLength(piece)
+      for (const [i, ref] of job.pieces.entries()) {
+        const length = plainLength(ref)
         this.#content = roomIn(this.#content, length, 0)
-        this.#openPiece(job.ids[i] as ObjectId, piece, ranges[piece.range] as OpenRange, this.#content, 0)
+        this.#openPiece(pieceOf(ref, job.ids[i] as ObjectId, ranges), this.#content, 0)
         this.#writeContent(fd, job.offsets[i] as number, this.#content, 0, length)
       }
     })
@@ -584,10 +737,60 @@ export class Restorer implements Doer<RestoreJob, RestoreResult> {
   }
 }
 
+/** Bytes of a pack in memory. */
 interface OpenRange {
   readonly packId: ObjectId
   readonly offset: number
   readonly memory: Memory
+  /** Where in the memory they begin, and how many there are. */
+  readonly base: number
+  readonly length: number
+  /** Why they could not be read. */
+  readonly failure: unknown
+}
+
+/** An object whose sealed bytes are in memory. */
+interface Piece extends PieceRef {
+  readonly kind: ObjectKind
+  readonly id: ObjectId
+  readonly in: OpenRange
+}
+
+function openRange({ packId, offset, content }: PackRange): OpenRange {
+  return { packId, offset, memory: memoryOver(content), base: 0, length: content.byteLength, failure: undefined }
+}
+
+function pieceOf(ref: PieceRef, id: ObjectId, ranges: readonly OpenRange[]): Piece {
+  return { ...ref, kind: 'data', id, in: ranges[ref.range] as OpenRange }
+}
+
+/** In which ranges of packs objects are read, neighbours together, and where in them each of them lies. */
+export function gather(locations: readonly Location[]): {
+  readonly spans: readonly { readonly packId: ObjectId; readonly offset: number; readonly length: number }[]
+  readonly refs: readonly PieceRef[]
+} {
+  const order = locations.map((_, i) => i)
+  const at = (i: number) => locations[i] as Location
+  order.sort((left, right) =>
+    at(left).packId === at(right).packId
+      ? at(left).offset - at(right).offset
+      : at(left).packId < at(right).packId
+        ? -1
+        : 1,
+  )
+  const spans: { packId: ObjectId; offset: number; length: number }[] = []
+  const refs: PieceRef[] = new Array(locations.length)
+  for (const i of order) {
+    const { packId, offset, length, uncompressedLength } = at(i)
+    let span = spans.at(-1)
+    if (span === undefined || span.packId !== packId || offset > span.offset + span.length + GAP_BYTES) {
+      span = { packId, offset, length: 0 }
+      spans.push(span)
+    }
+    span.length = Math.max(span.length, offset + length - span.offset)
+    refs[i] = { range: spans.length - 1, at: offset - span.offset, length, uncompressedLength }
+  }
+  return { spans, refs }
 }
 
 /** Whether a part of a buffer, of at most one block, is zero. */

@@ -17,10 +17,13 @@ import { decodeTree, encodeNode, encodeTree, type ObjectId, type TreeNode } from
 import type { Location } from './object-table.ts'
 import { ObjectMissingError, type Repository } from './repository.ts'
 import {
+  BATCH_BYTES,
   dropDefaultAcl,
   type FileRef,
+  gather,
   isFatal,
   joined,
+  LARGE_BYTES,
   type PackRange,
   type PieceRef,
   plainLength,
@@ -83,10 +86,6 @@ export class TreeTooDeepError extends LsyncError {
 
 const DEFAULT_WORKERS = 2
 const LANES = 6
-const BATCH_BYTES = 4 * 1024 * 1024
-const LARGE_BYTES = 16 * 1024 * 1024
-/** Ranges of a pack that lie closer are read in one go. */
-const GAP_BYTES = 32 * 1024
 const MAX_DEPTH = 4096
 const FINISH_BATCH = 500
 
@@ -114,6 +113,7 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
       deletes: request.delete === true,
       isDryRun: request.dryRun === true,
       tellsActions: request.onAction !== undefined,
+      ...repositoryOf(repository),
     }
     const url = new URL('./restore-worker.ts', import.meta.url)
     const width = request.workers ?? DEFAULT_WORKERS
@@ -134,6 +134,12 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
     if (targetFd >= 0) close(targetFd)
     await lock.release()
   }
+}
+
+/** What threads need to read packs themselves, where they can. */
+function repositoryOf({ backend, table }: Repository): Pick<RestoreInit, 'repository'> {
+  const { directory } = backend
+  return directory === undefined ? {} : { repository: { directory, segments: table.segments, packs: table.packs } }
 }
 
 /** Whether the target was not there. */
@@ -233,6 +239,44 @@ class RestoreWork {
   async #restoreDirectory(task: Task): Promise<void> {
     this.#signal.throwIfAborted()
     if (task.depth > MAX_DEPTH) throw new TreeTooDeepError(task.path as ByteString)
+    if (this.#isByThreads) return this.#handOver(task)
+    await this.#restoreHere(task)
+  }
+
+  /** Whether threads can do whole directories, reading what they need: no pattern asks for anything to be read first. */
+  get #isByThreads(): boolean {
+    return this.#repository.backend.directory !== undefined && this.#request.dryRun !== true && !this.#hasPatterns
+  }
+
+  /** Has a thread restore a directory, and does here what it leaves. */
+  async #handOver(task: Task): Promise<void> {
+    const { path, treeId, isNew } = task
+    const done = await this.#do({ kind: 'directory', path, treeId, isNew })
+    if (done.files === undefined) return
+    this.directories++
+    this.files += done.files
+    const lost = new Set(done.problems.map((problem) => problem.path))
+    for (const { node, isNew } of done.subdirectories) {
+      if (!lost.has(joined(path, node.name))) this.#addDirectory(task, node, isNew)
+    }
+    this.#request.onProgress?.({ phase: 'restore', done: this.files })
+    if (done.left.length > 0) await this.#restoreHere(task, done.left)
+  }
+
+  #addDirectory({ path, shownPath, depth }: Task, node: TreeNode, isNew: boolean): void {
+    const childPath = joined(path, node.name)
+    this.#finished.push({ path: childPath, node })
+    this.#tasks.push({
+      path: childPath,
+      shownPath: joinShown(shownPath, node.name),
+      treeId: node.subtree as ObjectId,
+      isNew,
+      depth: depth + 1,
+    })
+  }
+
+  /** Restores a directory whose content is read by this thread; with `left`, only these of its nodes. */
+  async #restoreHere(task: Task, left?: readonly number[]): Promise<void> {
     let content: Buffer
     let nodes: TreeNode[]
     try {
@@ -242,12 +286,18 @@ class RestoreWork {
       this.#note(task.path, error)
       return
     }
-    await this.#restoreNodes(task, content, nodes, false)
-    this.directories++
+    await this.#restoreNodes(task, content, nodes, false, left)
+    if (left === undefined) this.directories++
   }
 
-  async #restoreNodes(task: Task, tree: Buffer, nodes: readonly TreeNode[], isOnly: boolean): Promise<void> {
-    const positions = await this.#select(task, nodes)
+  async #restoreNodes(
+    task: Task,
+    tree: Buffer,
+    nodes: readonly TreeNode[],
+    isOnly: boolean,
+    left?: readonly number[],
+  ): Promise<void> {
+    const positions = await this.#select(task, nodes, left)
     const { path, treeId, isNew } = task
     const keepsOthers = this.#hasPatterns || isOnly
     const prepared = await this.#do({ kind: 'prepare', path, treeId, tree, nodes: positions, isNew, keepsOthers })
@@ -255,17 +305,9 @@ class RestoreWork {
     const newDirectories = new Set(prepared.newDirectories)
     for (const position of positions) {
       const node = nodes[position] as TreeNode
-      if (node.type === 'file') this.files++
-      const childPath = joined(path, node.name)
-      if (node.type !== 'dir' || lost.has(childPath)) continue
-      this.#finished.push({ path: childPath, node })
-      this.#tasks.push({
-        path: childPath,
-        shownPath: joinShown(task.shownPath, node.name),
-        treeId: node.subtree as ObjectId,
-        isNew: newDirectories.has(position),
-        depth: task.depth + 1,
-      })
+      if (node.type === 'file' && left === undefined) this.files++
+      if (node.type !== 'dir' || lost.has(joined(path, node.name))) continue
+      this.#addDirectory(task, node, newDirectories.has(position))
     }
     this.#request.onProgress?.({ phase: 'restore', done: this.files })
     if (this.#request.dryRun === true) return
@@ -274,9 +316,10 @@ class RestoreWork {
   }
 
   /** Positions of the nodes to be restored; further names of an inode are put aside. */
-  async #select(task: Task, nodes: readonly TreeNode[]): Promise<number[]> {
+  async #select(task: Task, nodes: readonly TreeNode[], among: Iterable<number> = nodes.keys()): Promise<number[]> {
     const positions: number[] = []
-    for (const [position, node] of nodes.entries()) {
+    for (const position of among) {
+      const node = nodes[position] as TreeNode
       const shownPath = joinShown(task.shownPath, node.name)
       if (!(await this.#isSelected(node, shownPath))) continue
       if (node.links > 1 && node.type !== 'dir') {
@@ -414,36 +457,12 @@ class RestoreWork {
   }
 
   /** Reads the sealed bytes of objects, neighbours together. */
-  async #read(locations: readonly Location[]): Promise<{ ranges: PackRange[]; refs: PieceRef[] }> {
-    const order = locations.map((_, i) => i)
-    const at = (i: number) => locations[i] as Location
-    order.sort((left, right) =>
-      at(left).packId === at(right).packId
-        ? at(left).offset - at(right).offset
-        : at(left).packId < at(right).packId
-          ? -1
-          : 1,
-    )
-    const spans: { packId: ObjectId; offset: number; end: number }[] = []
-    const refs: PieceRef[] = new Array(locations.length)
-    for (const i of order) {
-      const { packId, offset, length, uncompressedLength } = at(i)
-      let span = spans.at(-1)
-      if (span === undefined || span.packId !== packId || offset > span.end + GAP_BYTES) {
-        span = { packId, offset, end: offset }
-        spans.push(span)
-      }
-      span.end = Math.max(span.end, offset + length)
-      refs[i] = { range: spans.length - 1, at: offset - span.offset, length, uncompressedLength }
-    }
+  async #read(locations: readonly Location[]): Promise<{ ranges: PackRange[]; refs: readonly PieceRef[] }> {
+    const { spans, refs } = gather(locations)
     const ranges = await Promise.all(
-      spans.map(async ({ packId, offset, end }): Promise<PackRange> => {
+      spans.map(async ({ packId, offset, length }): Promise<PackRange> => {
         const file = { kind: 'pack', name: packId } as const
-        const content = await this.#repository.backend.get(
-          file,
-          { offset, length: end - offset },
-          { signal: this.#signal },
-        )
+        const content = await this.#repository.backend.get(file, { offset, length }, { signal: this.#signal })
         return { packId, offset, content: ownMemory(content) }
       }),
     )

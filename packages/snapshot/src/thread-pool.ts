@@ -37,6 +37,7 @@ interface Waiting<Job, Result> {
 interface Member<Job, Result> {
   readonly worker: Worker
   readonly jobs: Map<number, Waiting<Job, Result>>
+  isReady: boolean
   /** Resolves when it has loaded everything, or never will. */
   readonly started: Promise<void>
 }
@@ -78,13 +79,13 @@ export class ThreadPool<Init, Job, Result> {
   }
 
   #handOut(): void {
-    if (this.#members.length === 0) {
-      if (!this.#isRunning) this.#runOwn()
+    if (!this.#members.some(({ isReady }) => isReady)) {
+      if (!this.#isRunning && this.#queue.length > 0) this.#runOwn()
       return
     }
     for (let load = 0; load < IN_FLIGHT; load++) {
-      for (const { worker, jobs } of this.#members) {
-        if (jobs.size > load) continue
+      for (const { worker, jobs, isReady } of this.#members) {
+        if (!isReady || jobs.size > load) continue
         const waiting = this.#queue.shift()
         if (waiting === undefined) return
         const id = this.#nextId++
@@ -114,9 +115,13 @@ export class ThreadPool<Init, Job, Result> {
   #start(): void {
     while (this.#members.length < this.#width) {
       const worker = new Worker(this.#url)
-      const member: Member<Job, Result> = { worker, jobs: new Map(), started: startOf(worker) }
+      const member: Member<Job, Result> = { worker, jobs: new Map(), isReady: false, started: startOf(worker) }
       worker.on('message', (message: FromThread<Result>) => {
-        if ('ready' in message) return
+        if ('ready' in message) {
+          member.isReady = true
+          this.#handOut()
+          return
+        }
         const waiting = member.jobs.get(message.id)
         member.jobs.delete(message.id)
         if ('error' in message) waiting?.reject(unpackError(message.error))

@@ -1,4 +1,4 @@
-import { LsyncError } from '@lsync/posix'
+import { type HostPath, LsyncError } from '@lsync/posix'
 
 /** The kinds of files in a repository. Source: restic's design document, "Repository Layout". */
 export type FileKind = 'config' | 'key' | 'lock' | 'snapshot' | 'index' | 'pack'
@@ -41,6 +41,8 @@ export interface Backend {
   readonly concurrency: number
   /** How long after a put it may take until every client's listing shows the file. */
   readonly settleMs: number
+  /** The directory that its files lie in (`pathOf`), where this machine can read them with plain calls. */
+  readonly directory?: HostPath
   /** Makes what files can be put into, where that is needed; nothing happens when it is there. */
   create(call?: BackendCall): Promise<void>
   /** Every file of a kind, each once, in any order. Names that no repository has (temporary files) are left out. */

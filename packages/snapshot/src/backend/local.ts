@@ -35,10 +35,12 @@ export class LocalBackend implements Backend {
   readonly location: string
   readonly concurrency = 4
   readonly settleMs: number
+  readonly directory: HostPath
   readonly #root: Buffer
   readonly #open = new OpenPacks()
 
   constructor(root: HostPath) {
+    this.directory = root
     this.#root = Buffer.from(root, 'latin1')
     this.location = printable(root)
     this.settleMs = isShared(this.#root) ? SHARED_SETTLE_MS : 0
