@@ -91,6 +91,19 @@ describe('lsync snapshot', () => {
     })
   })
 
+  test('saves what a stack shows, without a mount', async () => {
+    const { directory, run } = await small()
+    for (const name of ['up', 'up/d', 'low', 'low/d']) mkdirSync(`${directory}/${name}`)
+    writeFileSync(`${directory}/up/d/both`, 'upper')
+    writeFileSync(`${directory}/low/d/both`, 'lower')
+    writeFileSync(`${directory}/low/d/beneath`, '')
+    const stack = ['--stack', 'up:low', '--namespace', 'user']
+    expect(run('create', ...stack, '/srv/merged')).toMatchObject({ stderr: '', code: 0 })
+    expect(run('dump', 'latest:/srv/merged/d/both').stdout).toBe('upper')
+    expect(run('show', 'latest').stdout).toContain('/srv/merged/d/beneath')
+    expect(run('create', ...stack)).toMatchObject({ code: 2 })
+  })
+
   test('forgets, prunes, checks, and says what is damaged', async () => {
     const { directory, path, run, said } = await small()
     writeFileSync(`${directory}/tree/a`, 'second')

@@ -299,7 +299,12 @@ export class ResolvedTree implements ComparableTree<Directory> {
   }
 
   shownRoot(): ShownInode {
-    return shownDirectory(this.#stack, this.root)
+    return this.shownDirectory(this.root)
+  }
+
+  /** A directory's own inode. */
+  shownDirectory(directory: Directory): ShownInode {
+    return shownDirectory(this.#stack, directory)
   }
 
   open(directory: Directory): ComparableDirectory<Directory> {

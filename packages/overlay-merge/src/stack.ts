@@ -1,5 +1,5 @@
 import type { HostPath } from '@lsync/posix'
-import type { Namespace } from './model/marks.ts'
+import { MARKS, type Namespace } from './model/marks.ts'
 import type { Stack } from './resolve.ts'
 import { closeLayer, type Layer, openLayer } from './scan.ts'
 import type { StackInit } from './work.ts'
@@ -40,6 +40,17 @@ export function openStack(request: StackRequest, below: boolean, depth = request
 
 export function closeStack(stack: Stack): void {
   for (const layer of [...stack.layers, ...stack.data]) closeLayer(layer)
+}
+
+/** The stack that an init describes, in another thread: its descriptors are the process's, and stay whose they were. */
+export function stackFrom({ layers, data, namespace, below }: StackInit): OpenStack {
+  const layerOf = ({ path, fd }: StackInit['layers'][number]): Layer => ({
+    path: path as HostPath,
+    fd,
+    marks: MARKS[namespace],
+  })
+  const followRedirects = namespace === 'trusted'
+  return { layers: layers.map(layerOf), data: data.map(layerOf), below, followRedirects, namespace }
 }
 
 /** A stack in the form that travels to workers. */

@@ -23,6 +23,7 @@ import {
 } from './model/plan.ts'
 import { emptyPart, type PlanContext, type PlanPart, type PlanTask, planDirectory } from './plan.ts'
 import type { Stack } from './resolve.ts'
+import { stackFrom } from './stack.ts'
 
 /** A stack as it travels to a worker: file descriptors belong to the process, so their numbers do. */
 export interface StackInit {
@@ -98,15 +99,7 @@ export class Workshop {
 
   constructor(init: WorkInit, tag: string) {
     this.#init = init
-    const { layers, data, namespace, below } = init.stack
-    const marks = MARKS[namespace]
-    const layer = ({ path, fd }: { path: string; fd: number }) => ({ path: path as never, fd, marks })
-    this.#stack = {
-      layers: layers.map(layer),
-      data: data.map(layer),
-      below,
-      followRedirects: namespace === 'trusted',
-    }
+    this.#stack = stackFrom(init.stack)
     if (init.apply !== undefined) {
       this.#apply = applyContextOf(init.stack, init.apply, tag)
     }

@@ -27,7 +27,7 @@ import { type CreateReport, type CreateRequest, describeSnapshot, normalized } f
 import { RepositoryLock } from './lock.ts'
 import { formatTime } from './model/go-text.ts'
 import { nodeTypeOf } from './model/mode.ts'
-import { encodeNode, type ObjectId, type TreeNode } from './model/tree.ts'
+import { bareDirectory, encodeNode, type ObjectId, type TreeNode } from './model/tree.ts'
 import { PackStore } from './pack-store.ts'
 import type { Repository } from './repository.ts'
 import { closeNode, emptyCounts, joinShown, openNode, type SaveProblem, Saver } from './save.ts'
@@ -287,7 +287,7 @@ class TreeBuilder {
     await leave()
     let tree = root as ObjectId
     for (const [i, name] of [...names.entries()].reverse()) {
-      const above = directoryNode(name as ByteString)
+      const above = bareDirectory(name as ByteString)
       tree = await this.#spool.storeTree([closeNode(i === names.length - 1 ? last.node : openNode(above), tree)])
     }
     return tree
@@ -305,13 +305,13 @@ class TreeBuilder {
     const { entry } = item
     if (entry.kind === 'whiteout') {
       counts.others++
-      return { ...directoryNode(name), type: 'chardev', mode: S_IFCHR, links: 1 }
+      return { ...bareDirectory(name), type: 'chardev', mode: S_IFCHR, links: 1 }
     }
     const { meta } = entry
     const mtime = formatTime(meta.mtimeNs)
     const marks = this.#namespace === 'plain' ? [] : marksOf(item, MARKS[this.#namespace])
     const base: TreeNode = {
-      ...directoryNode(name),
+      ...bareDirectory(name),
       type: nodeTypeOf(formatOf(entry)),
       mode: formatOf(entry) | meta.mode,
       mtime,
@@ -349,32 +349,6 @@ const FORMATS = { fifo: S_IFIFO, socket: S_IFSOCK, character: S_IFCHR, block: S_
 function formatOf(entry: Exclude<Entry, { kind: 'whiteout' }>): number {
   if (entry.kind === 'special') return FORMATS[entry.type]
   return entry.kind === 'file' ? S_IFREG : entry.kind === 'directory' ? S_IFDIR : S_IFLNK
-}
-
-/** A directory of which nothing is known. */
-function directoryNode(name: ByteString): TreeNode {
-  const time = formatTime(0n)
-  return {
-    name,
-    type: 'dir',
-    mode: S_IFDIR | NO_META.mode,
-    mtime: time,
-    atime: time,
-    ctime: time,
-    uid: 0,
-    gid: 0,
-    user: '',
-    group: '',
-    inode: 0,
-    deviceId: 0,
-    sizeBytes: 0,
-    links: 0,
-    linkTarget: '' as ByteString,
-    xattrs: [],
-    device: 0,
-    content: undefined,
-    subtree: undefined,
-  }
 }
 
 /** A number that is the same for the same first name of an inode, whatever else an archive has. */

@@ -1,5 +1,6 @@
 import { readFileSync } from 'node:fs'
 import { hostname } from 'node:os'
+import { closeStack, openStack, type StackRequest, stackInit } from '@lsync/overlay-merge'
 import {
   type ByteString,
   close,
@@ -18,13 +19,14 @@ import { type ChangeNode, changeTreeOf, type SourceChange } from './model/change
 import { parsePatterns } from './model/exclude.ts'
 import { formatTime, parseTime } from './model/go-text.ts'
 import type { Snapshot } from './model/snapshot.ts'
-import type { ObjectId } from './model/tree.ts'
+import { bareDirectory, type ObjectId } from './model/tree.ts'
 import { PackStore } from './pack-store.ts'
 import type { Repository } from './repository.ts'
 import {
   closeNode,
   emptyCounts,
   joinShown,
+  openNode,
   type SaveCounts,
   type SavedDirectory,
   type SaveProblem,
@@ -41,6 +43,8 @@ export interface SnapshotTarget {
   readonly path: HostPath
   /** What lies there. Absent: the directory at `path`, as it is on disk. */
   readonly source?: SourceInit
+  /** Layers, in the place of `source`: the view that a mount of them at `path` would show is saved. Nothing is mounted. */
+  readonly stack?: StackRequest
   /**
    * All that may have changed since `CreateRequest.parent`, which is named then, such as a journal knows it: nothing else is
    * looked at, and the cost follows the changes. Of an inode with several names all are listed. With other patterns than
@@ -116,10 +120,16 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
   const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
   const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
   const opened: number[] = []
+  const stacks: ReturnType<typeof openStack>[] = []
   try {
     const files = new Set<HostPath>()
-    const sources = targets.map(({ path, source }): SourceInit => {
+    const sources = targets.map(({ path, source, stack }): SourceInit => {
       if (source !== undefined) return source
+      if (stack !== undefined) {
+        const layers = openStack(stack, false)
+        stacks.push(layers)
+        return { kind: 'stack', stack: stackInit(layers) }
+      }
       const fd = openTarget(path, files)
       opened.push(fd)
       return { kind: 'directory', fd }
@@ -168,6 +178,7 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     }
   } finally {
     for (const fd of opened) close(fd)
+    for (const stack of stacks) closeStack(stack)
     await lock.release()
   }
 }
@@ -432,8 +443,14 @@ class TreeWork implements SaveWork {
   }
 
   #nodeAbove(path: ByteString): string {
-    // A symlink on the way is followed: the user named it.
-    return withFd(openRoot(path as HostPath), (fd) => this.#pool.own.describeDirectory(lastOf(path), fd))
+    try {
+      // A symlink on the way is followed: the user named it.
+      return withFd(openRoot(path as HostPath), (fd) => this.#pool.own.describeDirectory(lastOf(path), fd))
+    } catch (error) {
+      // What is saved from elsewhere under this name needs no such directory here.
+      if (errnoOf(error) !== 'ENOENT' && errnoOf(error) !== 'ENOTDIR') throw error
+      return openNode(bareDirectory(lastOf(path)))
+    }
   }
 
   async #olderNodes(tree: ObjectId | undefined): Promise<ReadonlyMap<ByteString, ObjectId>> {

@@ -1,5 +1,5 @@
 import { type ByteString, bytesOf, type Ino, LsyncError, textOf } from '@lsync/posix'
-import { isSameTime, isTime, jsonText, parseTime, quoteName, unquoteName } from './go-text.ts'
+import { formatTime, isSameTime, isTime, jsonText, parseTime, quoteName, unquoteName } from './go-text.ts'
 import { goModeOf, isNodeType, modeOf, type NodeType } from './mode.ts'
 
 /** The id of a file or an object of a repository: a SHA-256 in hexadecimal. */
@@ -43,6 +43,32 @@ export interface TreeNode {
 
 /** A node without what the two things that can hang from it: the state of its inode. */
 export type NodeMeta = Omit<TreeNode, 'content' | 'subtree'>
+
+/** A directory of which nothing is known: root's, for all to read, from 1970. Without its tree. */
+export function bareDirectory(name: ByteString): TreeNode {
+  const time = formatTime(0n)
+  return {
+    name,
+    type: 'dir',
+    mode: modeOf('dir', 0o755),
+    mtime: time,
+    atime: time,
+    ctime: time,
+    uid: 0,
+    gid: 0,
+    user: '',
+    group: '',
+    inode: 0,
+    deviceId: 0,
+    sizeBytes: 0,
+    links: 0,
+    linkTarget: '' as ByteString,
+    xattrs: [],
+    device: 0,
+    content: undefined,
+    subtree: undefined,
+  }
+}
 
 /** A node as the text that its tree has of it. Field by field in the order of the format's first writer. */
 export function encodeNode(node: TreeNode): string {

@@ -1,6 +1,8 @@
+import type { StackInit } from '@lsync/overlay-merge'
 import type { ByteString, Ino } from '@lsync/posix'
 import type { Xattr } from '../model/tree.ts'
 import { DirectorySource } from './directory.ts'
+import { StackSource } from './stack.ts'
 
 /** What a source says of one inode; a `Stat` of posix is one. */
 export interface EntryState {
@@ -64,12 +66,17 @@ export interface Source {
 }
 
 /** What a source is, in a form that travels. File descriptors belong to the process, so their numbers do. */
-export type SourceInit = { readonly kind: 'directory'; readonly fd: number }
+export type SourceInit =
+  | { readonly kind: 'directory'; readonly fd: number }
+  /** What a mount of these layers would show. */
+  | { readonly kind: 'stack'; readonly stack: StackInit }
 
 /** The source that an init describes. */
 export function openSource(init: SourceInit): Source {
   switch (init.kind) {
     case 'directory':
       return new DirectorySource(init.fd)
+    case 'stack':
+      return new StackSource(init.stack)
   }
 }

@@ -1,4 +1,5 @@
 import { readFileSync } from 'node:fs'
+import type { Namespace } from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
 import {
   type CreateReport,
@@ -7,14 +8,16 @@ import {
   findSnapshot,
   type ObjectId,
   type Repository,
+  type SnapshotTarget,
   type TarCreateRequest,
 } from '@lsync/snapshot'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../../examples.ts'
 import { UsageError } from '../../failure.ts'
-import { addWorkersOption, given, pathArgument, pathsArgument } from '../../options.ts'
+import { addNamespaceOption, addWorkersOption, given, pathArgument, pathsArgument } from '../../options.ts'
 import { countOf, durationOf, sizeOf } from '../../progress-line.ts'
 import type { Session } from '../../session.ts'
+import { type StackText, splitStack } from '../../stack-text.ts'
 import {
   addRepositoryOptions,
   type RepositoryOptions,
@@ -35,6 +38,8 @@ interface CreateOptions extends RepositoryOptions {
   /** True without a directory. */
   readonly stdinTar?: string | true
   readonly form?: keyof typeof TAR_FORMS
+  readonly stack?: StackText
+  readonly namespace: Namespace
 }
 
 const TAR_FORMS = { 'plain-tar': 'plain', tar: 'trusted', oci: 'oci' } as const
@@ -46,10 +51,11 @@ export function defineCreate(command: Command, session: Session): void {
       examples(
         'lsync snapshot create -r /backup/repo /srv/up',
         "lsync snapshot create -r rest:https://backup:8000/ --tag nightly --exclude '*.o' /home",
+        'lsync snapshot create -r /backup/repo --stack /srv/up:/srv/l1:/srv/l2 /srv/merged',
         'docker export web | lsync snapshot create -r /backup/repo --stdin-tar /containers/web',
       ),
     )
-    .argument('[dir...]', 'what to save')
+    .argument('[dir...]', 'what to save; with --stack, what the snapshot calls it')
   addRepositoryOptions(command)
     .option('--tag <tags>', 'tags of the snapshot (a,b); may be repeated', tagsArgument)
     .option('--host <name>', "whose snapshot it is (default: this machine's name)")
@@ -62,21 +68,27 @@ export function defineCreate(command: Command, session: Session): void {
     .option('--exclude-file <file>', 'a file of such patterns, one a line; may be repeated', pathsArgument)
     .option('--parent <snapshot>', 'files unchanged since this one are not read; none: read all (default: the latest)')
     .option('--force', 'read every file, whatever its times say')
+    .option(
+      '--stack <layers>',
+      'save what these layers (UPPER:LOWER…, as `lsync verify` takes them) show together, without a mount',
+      splitStack,
+    )
     .option('--stdin-tar [dir]', 'save the tar archive on standard input, as if it lay in this directory (default: /)')
     .addOption(
       new Option('--form <form>', 'what that archive is: a tree, the tar of a kernel layer, or a layer of an image')
         .choices(Object.keys(TAR_FORMS))
         .default('plain-tar'),
     )
-  addWorkersOption(command).action(async (dirs: string[], options: CreateOptions) => {
+  addWorkersOption(addNamespaceOption(command)).action(async (dirs: string[], options: CreateOptions) => {
     const { tag, host, time, force, workers } = options
     if (options.stdinTar !== undefined) return createOfTar(dirs, options, session)
     if (dirs.length === 0) throw new UsageError('what to save is not said', 'name a directory, or use --stdin-tar')
     const paths = dirs.map((dir) => pathArgument(dir))
+    const targets = targetsOf(paths, options)
     await withRepository(options, session, async (repository) => {
       const parent = await parentOf(repository, options.parent, session)
       const report = await createSnapshot(repository, {
-        targets: paths.map((path) => ({ path })),
+        targets,
         excludes: [...(options.exclude ?? []), ...(options.excludeFile ?? []).flatMap(patternsOf)],
         ...given({ tags: tag, hostname: host, timeNs: time, force, workers, parent }),
         signal: session.signal,
@@ -87,9 +99,19 @@ export function defineCreate(command: Command, session: Session): void {
   })
 }
 
+function targetsOf(paths: readonly HostPath[], { stack, namespace }: CreateOptions): SnapshotTarget[] {
+  if (stack === undefined) return paths.map((path) => ({ path }))
+  const [path, other] = paths
+  if (path === undefined || other !== undefined) {
+    throw new UsageError('a stack is one tree', 'name the one directory that the snapshot is to call it')
+  }
+  const [upper, ...lowers] = stack.layers.map(pathArgument) as [HostPath, ...HostPath[]]
+  return [{ path, stack: { upper, lowers, data: stack.data.map(pathArgument), namespace } }]
+}
+
 async function createOfTar(dirs: string[], options: CreateOptions, session: Session): Promise<void> {
   const { tag, host, time, stdinTar, form = 'plain-tar' } = options
-  const others = [options.exclude, options.excludeFile, options.parent, options.force, dirs[0]]
+  const others = [options.exclude, options.excludeFile, options.parent, options.force, options.stack, dirs[0]]
   if (others.some((other) => other !== undefined)) {
     throw new UsageError('--stdin-tar saves the whole archive and nothing else', 'leave out patterns and directories')
   }
