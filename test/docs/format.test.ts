@@ -1,6 +1,15 @@
 import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
-import { LeaseClaim } from '@lsync/container-root'
+import {
+  LayerRecord,
+  LeaseClaim,
+  MountedRecord,
+  NodeRecord,
+  NodeRootRecord,
+  RootRecord,
+  SolidifyRecord,
+  VersionRecord,
+} from '@lsync/container-root'
 import { expect, test } from 'vitest'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
@@ -44,6 +53,17 @@ test.each(written)('docs/format.md explains each field of %s, and no other', (na
   expect(explained(name).sort()).toEqual([...fields].sort())
 })
 
-test.each([['LeaseClaim', LeaseClaim]])('docs/format.md explains each field of %s, and no other', (name, shape) => {
+test.each(
+  Object.entries({
+    LayerRecord,
+    LeaseClaim,
+    MountedRecord,
+    NodeRecord,
+    NodeRootRecord,
+    RootRecord,
+    SolidifyRecord,
+    VersionRecord,
+  }),
+)('docs/format.md explains each field of %s, and no other', (name, shape) => {
   expect(explained(name).sort()).toEqual(Object.keys(shape.shape).sort())
 })

@@ -1,0 +1,184 @@
+import { type HostPath, LsyncError, printable } from '@lsync/posix'
+import { z } from 'zod'
+
+/** The name of a layer, of a root or of a node: 32 random hex digits, which lead nowhere as part of a path. */
+export const RecordId = z.string().regex(/^[0-9a-f]{32}$/)
+export type RecordId = z.infer<typeof RecordId>
+
+/** Numbers of versions; 1 is what `init` publishes. */
+const VersionNumber = z.int().positive()
+/** What people write: one line, without control characters. */
+const Line = z
+  .string()
+  .max(1000)
+  .regex(/^[^\u0000-\u001f\u007f]*$/)
+/** The name of a root on a node, and of a tag: one component of a path. */
+export const RootName = z.string().regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/)
+const AtMs = z.int().nonnegative()
+
+/** `root.json` of a home: what the home is of. Written once. */
+export const RootRecord = z.strictObject({
+  format: z.literal(1),
+  id: RecordId,
+  createdAtMs: AtMs,
+  /** Whose marks the layers have. */
+  namespace: z.enum(['trusted', 'user']),
+  /** The version of another root that this one began as. */
+  forkedFrom: z.strictObject({ rootId: RecordId, version: VersionNumber }).exactOptional(),
+})
+export type RootRecord = z.infer<typeof RootRecord>
+
+/** `layer.json` of a layer. Written before the layer has its place, and never again. */
+export const LayerRecord = z.strictObject({
+  format: z.literal(1),
+  id: RecordId,
+  /** `tree`: the directory `tree`. `erofs`: the image `layer.erofs`. */
+  form: z.enum(['tree', 'erofs']),
+  /** A bottom has nothing beneath it, and neither whiteouts nor marks that would say something of it. */
+  isBottom: z.boolean(),
+  /**
+   * The layers that this one stands for, top first, as versions name them: itself, or those that were compacted into it. A
+   * bottom stands for them only at the end of a version's list.
+   */
+  covers: z.array(RecordId).min(1).max(10_000),
+  madeBy: z.enum(['init', 'solidify', 'live', 'compact', 'fork', 'seal']),
+  createdAtMs: AtMs,
+  /** Names in the layer, whiteouts included, and bytes in its files, where they were counted. */
+  entries: z.int().nonnegative().exactOptional(),
+  contentBytes: z.int().nonnegative().exactOptional(),
+  /** An image: its size, and the SHA-256 of it. */
+  image: z.strictObject({ sizeBytes: z.int().positive(), sha256: z.string().regex(/^[0-9a-f]{64}$/) }).exactOptional(),
+})
+export type LayerRecord = z.infer<typeof LayerRecord>
+
+/** `versions/<number>.json`. Created exclusively, and never changed. */
+export const VersionRecord = z.strictObject({
+  format: z.literal(1),
+  number: VersionNumber,
+  /** The version that it was made on; absent in the first. */
+  parent: VersionNumber.exactOptional(),
+  /** The lease under which it was published; 0: by `init`, before anybody could have one. */
+  epoch: z.int().nonnegative(),
+  /** Top first. */
+  layers: z.array(RecordId).min(1).max(10_000),
+  madeBy: z.enum(['init', 'solidify', 'live', 'rollback', 'fork']),
+  /** Rollback: the version whose layers these are. */
+  sameAs: VersionNumber.exactOptional(),
+  createdAtMs: AtMs,
+  /** The node that published it, and its name then. */
+  nodeId: RecordId,
+  nodeName: Line,
+  message: Line.exactOptional(),
+  tags: z.array(RootName).max(100).exactOptional(),
+})
+export type VersionRecord = z.infer<typeof VersionRecord>
+
+/** `mounted/<node id>.json` of a home: what a node uses, so that nobody removes it. */
+export const MountedRecord = z.strictObject({
+  format: z.literal(1),
+  nodeId: RecordId,
+  nodeName: Line,
+  /** The version that lies under the node's upper. */
+  version: VersionNumber,
+  /** The layers that its mount has, as they are on the store. */
+  layers: z.array(RecordId).min(1).max(10_000),
+  epoch: z.int().nonnegative(),
+  sinceMs: AtMs,
+})
+export type MountedRecord = z.infer<typeof MountedRecord>
+
+/** `node.json` in the state of a node. */
+export const NodeRecord = z.strictObject({ format: z.literal(1), id: RecordId, name: Line })
+export type NodeRecord = z.infer<typeof NodeRecord>
+
+/** The right to write that a node has, to take it up again in another process. */
+const HeldLease = z.strictObject({ epoch: z.int().positive(), token: RecordId })
+
+/** `config.json` of a root on a node. Replaced as a whole. */
+export const NodeRootRecord = z.strictObject({
+  format: z.literal(1),
+  name: RootName,
+  /** The home's path on this node, without symlinks; bytes as `textOf` writes them. */
+  home: z.string().min(1).max(20_000),
+  rootId: RecordId,
+  /** What lies under the upper. */
+  base: z.strictObject({ version: VersionNumber, layers: z.array(RecordId).min(1).max(10_000) }),
+  /** The upper: the id that it gets as a layer. Until then its copy on the store is `incoming/<epoch>/<id>/tree`. */
+  upperId: RecordId,
+  /** The epoch in whose directory the copy lies. */
+  incomingEpoch: z.int().nonnegative(),
+  /** The last version that was made of this upper while it stayed in use; the next one replaces its layer. */
+  liveVersion: VersionNumber.exactOptional(),
+  lease: HeldLease.exactOptional(),
+  /** The highest epoch that this node has seen. */
+  seenEpoch: z.int().nonnegative(),
+})
+export type NodeRootRecord = z.infer<typeof NodeRootRecord>
+
+/** `journal/solidify.json` of a root on a node, while a solidify is under way. Replaced as a whole at each step. */
+export const SolidifyRecord = z.strictObject({
+  format: z.literal(1),
+  /**
+   * `syncing`: nothing of it is visible. `promoting`: the layer gets its place, and then its version. `published`: the version
+   * is there; what is left is to make the upper the layer's replica.
+   */
+  step: z.enum(['syncing', 'promoting', 'published']),
+  isLive: z.boolean(),
+  layerId: RecordId,
+  /** The upper that follows; stopped only. */
+  nextUpperId: RecordId,
+  epoch: z.int().positive(),
+  /** What the version will be made on, and its layers. */
+  parent: VersionNumber,
+  layers: z.array(RecordId).min(1).max(10_000),
+  createdAtMs: AtMs,
+  message: Line.exactOptional(),
+  tags: z.array(RootName).max(100).exactOptional(),
+  /** The version that was published. */
+  version: VersionNumber.exactOptional(),
+  wasMounted: z.boolean(),
+})
+export type SolidifyRecord = z.infer<typeof SolidifyRecord>
+
+/** A record of a home or a node's state cannot be read. */
+export class RecordDamagedError extends LsyncError {
+  constructor(path: string, why: string) {
+    super('RECORD_DAMAGED', `${printable(path)} cannot be read: ${why}`, {
+      path,
+      hint: 'restore it from a backup of the store; nothing was changed',
+    })
+  }
+}
+
+/** A record was written by an lsync that knows more than this one. */
+export class RecordNewerError extends LsyncError {
+  constructor(path: string, format: number) {
+    super('RECORD_NEWER', `${printable(path)} has format ${format}, which this lsync does not know`, {
+      path,
+      hint: 'use the newest lsync on every node',
+    })
+  }
+}
+
+/** Records are small; a file that is not is none of ours. */
+export const RECORD_MAX_BYTES = 1 << 20
+
+/**
+ * Reads a record of format 1.
+ * @throws {RecordNewerError} if its format is a later one
+ * @throws {RecordDamagedError} if it is anything else than such a record
+ */
+export function parseRecord<T extends z.ZodType>(shape: T, text: string, path: HostPath): z.infer<T> {
+  let raw: unknown
+  try {
+    raw = JSON.parse(text)
+  } catch {
+    throw new RecordDamagedError(path, 'it is no JSON')
+  }
+  const format = (raw as { format?: unknown } | null)?.format
+  if (typeof format === 'number' && format > 1) throw new RecordNewerError(path, format)
+  const parsed = shape.safeParse(raw)
+  if (parsed.success) return parsed.data
+  const issues = parsed.error.issues.map((issue) => `${issue.path.join('.') || 'record'}: ${issue.message}`)
+  throw new RecordDamagedError(path, issues.join('; '))
+}
