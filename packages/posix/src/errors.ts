@@ -31,6 +31,7 @@ const errnoNames = new Map(Object.entries(constants.errno).map(([name, number]) 
 errnoNames.set(constants.errno.EAGAIN, 'EAGAIN')
 errnoNames.set(constants.errno.ENOTSUP, 'ENOTSUP')
 errnoNames.set(117, 'EUCLEAN')
+errnoNames.set(15, 'ENOTBLK')
 
 /** The symbolic name of an errno, or `E<number>` for one that this table lacks. */
 export function errnoName(errno: number): string {
