@@ -2,6 +2,7 @@ import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
 import { mkdirSync, readdirSync, renameSync, writeFileSync } from 'node:fs'
 import { afterEach, describe, expect, onTestFinished, test } from 'vitest'
 import {
+  areUppersFree,
   bindMount,
   createOverlay,
   hostPath,
@@ -9,6 +10,7 @@ import {
   type MountWay,
   mountOverlay,
   overlayUsers,
+  overlayUsersOf,
   readMountInfo,
   unmount,
   upperUse,
@@ -167,6 +169,17 @@ describe.skipIf(!mayMount)('isUpperInUse', () => {
     expect(readdirSync('/tmp').filter((name) => name.startsWith('.lsync-scratch'))).toEqual([])
   })
 
+  test('one question about several directories says no where one of them is in use, wherever it stands', () => {
+    const { at, mount } = stage()
+    const [used, free] = [at('base/upper'), at('lower')]
+    expect(areUppersFree([used, free])).toBe(true)
+    mount()
+    expect(areUppersFree([used, free])).toBe(false)
+    expect(areUppersFree([free, used])).toBe(false)
+    const alone = [used, free].map((dir) => overlayUsers(dir))
+    expect(overlayUsersOf([used, free])).toEqual(alone)
+  })
+
   test('a lower and what contains an upper are free: those are for overlayUsers', () => {
     const { at, mount } = stage()
     mount()
@@ -207,6 +220,7 @@ describe.skipIf(!mayMount)('isUpperInUse', () => {
   test('where the file system has no file handles, the answer is unknown and never no', () => {
     const sysfs = hostPath('/sys/kernel')
     expect(upperUse(sysfs)).toEqual({ unknown: 'the file system has no file handles' })
+    expect(areUppersFree([sysfs])).toBe(false)
     expect(() => isUpperInUse(sysfs)).toThrowError(
       expect.objectContaining({ code: 'ENOTSUP', hint: expect.stringContaining('make sure') }),
     )

@@ -1,4 +1,5 @@
 import {
+  areUppersFree,
   type ByteString,
   errnoOf,
   getXattr,
@@ -9,7 +10,7 @@ import {
   O_PATH,
   openat,
   openRoot,
-  overlayUsers,
+  overlayUsersOf,
   printable,
   probe,
   readDirents,
@@ -146,10 +147,15 @@ function chainOf(path: HostPath): string[] {
 function assertUnused(site: MergeSite): void {
   const { upper, lowers, mode, stack } = site
   const changed = mode === 'in-place' ? [upper, ...lowers.slice(0, 1)] : [upper]
+  const fds = changed.map((_, index) => (stack.layers[index] as OpenStack['layers'][number]).fd)
+  const areFree = areUppersFree(fds)
+  const users = overlayUsersOf(fds)
   for (const [index, path] of changed.entries()) {
-    const { fd } = stack.layers[index] as OpenStack['layers'][number]
-    if (upperUse(fd) === 'in use') throw new LayerBusyError(path, 'as an upper or workdir')
-    const [use] = overlayUsers(fd).uses.filter(({ role }) => mode === 'in-place' || role === 'upper' || role === 'work')
+    if (!areFree && upperUse(fds[index] as number) === 'in use') {
+      throw new LayerBusyError(path, 'as an upper or workdir')
+    }
+    const uses = users[index]?.uses ?? []
+    const use = uses.find(({ role }) => mode === 'in-place' || role === 'upper' || role === 'work')
     if (use !== undefined) throw new LayerBusyError(path, `${use.role} of ${printable(use.target)}`)
   }
 }

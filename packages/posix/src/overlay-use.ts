@@ -44,9 +44,14 @@ interface View {
  * upper or work directory `isUpperInUse` sees those too). Source: overlay-format §9.
  */
 export function overlayUsers(dir: Place): OverlayUsers {
+  return overlayUsersOf([dir])[0] as OverlayUsers
+}
+
+/** As `overlayUsers`, for several directories, with one look at all processes. In the order of `dirs`. */
+export function overlayUsersOf(dirs: readonly Place[]): OverlayUsers[] {
   const { views, hiddenProcesses } = openViews()
   try {
-    return { ...findUses(dir, views), hiddenProcesses }
+    return dirs.map((dir) => ({ ...findUses(dir, views), hiddenProcesses }))
   } finally {
     for (const { rootFd } of views) close(rootFd)
   }
@@ -216,16 +221,37 @@ export type UpperUse = 'in use' | 'free' | { readonly unknown: string }
  * (index falls back to off), or without the privilege to mount. Source: overlay-format §9.
  */
 export function upperUse(dir: Place): UpperUse {
-  const fd = typeof dir === 'number' ? duplicate(dir) : openat(AT_FDCWD, dir, O_PATH | O_DIRECTORY)
+  return useOf([dir])
+}
+
+/**
+ * Whether `upperUse` is known to be `free` for each of some directories, by one question about all of them: the kernel
+ * takes some ms to end a mount. After `false`, ask about each.
+ */
+export function areUppersFree(dirs: readonly Place[]): boolean {
+  return useOf(dirs) === 'free'
+}
+
+// 'in use' and `unknown` are true of at least one of them, 'free' of all.
+function useOf(dirs: readonly Place[]): UpperUse {
+  const fds: number[] = []
+  for (const dir of dirs) {
+    try {
+      fds.push(typeof dir === 'number' ? duplicate(dir) : openat(AT_FDCWD, dir, O_PATH | O_DIRECTORY))
+    } catch (cause) {
+      for (const fd of fds) close(fd)
+      throw cause
+    }
+  }
   try {
-    return withScratch((scratchFd, at) => probeUse(fd, scratchFd, at))
+    return withScratch((scratchFd, at) => probeUse(fds, scratchFd, at))
   } catch (cause) {
     const code = errnoOf(cause)
     if (code === 'EBUSY') return 'in use'
     if (code === undefined) throw cause
     return { unknown: (cause as Error).message }
   } finally {
-    close(fd)
+    for (const fd of fds) close(fd)
   }
 }
 
@@ -241,7 +267,7 @@ export function isUpperInUse(dir: Place): boolean {
   })
 }
 
-function probeUse(dir: number, scratchFd: number, at: HostPath | undefined): UpperUse {
+function probeUse(dirs: readonly number[], scratchFd: number, at: HostPath | undefined): UpperUse {
   const open: number[] = []
   const scratch = (name: string) => {
     makeDirectory(scratchFd, name as ByteString, 0o700)
@@ -252,7 +278,7 @@ function probeUse(dir: number, scratchFd: number, at: HostPath | undefined): Upp
   try {
     const [empty, upper, work] = [scratch('empty'), scratch('upper'), scratch('work')] as const
     const options = { index: 'on', redirect_dir: 'nofollow', metacopy: 'off' }
-    const stack = { lowers: [dir, empty], upper, work, options }
+    const stack = { lowers: [...dirs, empty], upper, work, options }
     if (at === undefined) open.push(createOverlay(stack))
     else {
       makeDirectory(scratchFd, 'merged' as ByteString, 0o700)
