@@ -35,7 +35,10 @@ export async function executePlan(execution: Execution): Promise<void> {
   const { header, lines, stages } = plan
   const init = applyInit(execution)
   pool.prepare({ stack: stackInit(stack), apply: init })
-  if (journal.has('applied')) return
+  if (journal.has('applied')) {
+    await emptyTrash(execution)
+    return
+  }
   const inPlace = header.publish === undefined
   if (!journal.has('staged')) {
     const context = applyContextOf(stackInit(stack), init, `stage-${randomHex(6)}`)
@@ -67,7 +70,8 @@ export async function executePlan(execution: Execution): Promise<void> {
     await applyAll(execution, whole, 'finish')
   }
   execution.report?.({ phase: 'durable', done: 0 })
-  syncFileSystem(targetFd, header.target)
+  // Nothing reads what lies in the trash, a second run neither: it goes while the disk is waited for.
+  await emptyTrash(execution, { kind: 'sync', fd: targetFd, path: header.target })
   if (inPlace) journal.reach('applied')
 }
 
@@ -175,11 +179,12 @@ export async function setFlags(execution: Execution): Promise<void> {
   syncFileSystem(execution.targetFd, execution.plan.header.target)
 }
 
-/** Deletes what was moved out of the way, shared out. */
-export async function emptyTrash(execution: Execution): Promise<void> {
+/** Deletes what was moved out of the way, shared out; one thread does `beside` meanwhile. */
+async function emptyTrash(execution: Execution, beside?: Job): Promise<void> {
   const { journal, pool } = execution
   const names: ByteString[] = []
   readDirents(journal.trashFd, (name) => names.push(name))
+  const jobs = beside === undefined ? [] : [beside]
   let done = 0
   await drainList(
     pool,
@@ -188,8 +193,9 @@ export async function emptyTrash(execution: Execution): Promise<void> {
     (batch): Job => ({ kind: 'discard', names: batch }),
     (count) => {
       done += count as number
-      execution.report?.({ phase: 'clean-up', done, total: names.length })
+      if (names.length > 0) execution.report?.({ phase: 'clean-up', done, total: names.length })
     },
+    jobs,
   )
 }
 

@@ -28,7 +28,7 @@ import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protec
 import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
 import { despiteProtection } from './effects.ts'
 import { addFlags } from './encodings/inode.ts'
-import { consumeUpper, type Execution, emptyTrash, executePlan, recordAt, setFlags } from './executing.ts'
+import { consumeUpper, type Execution, executePlan, recordAt, setFlags } from './executing.ts'
 import { type Alias, findAliases, openIndex } from './index-aliases.ts'
 import { Journal, PlanWriter, placeOf, planLines, type SealedPlan, TREE } from './journal.ts'
 import { isMark } from './model/marks.ts'
@@ -37,7 +37,7 @@ import { type MergeMode, type PlanHeader, planPath } from './model/plan.ts'
 import { addTo } from './multimap.ts'
 import type { Need, PlanContext, PlanCounts } from './plan.ts'
 import { openTemporaryPlan, type Planned, type Progress, planStack } from './planning.ts'
-import { Pool, takeShare } from './pool.ts'
+import { Pool, TURN_MS, takeShare } from './pool.ts'
 import { OutputExistsError } from './problems.ts'
 import { type RecoverOptions, recoverBefore } from './recover.ts'
 import { OpenSources, resolve } from './resolve.ts'
@@ -316,15 +316,20 @@ function onlyFlags(needs: ReadonlyMap<Need, EntryPath>): Map<Need, EntryPath> {
   return new Map([...needs].filter(([need]) => need === 'inodeFlags'))
 }
 
-/** Applies, makes durable, uses up the upper, and removes the journal. Also the second half of a recovery. */
+/**
+ * Applies, makes durable, uses up the upper, removes the journal, and closes the pool. Also the second half of a
+ * recovery.
+ */
 export async function finishInPlace(execution: Execution): Promise<void> {
-  const { journal, plan, targetFd } = execution
+  const { journal, plan, pool, targetFd } = execution
   await executePlan(execution)
   await consumeUpper(execution)
-  await emptyTrash(execution)
   if (journal.isInside) leaveTarget(journal, plan, targetFd)
   await setFlags(execution)
+  // A thread takes some ms to end, and so does the disk.
+  const ended = pool.close()
   journal.remove()
+  await ended
 }
 
 // What was moved aside inside the target changed the times of its root when it went.
@@ -392,10 +397,12 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     await executePlan(execution)
     if (journal.isInside) leaveTarget(journal, planned.plan, treeFd)
     await setFlags(execution)
+    const ended = pool.close()
     publish(journal, target)
     protectRoot(journal, planned.plan, treeFd)
     isWhole = true
     journal.remove()
+    await ended
     return { mode: request.mode, target, clone, counts: planned.counts, losses: holding.losses }
   } catch (error) {
     // Nobody has seen any of it: the old state is the only state. Or it has its name, and recovering adds what may be
@@ -474,7 +481,7 @@ async function cloneBase(
   await pool.drain(
     (idle): Job | undefined => {
       if (pending.length === 0) return undefined
-      return { kind: 'clone', paths: takeShare(pending, idle), budgetMs: 25 }
+      return { kind: 'clone', paths: takeShare(pending, idle), budgetMs: TURN_MS }
     },
     (result) => {
       const part = result as ClonePart

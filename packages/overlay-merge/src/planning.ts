@@ -5,7 +5,7 @@ import type { PlanWriter, SealedPlan } from './journal.ts'
 import type { EntryPath } from './model/path.ts'
 import type { DirectoryRecord, StageRecord } from './model/plan.ts'
 import { emptyPart, type Graft, type Need, type PlanCounts, type PlanTask, type Problem } from './plan.ts'
-import { type Pool, takeShare } from './pool.ts'
+import { type Pool, TURN_MS, takeShare } from './pool.ts'
 import { IndexNeededError, LayerInvalidError } from './problems.ts'
 import { OpenSources, rootDirectory, type Stack } from './resolve.ts'
 import { RootWatch } from './safety.ts'
@@ -25,8 +25,6 @@ export interface Progress {
   readonly done: number
   readonly total?: number
 }
-
-const BUDGET_MS = 25
 
 /** What planning is given. */
 export interface Planning {
@@ -54,7 +52,7 @@ export async function planStack(planning: Planning): Promise<Planned> {
   await pool.drain(
     (idle): Job | undefined => {
       if (pending.length === 0) return undefined
-      return { kind: 'plan', tasks: takeShare(pending, idle), budgetMs: BUDGET_MS }
+      return { kind: 'plan', tasks: takeShare(pending, idle), budgetMs: TURN_MS }
     },
     (result) => {
       const part = result as PlanResult

@@ -1,4 +1,4 @@
-import type { ByteString } from '@lsync/posix'
+import { type ByteString, syncFileSystem } from '@lsync/posix'
 import {
   type ApplyContext,
   applyGroup,
@@ -82,6 +82,7 @@ export type Job =
   | { readonly kind: 'rmdir'; readonly parent: EntryPath; readonly names: readonly ByteString[] }
   | { readonly kind: 'group'; readonly members: readonly GroupRef[][] }
   | { readonly kind: 'discard'; readonly names: readonly ByteString[] }
+  | { readonly kind: 'sync'; readonly fd: number; readonly path: string }
 
 /** One name of a link group, by the lines of its directory. */
 export interface GroupRef {
@@ -130,6 +131,9 @@ export class Workshop {
       case 'discard':
         for (const name of job.names) removeTree(this.#applyContext.trash.fd, name, this.#applyContext.trash)
         return job.names.length
+      case 'sync':
+        syncFileSystem(job.fd, job.path)
+        return 0
     }
   }
 
