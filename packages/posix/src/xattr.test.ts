@@ -63,6 +63,22 @@ describe.each([
     )
   })
 
+  test('lists and values come back whole at any length', () => {
+    const { path, fd } = temporary('/dev/shm')
+    writeFileSync(`${path}/f`, '')
+    for (const length of [511, 512, 513, 4096]) {
+      const value = Buffer.alloc(length, 'lsync ')
+      setXattr(fd, name('f'), name('user.v'), value)
+      expect(getXattr(fd, name('f'), name('user.v'))?.equals(value)).toBe(true)
+    }
+    removeXattr(fd, name('f'), name('user.v'))
+    const names = Array.from({ length: 40 }, (_, index) => `user.${index + 10}.${'x'.repeat(index + 20)}`)
+    for (const [index, attribute] of names.entries()) {
+      setXattr(fd, name('f'), name(attribute), Buffer.from('v'))
+      expect(listXattrs(fd, name('f')).sort()).toEqual(names.slice(0, index + 1))
+    }
+  })
+
   test('a slice of a larger buffer is written from its own start', () => {
     const { path, fd } = temporary()
     writeFileSync(`${path}/f`, '')
