@@ -356,6 +356,8 @@ export class TargetSession {
       this.#hasYielded = false
       if (this.#isPassing) {
         this.#phase = 'first pass'
+        // A pass from the root on reads everything from now on, and more than that no comparison could find.
+        if (this.#freshQueue.some(({ id }) => id === ROOT_ID)) this.#isScanDue = false
         await this.#carryFresh(this.#freshQueue.splice(0), new Map(), new Set())
       }
       names += await this.#takeChanges()
