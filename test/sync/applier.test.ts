@@ -1,5 +1,5 @@
 import { type ChildProcess, fork } from 'node:child_process'
-import { mkdirSync, readdirSync, renameSync, symlinkSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readdirSync, renameSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import type { ByteString, HostPath } from '@lsync/posix'
 import { LsyncError, S_IFCHR, S_IFIFO, setSyscallHook } from '@lsync/posix'
@@ -153,6 +153,33 @@ describe.skipIf(!needs('root', isRoot)).each(['ext4', 'tmpfs'] as const)('an app
       setSyscallHook(undefined)
       applier.forget()
       place.close()
+    }
+  })
+
+  test('owner and mode are right in a directory that gives others, with and without a umask of its own', () => {
+    for (const hasOwnUmask of [false, true]) {
+      const { at, root, place } = site(dir({ shared: dir({}, { mode: 0o2775, gid: 50 }) }))
+      const applier = new Applier({ rootFd: place.rootFd, stageFd: place.stageFd, hasOwnUmask })
+      const umask = hasOwnUmask ? process.umask(0) : process.umask(0o077)
+      try {
+        carryOut(applier, { do: 'directory', path: path('shared/new') })
+        for (const [index, mode] of [0o644, 0o640, 0o644, 0o4755, 0o600, 0o2770, 0o4755, 0o666].entries()) {
+          for (const [uid, gid] of [
+            [0, 0],
+            [0, 50],
+            [7, 8],
+          ] as const) {
+            carryOut(applier, fileOf(`shared/new/${index}.${uid}.${gid}`, 'x', { mode, uid, gid }))
+            const stat = statSync(`${root}/shared/new/${index}.${uid}.${gid}`)
+            expect([stat.mode & 0o7777, stat.uid, stat.gid]).toEqual([mode, uid, gid])
+          }
+        }
+      } finally {
+        process.umask(umask)
+        applier.forget()
+        place.close()
+      }
+      expect(readdirSync(`${at}/.lsync.sync.target/stage`)).toEqual([])
     }
   })
 

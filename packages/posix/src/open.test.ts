@@ -21,7 +21,9 @@ import {
   openRoot,
   readAt,
   readInto,
+  readShared,
   readTextAt,
+  SHARED_BYTES,
   truncate,
   withFd,
   writeAt,
@@ -229,5 +231,28 @@ test('writeFrom writes the part of the memory that it is told, and nothing beyon
     writeFrom(file, 1, memory, 2, 3)
     expect(readFileSync(`${path}/f`, 'utf8')).toBe('.cde..')
     expect(() => writeFrom(file, 0, memory, 4, 3)).toThrow(RangeError)
+  })
+})
+
+describe('readShared', () => {
+  test('what it reads is written as it is, whole or in part, and never beyond the end', () => {
+    const { path, fd } = temporary()
+    const content = Buffer.alloc(SHARED_BYTES, 'lsync ').fill('!', SHARED_BYTES - 1)
+    writeFileSync(`${path}/from`, content)
+    withFd(openat(fd, name('from'), O_RDONLY), (from) =>
+      withFd(openat(fd, name('to'), O_RDWR | O_CREAT, 0o600), (to) => {
+        const bytes = readShared(from, 0, SHARED_BYTES)
+        expect(bytes.equals(content)).toBe(true)
+        writeAt(to, 0, bytes)
+        expect(readFileSync(`${path}/to`).equals(content)).toBe(true)
+        writeAt(to, 3, readShared(from, 0, 100).subarray(10, 20))
+        expect(readFileSync(`${path}/to`).toString('latin1', 0, 15)).toBe(`lsy${content.toString('latin1', 10, 20)}sy`)
+        expect(readShared(from, SHARED_BYTES - 4, 100).toString()).toBe(content.toString('latin1', SHARED_BYTES - 4))
+        expect(readShared(from, SHARED_BYTES, 100).length).toBe(0)
+      }),
+    )
+    withFd(openat(fd, name('from'), O_RDONLY), (from) =>
+      expect(() => readShared(from, 0, SHARED_BYTES + 1)).toThrow(RangeError),
+    )
   })
 })

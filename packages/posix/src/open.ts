@@ -132,7 +132,9 @@ export function withFd<T>(fd: number, use: (fd: number) => T): T {
   }
 }
 
-const transfer = allocate(64 * 1024)
+/** The most that `readShared` reads at once. */
+export const SHARED_BYTES = 128 * 1024
+const transfer = allocate(SHARED_BYTES)
 
 /** pread(2) until `length` bytes or the end of the file. The returned bytes are the caller's. */
 export function readAt(fd: number, offset: number, length: number): Buffer {
@@ -149,6 +151,15 @@ export function readAt(fd: number, offset: number, length: number): Buffer {
     done += count
   }
   return parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts)
+}
+
+/**
+ * As `readAt`, of at most `SHARED_BYTES`, but without a copy: the bytes are valid until the next read or write of this
+ * thread through this module. `writeAt` takes them as they are. For those who read millions of small files: 0.2 GB that
+ * are allocated for them keep the garbage collector as busy as the disk.
+ */
+export function readShared(fd: number, offset: number, length: number): Buffer {
+  return transfer.buffer.subarray(0, readInto(fd, offset, transfer, 0, length))
 }
 
 /**
@@ -182,11 +193,14 @@ export function readTextAt(fd: number, offset: number, length: number): string {
 /** Writes all of `bytes` at `offset`. */
 export function writeAt(fd: number, offset: number, bytes: Uint8Array, path = ''): void {
   entering('pwrite', path)
+  const isShared = bytes.buffer === transfer.buffer.buffer
   let done = 0
   while (done < bytes.length) {
-    const piece = bytes.subarray(done, done + transfer.buffer.length)
-    transfer.buffer.set(piece)
-    const count = pwriteNative(fd, transfer.address, piece.length, offset + done)
+    const length = Math.min(bytes.length - done, transfer.buffer.length)
+    let from = 0
+    if (isShared) from = bytes.byteOffset - transfer.buffer.byteOffset + done
+    else transfer.buffer.set(done === 0 && length === bytes.length ? bytes : bytes.subarray(done, done + length))
+    const count = pwriteNative(fd, transfer.address + from, length, offset + done)
     if (count < 0) {
       if (errnoName(errno()) === 'EINTR') continue
       fail('pwrite', path)

@@ -46,6 +46,7 @@ import {
   S_IFIFO,
   S_IFSOCK,
   STATX_WORD,
+  type Stat,
   setInodeFlags,
   truncate,
   tryLink,
@@ -72,14 +73,22 @@ export interface ApplierOptions {
   readonly losses?: ReadonlySet<TargetLoss['what']>
   /** Never takes the place of anything: a name that is there makes the operation fail with EEXIST, without a race. */
   readonly onlyNew?: boolean
+  /** This thread has a umask of its own, 0: files can be made with the mode that they are to have. */
+  readonly hasOwnUmask?: boolean
 }
 
 interface Parent {
   readonly fd: number
   /** Made by this applier and not finished: nothing stands in the way of names, and nobody has seen it whole. */
   isFresh: boolean
+  /** Nobody else can reach what is in it. */
+  isPrivate: boolean
   readonly inheritsAcls: boolean
+  /** What files that were made in it with a mode then had, by that mode: the next ones have the same. */
+  readonly made: Map<number, Made>
 }
+
+type Made = Pick<Stat, 'uid' | 'gid' | 'permissions'>
 
 const PARENTS = 64
 /** Beyond this it forgets which directories it has made, for a sender could make any number. */
@@ -108,6 +117,7 @@ export class Applier {
   readonly #stageFd: number
   readonly #losses: ReadonlySet<TargetLoss['what']>
   readonly #onlyNew: boolean
+  readonly #hasOwnUmask: boolean
   readonly #parents = new Map<string, Parent>()
   /** Directories that it has made and not finished, with what tells each from another in its place. */
   readonly #made = new Map<string, string>()
@@ -116,11 +126,12 @@ export class Applier {
   readonly #trashed: ByteString[] = []
   readonly #trash: Trash
 
-  constructor({ rootFd, stageFd, losses = NO_LOSSES, onlyNew = false }: ApplierOptions) {
+  constructor({ rootFd, stageFd, losses = NO_LOSSES, onlyNew = false, hasOwnUmask = false }: ApplierOptions) {
     this.#rootFd = rootFd
     this.#stageFd = stageFd
     this.#losses = losses
     this.#onlyNew = onlyNew
+    this.#hasOwnUmask = hasOwnUmask
     this.#trash = {
       fd: stageFd,
       next: () => {
@@ -158,10 +169,12 @@ export class Applier {
         : this.#openPatch(parent, name, operation, meta)
     }
     const place = this.#parent(parent)
-    const inPlace = place.isFresh ? tryOpenNew(place.fd, name) : undefined
+    const mode = this.#modeToMake(place, meta.mode)
+    const inPlace = place.isFresh ? tryOpenNew(place.fd, name, mode) : undefined
     if (inPlace !== undefined) {
+      const old = madeIn(place, mode, inPlace)
       return new FileWriter(inPlace, operation, {
-        finish: (fd) => writeMeta(fd, '', 'file', meta, { inodeFlags: this.#flags(operation.meta) }),
+        finish: (fd) => writeMeta(fd, '', 'file', meta, { old, inodeFlags: this.#flags(operation.meta) }),
         discard: () => tryUnlink(place.fd, name),
       })
     }
@@ -173,6 +186,7 @@ export class Applier {
   adopt(path: TreePath): void {
     const place = this.#parent(path)
     place.isFresh = !place.inheritsAcls
+    place.isPrivate = isPrivate(rawStatFd(place.fd))
   }
 
   /** Directories that it has made are not new any more: what is in them counts from here on, or others work there. */
@@ -279,15 +293,16 @@ export class Applier {
     const fd = openat(place.fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
     // Its children would inherit them; what belongs to it comes with its metadata.
     if (place.inheritsAcls) for (const acl of [ACL_DEFAULT, ACL_ACCESS]) removeXattr(fd, '', acl)
-    this.#remember(path, fd)
-    this.#hold(path, { fd, isFresh: true, inheritsAcls: false })
+    const words = rawStatFd(fd)
+    this.#remember(path, words)
+    this.#hold(path, { fd, isFresh: true, isPrivate: isPrivate(words), inheritsAcls: false, made: new Map() })
   }
 
   // In a tree that only grows, what a crash left half written in its place could never be made whole.
-  #remember(path: TreePath, fd: number): void {
+  #remember(path: TreePath, words: Uint32Array): void {
     if (this.#onlyNew) return
     if (this.#made.size >= MADE_MOST) this.#made.clear()
-    this.#made.set(path, identityOf(fd))
+    this.#made.set(path, identityOf(words))
   }
 
   #keep({ path, names, after, last }: Extract<Operation, { do: 'keep' }>): void {
@@ -495,7 +510,7 @@ export class Applier {
       const held = this.#parents.get('')
       if (held !== undefined) return held
       const fd = openat(this.#rootFd, '.' as ByteString, O_RDONLY | O_DIRECTORY)
-      return this.#hold(path, { fd, isFresh: false, inheritsAcls: inheritsAcls(fd) })
+      return this.#hold(path, oldParent(fd))
     }
     const held = this.#parents.get(path)
     if (held !== undefined) {
@@ -505,8 +520,14 @@ export class Applier {
     }
     const fd = openBeneath(this.#rootFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
     const made = this.#made.get(path)
-    const isFresh = made !== undefined && made === identityOf(fd)
-    return this.#hold(path, { fd, isFresh, inheritsAcls: !isFresh && inheritsAcls(fd) })
+    if (made !== undefined) {
+      const words = rawStatFd(fd)
+      if (made === identityOf(words)) {
+        const isFresh = true
+        return this.#hold(path, { fd, isFresh, isPrivate: isPrivate(words), inheritsAcls: false, made: new Map() })
+      }
+    }
+    return this.#hold(path, oldParent(fd))
   }
 
   // A parent that is missing, or is no directory, holds nothing.
@@ -554,6 +575,11 @@ export class Applier {
   /** What is missing may be a special file, which this target does not hold. */
   get #mayBeLost(): boolean {
     return this.#losses.has('special')
+  }
+
+  // With the mode that it is to have at once where nobody can reach a file before it is whole.
+  #modeToMake({ isPrivate }: Parent, mode: number): number {
+    return isPrivate && this.#hasOwnUmask && (mode & ~0o777) === 0 ? mode : 0o600
   }
 
   #flags(meta: RawMeta): number {
@@ -676,9 +702,9 @@ function isRemovable(name: string): boolean {
   return !KEPT_XATTRS.has(name) && (!name.startsWith('system.') || name.startsWith('system.posix_acl_'))
 }
 
-function tryOpenNew(dirfd: number, name: ByteString): number | undefined {
+function tryOpenNew(dirfd: number, name: ByteString, mode: number): number | undefined {
   try {
-    return openNew(dirfd, name)
+    return openNew(dirfd, name, mode)
   } catch (error) {
     if (errnoOf(error) === 'EEXIST') return undefined
     throw error
@@ -706,9 +732,32 @@ function moveBeside(fromDir: number, from: ByteString, toDir: number, to: ByteSt
   tryUnlink(fromDir, from)
 }
 
-/** Inode number and time of birth. */
-function identityOf(fd: number): string {
+function oldParent(fd: number): Parent {
+  return { fd, isFresh: false, isPrivate: false, inheritsAcls: inheritsAcls(fd), made: new Map() }
+}
+
+function isPrivate(words: Uint32Array): boolean {
+  const { mode, uid } = STATX_WORD
+  return ((words[mode] as number) & 0o077) === 0 && words[uid] === process.geteuid?.()
+}
+
+/** What a file that was just made with `mode` has: one look for each directory and mode. */
+function madeIn({ made }: Parent, mode: number, fd: number): Made {
+  const known = made.get(mode)
+  if (known !== undefined) return known
   const words = rawStatFd(fd)
+  const { uid, gid, mode: at } = STATX_WORD
+  const found = {
+    uid: words[uid] as number,
+    gid: words[gid] as number,
+    permissions: (words[at] as number) & 0o7777,
+  }
+  made.set(mode, found)
+  return found
+}
+
+/** Inode number and time of birth. */
+function identityOf(words: Uint32Array): string {
   const { ino, birth } = STATX_WORD
   return `${words[ino]}.${words[ino + 1]}.${words[birth]}.${words[birth + 2]}`
 }

@@ -1,4 +1,4 @@
-import { type ByteString, nextData, readAt, type Stat } from '@lsync/posix'
+import { type ByteString, nextData, readShared, type Stat } from '@lsync/posix'
 import createXxhash from 'xxhash-wasm'
 import type { Extent } from './model/operation.ts'
 
@@ -100,7 +100,10 @@ export class BlockHashes {
   }
 }
 
-/** Reads a block of an open file, holes as zeros; `undefined` when it is a hole as a whole. */
+/**
+ * Reads a block of an open file, holes as zeros; `undefined` when it is a hole as a whole. The bytes are valid until the
+ * next read or write of this thread.
+ */
 export function readBlock(
   fd: number,
   extents: readonly Extent[],
@@ -110,7 +113,7 @@ export function readBlock(
   const start = index * BLOCK_BYTES
   const end = Math.min(start + BLOCK_BYTES, sizeBytes)
   if (!overlaps(extents, start, end)) return undefined
-  const bytes = readAt(fd, start, end - start)
+  const bytes = readShared(fd, start, end - start)
   if (bytes.length === end - start) return bytes
   // It has become shorter meanwhile, which its change time will show.
   return Buffer.concat([bytes], end - start)

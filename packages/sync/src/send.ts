@@ -10,7 +10,7 @@ import {
   O_RDONLY,
   openat,
   rawStatFd,
-  readAt,
+  readShared,
   readSymlink,
   STATX_WORD,
 } from '@lsync/posix'
@@ -42,7 +42,6 @@ export interface Sent {
   readonly how: 'nothing' | 'meta' | 'blocks' | 'whole'
 }
 
-const PIECE_BYTES = 1 << 20
 const RETRIES = 3
 // Where the kernel has no finer time for an inode that was just looked at, two changes within a tick of its clock look
 // like one (multigrain times came with Linux 6.13).
@@ -58,12 +57,19 @@ export function keptAttributes(namespace: Namespace): (name: ByteString) => bool
 export interface SendContext {
   readonly sink: Sink
   readonly keeps: (attribute: ByteString) => boolean
+  /** The upper's file system lists all ACLs. It is one: no directory on another is entered. */
+  readonly listsAcls: boolean
 }
 
 /** Metadata of what an image describes. `name` is beneath `dirfd`, `''` the fd itself. */
-export function metaOf(row: Row, dirfd: number, name: ByteString | '', keeps: SendContext['keeps']): RawMeta {
+export function metaOf(
+  row: Row,
+  dirfd: number,
+  name: ByteString | '',
+  { keeps, listsAcls }: Pick<SendContext, 'keeps' | 'listsAcls'>,
+): RawMeta {
   const { mode, uid, gid, mtimeNs, inodeFlags } = row
-  const xattrs = readXattrs(dirfd, name, keeps)
+  const xattrs = readXattrs(dirfd, name, keeps, listsAcls)
   return {
     mode,
     uid,
@@ -158,7 +164,7 @@ export function sendFile(
 }
 
 function sendOnce(
-  { sink, keeps }: SendContext,
+  context: SendContext,
   fd: number,
   row: Row,
   allocated: number,
@@ -166,7 +172,8 @@ function sendOnce(
   known: Known | undefined,
   isLast: boolean,
 ): Sent | undefined {
-  const meta = metaOf(row, fd, '', keeps)
+  const { sink } = context
+  const meta = metaOf(row, fd, '', context)
   const metaHash = metaHashOf(meta.xattrs)
   const { sizeBytes } = row
   // After the look at the inode and before the content is read: a mapping that comes later changes the times when it
@@ -177,7 +184,7 @@ function sendOnce(
   const isRacyNow = isRacy(row)
 
   if (sizeBytes <= SMALL_BYTES && allocated * 512 >= sizeBytes) {
-    const bytes = sizeBytes === 0 ? NOTHING : readAt(fd, 0, sizeBytes)
+    const bytes = sizeBytes === 0 ? NOTHING : readShared(fd, 0, sizeBytes)
     if (bytes.length < sizeBytes && !isLast) return undefined
     const isUnsettled = isRacyNow || bytes.length < sizeBytes
     const contentHash = hashOf(bytes)
@@ -236,7 +243,7 @@ function sendOnce(
         hashes.add(block)
         if (block !== undefined) writeClipped(to, extents, index, block)
       }
-    } else sendExtents(fd, operation, to, PIECE_BYTES)
+    } else sendExtents(fd, operation, to)
     if (hasChanged() && !isLast) {
       to.discard()
       return undefined
@@ -339,14 +346,9 @@ function withoutContent(
 }
 
 /** Sends a symlink or special file: `row` was made from a stat of just now. */
-export function sendOther(
-  { sink, keeps }: SendContext,
-  dirfd: number,
-  row: Row,
-  path: TreePath,
-  known: Row | undefined,
-): Sent {
-  const meta = metaOf(row, dirfd, row.name, keeps)
+export function sendOther(context: SendContext, dirfd: number, row: Row, path: TreePath, known: Row | undefined): Sent {
+  const { sink } = context
+  const meta = metaOf(row, dirfd, row.name, context)
   const isUnsettled = isRacy(row)
   const next = row.with({
     metaHash: metaHashOf(meta.xattrs),

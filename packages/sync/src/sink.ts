@@ -1,4 +1,4 @@
-import { readAt } from '@lsync/posix'
+import { readShared, SHARED_BYTES } from '@lsync/posix'
 import { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
 import type { TreePath } from './model/operation.ts'
 import { MAX_CONTENT_BYTES, OperationEncoder, splitKeep } from './protocol/operation-codec.ts'
@@ -19,7 +19,7 @@ export interface Sink {
 
 /** A file that is being sent. Exactly one of `finish` and `discard` ends it. */
 export interface ContentSink {
-  /** The next bytes, which belong at `offset`. */
+  /** The next bytes, which belong at `offset`, and are the caller's again when it returns. */
   write(offset: number, bytes: Uint8Array): void
   finish(): void
   discard(): void
@@ -102,11 +102,11 @@ export class EncodedSink implements Sink {
 }
 
 /** Sends the extents of an open file. */
-export function sendExtents(fd: number, operation: ContentOperation, to: ContentSink, pieceBytes: number): void {
+export function sendExtents(fd: number, operation: ContentOperation, to: ContentSink): void {
   for (const [offset, length] of operation.extents) {
-    for (let at = offset; at < offset + length; at += pieceBytes) {
-      const want = Math.min(pieceBytes, offset + length - at)
-      const bytes = readAt(fd, at, want)
+    for (let at = offset; at < offset + length; at += SHARED_BYTES) {
+      const want = Math.min(SHARED_BYTES, offset + length - at)
+      const bytes = readShared(fd, at, want)
       // A file that has become shorter is noticed by its change time; what was promised is sent nonetheless.
       to.write(at, bytes.length === want ? bytes : Buffer.concat([bytes], want))
     }

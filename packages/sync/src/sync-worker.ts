@@ -1,5 +1,5 @@
 import { parentPort, threadId } from 'node:worker_threads'
-import { LsyncError } from '@lsync/posix'
+import { LsyncError, takeOwnUmask } from '@lsync/posix'
 import { type Job, type JobResults, type SessionInit, Workshop } from './work.ts'
 
 /** What the pool says to a worker. */
@@ -32,6 +32,7 @@ export interface TravellingError {
 }
 
 const workshops = new Map<number, Workshop>()
+const hasOwnUmask = takeOwnUmask()
 let credit: Int32Array | undefined
 
 function emit(batch: Uint8Array<ArrayBuffer>): void {
@@ -46,7 +47,7 @@ function emit(batch: Uint8Array<ArrayBuffer>): void {
 
 parentPort?.on('message', (message: ToWorker) => {
   if ('open' in message) {
-    workshops.set(message.open.session, new Workshop(message.open, emit))
+    workshops.set(message.open.session, new Workshop(message.open, { emit, hasOwnUmask }))
     return
   }
   if ('close' in message) {

@@ -112,7 +112,8 @@ export class TargetPlace {
     path: HostPath,
     { create }: { readonly create: boolean },
   ): TargetPlace {
-    if (create && tryStatAt(parentFd, name) === undefined) makeDirectory(parentFd, name, 0o755)
+    // Nobody sees it before it has the mode of the upper.
+    if (create && tryStatAt(parentFd, name) === undefined) makeDirectory(parentFd, name, 0o700)
     return TargetPlace.#open(openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), parentFd, path)
   }
 
@@ -185,7 +186,7 @@ function openTarget(path: HostPath, create: boolean): number {
   } catch (error) {
     if (!create || errnoOf(error) !== 'ENOENT') throw error
   }
-  makeDirectory(AT_FDCWD, path, 0o755)
+  makeDirectory(AT_FDCWD, path, 0o700)
   return openRoot(path)
 }
 

@@ -7,6 +7,7 @@ import {
   errnoOf,
   handleAt,
   LsyncError,
+  listsAcls,
   O_DIRECTORY,
   O_NOFOLLOW,
   O_RDONLY,
@@ -228,6 +229,13 @@ export interface JobResults {
 const VANISHED: ReadonlySet<string> = new Set(['ENOENT', 'ENOTDIR', 'ELOOP', 'ESTALE', 'NOT_A_FILE'])
 const EMPTY_NAME = '' as ByteString
 
+/** The thread that a workshop is in. */
+export interface WorkshopThread {
+  /** Hands over encoded operations. */
+  readonly emit: (batch: Uint8Array<ArrayBuffer>) => void
+  readonly hasOwnUmask: boolean
+}
+
 /** Does the jobs of one session in one thread, with synchronous system calls. */
 export class Workshop {
   readonly #init: SessionInit
@@ -235,12 +243,18 @@ export class Workshop {
   readonly #context: SendContext
   readonly #isExcluded: IsExcluded | undefined
 
-  constructor(init: SessionInit, emit: (batch: Uint8Array<ArrayBuffer>) => void) {
+  constructor(init: SessionInit, { emit, hasOwnUmask }: WorkshopThread) {
     this.#init = init
     const { delivery } = init
     this.#sink =
-      delivery.mode === 'direct' ? new DirectSink({ ...delivery, losses: new Set(init.losses) }) : new EncodedSink(emit)
-    this.#context = { sink: this.#sink, keeps: keptAttributes(init.namespace) }
+      delivery.mode === 'direct'
+        ? new DirectSink({ ...delivery, losses: new Set(init.losses), hasOwnUmask })
+        : new EncodedSink(emit)
+    this.#context = {
+      sink: this.#sink,
+      keeps: keptAttributes(init.namespace),
+      listsAcls: listsAcls(init.upperFd),
+    }
     this.#isExcluded = compilePatterns(init.patterns)
   }
 
@@ -537,13 +551,13 @@ const PAGE_SPAN = 1 << 28
 
 /** Gives a directory its metadata, after everything in it. */
 function sendDirectoryMeta(
-  { sink, keeps }: SendContext,
+  context: SendContext,
   fd: number,
   name: ByteString,
   path: TreePath,
 ): { row: Row; isUnsettled: boolean } {
   const row = rowOf(name, rawStatFd(fd))
-  sink.run({ do: 'meta', path, kind: 'directory', meta: metaOf(row, fd, '', keeps) })
+  context.sink.run({ do: 'meta', path, kind: 'directory', meta: metaOf(row, fd, '', context) })
   const isUnsettled = isRacy(row)
   return { row: isUnsettled ? row.with({ settled: false }) : row, isUnsettled }
 }

@@ -75,15 +75,17 @@ const SMALL_BYTES = 16 * 1024
 
 /**
  * The attributes of `name` beneath `dirfd` (of the fd itself for `''`) that `keep` wants (all, without it), sorted by
- * name bytes. ACLs are among them also where the file system does not list them. One list call where there are none.
+ * name bytes. ACLs are among them also where the file system does not list them. One list call where there are none, and
+ * one more to find out what the file system lists where the caller does not say (`lists`, from `listsAcls`).
  */
 export function readXattrs(
   dirfd: number,
   name: ByteString | '',
   keep?: (attribute: ByteString) => boolean,
+  lists: boolean = listsAcls(dirfd),
 ): readonly Xattr[] {
   const names = listXattrs(dirfd, name)
-  const hidden = hiddenAcls(dirfd, name, names)
+  const hidden = lists ? NO_XATTRS : hiddenAcls(dirfd, name, names)
   if (names.length === 0 && hidden.length === 0) return NO_XATTRS
   const xattrs: Xattr[] = []
   for (const attribute of names.sort()) {
@@ -147,7 +149,7 @@ export interface WriteMetaOptions {
   /** chattr flags (FS_IMMUTABLE_FL | FS_APPEND_FL), added after everything else. Files and directories only. */
   readonly inodeFlags?: number
   /** What the inode is like, if that is known: owner and mode that are right are not set again. */
-  readonly old?: Stat
+  readonly old?: Pick<Stat, 'uid' | 'gid' | 'permissions'> | undefined
   /** Leave the times alone, for a directory whose children are still to come. */
   readonly withoutTimes?: boolean
 }
@@ -180,7 +182,9 @@ export function writeMeta(
     }
     // Attributes that come or go can be ACLs, which have their say in the mode.
     const isAsIs = xattrs.length === 0 && removed === 0 && options.dropInheritedAcls !== true
-    if (!(isOwned && isAsIs && old.permissions === meta.mode)) {
+    // A new owner takes setuid and setgid away and nothing else.
+    const keepsMode = old !== undefined && (isOwned || (old.permissions & SET_ID) === 0)
+    if (!(keepsMode && isAsIs && old.permissions === meta.mode)) {
       if (name === '') setModeFd(dirfd, meta.mode)
       else setModeAt(dirfd, name, meta.mode)
     }
@@ -194,6 +198,7 @@ export function writeMeta(
   if (options.inodeFlags !== undefined && options.inodeFlags !== 0) addFlags(dirfd, name, options.inodeFlags)
 }
 
+const SET_ID = 0o6000
 // XFS lists its own storage of an ACL beside the ACL itself; copied, it would stand for an ACL on any other XFS.
 const isStorageXattr = (name: string) => name.startsWith('trusted.SGI_ACL_')
 const isUserXattr = (name: string) => name.startsWith('user.')
@@ -295,8 +300,8 @@ export function finishDirectory(fd: number, meta: Meta, options: WriteMetaOption
 }
 
 /** Creates an empty regular file exclusively and returns its fd, open for writing. */
-export function openNew(dirfd: number, name: ByteString): number {
-  return openat(dirfd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600)
+export function openNew(dirfd: number, name: ByteString, mode = 0o600): number {
+  return openat(dirfd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, mode)
 }
 
 /** Creates a whiteout: a character device 0:0, or an empty file with `NS.whiteout`. */

@@ -1,6 +1,6 @@
 import { parentPort } from 'node:worker_threads'
 import { zstdDecompressSync } from 'node:zlib'
-import { type ByteString, errnoOf, type HostPath, LsyncError, syncFileSystem } from '@lsync/posix'
+import { type ByteString, errnoOf, type HostPath, LsyncError, syncFileSystem, takeOwnUmask } from '@lsync/posix'
 import { ProtocolError } from '@lsync/ssh'
 import { Applier } from '../applier.ts'
 import { describeDirectory } from '../describe.ts'
@@ -43,6 +43,7 @@ export type ServeResult =
   | { readonly done: Uint8Array; readonly target?: ServedTarget; readonly highestStage?: number }
   | { readonly failed: Uint8Array; readonly isBroken: boolean; readonly reason: string }
 
+const hasOwnUmask = takeOwnUmask()
 const lanes = new Map<number, Lane>()
 let target: ServedTarget | undefined
 let place: TargetPlace | undefined
@@ -103,7 +104,7 @@ function laneOf(number: number): Lane {
   const known = lanes.get(number)
   if (known !== undefined) return known
   const { rootFd, stageFd, losses, isAppendOnly } = target as ServedTarget
-  const applier = new Applier({ rootFd, stageFd, losses: new Set(losses), onlyNew: isAppendOnly })
+  const applier = new Applier({ rootFd, stageFd, losses: new Set(losses), onlyNew: isAppendOnly, hasOwnUmask })
   const lane = new Lane(applier, isAppendOnly ? appendOnly(rootFd) : () => 'go')
   lanes.set(number, lane)
   return lane
