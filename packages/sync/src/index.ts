@@ -45,7 +45,7 @@ export {
 } from './sync.ts'
 export { OperationRefusedError } from './target-path.ts'
 export { type PendingFailure, TargetNotOursError, type TargetStatus } from './target-session.ts'
-export { TargetPlace, TargetStateDamagedError } from './target-state.ts'
+export { TargetGoneError, TargetPlace, TargetStateDamagedError } from './target-state.ts'
 export {
   formatTarget,
   parseTarget,

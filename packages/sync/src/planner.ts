@@ -455,6 +455,8 @@ class Planner {
       if (row.isDirectory) changes.push({ set: 'no directory', id: row.ref })
       else if (row.isFile && row.ref !== 0 && row.nlink === 1) changes.push({ set: 'no blocks', id: row.ref })
       if (isBeneathRemoved) continue
+      // It may be what it is to become: then what is in it is held against what comes.
+      if (row.isDirectory && arrival?.isForced === true && arrival.seen?.isDirectory === true) continue
       const path = this.#oldPathOf(observation)
       first.push({ path, operation: { do: 'remove', path } })
     }

@@ -56,6 +56,11 @@ export interface SyncRequest {
   readonly heedsPressure?: boolean
   readonly sourceChoice?: 'auto' | Source['kind']
   readonly pollIntervalMs?: number
+  /**
+   * Bounds the kernel's memory for events to what fs.fanotify.max_queued_events allows; a burst beyond that costs a
+   * comparison of the whole upper. Default false.
+   */
+  readonly boundedQueue?: boolean
   /** How often a long pass stores a checkpoint: what lies after it is repeated after a crash. Default 5000. */
   readonly checkpointMs?: number
   /** No source is opened: changes are found by comparing when `flush` asks for it. */
@@ -200,6 +205,7 @@ export class Sync {
         rootFd: upperFd,
         choice: this.#request.sourceChoice ?? 'auto',
         pollIntervalMs: this.#request.pollIntervalMs ?? POLL_MS,
+        boundedQueue: this.#request.boundedQueue ?? false,
       })
       await this.#source.start((hint) => {
         for (const member of this.#members) {

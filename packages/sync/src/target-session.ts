@@ -37,7 +37,8 @@ import { type Deliver, workers } from './pool.ts'
 import { rowOf } from './send.ts'
 import type { DirectoryRef, Hint } from './source/source.ts'
 import type { SweptTree } from './sweep.ts'
-import type { Target, TargetLoss } from './transport/target.ts'
+import { TargetGoneError } from './target-state.ts'
+import type { Target, TargetLoss, TargetState } from './transport/target.ts'
 import type {
   ContentsResult,
   FreshDirectory,
@@ -206,19 +207,15 @@ export class TargetSession {
    * @throws {TargetNotOursError}
    */
   async open(): Promise<void> {
-    const { target, stateDir, upperFd, signal, namespace, patterns } = this.#request
+    const { target, stateDir, upperFd, signal, adopt } = this.#request
     await mkdir(stateDir, { recursive: true, mode: 0o700 })
-    const state = await target.open(signal)
-    this.#losses = state.losses
-    this.#nextStage = state.nextStage
-    this.#checkpoint = state.checkpoint
     const unfinished = await this.#openJournal()
     const root = rowOf(NO_NAME, rawStatFd(upperFd))
     this.#index = await IndexStore.open(`${stateDir}/index`, Buffer.from(root.identity, 'latin1').toString('hex'))
-    const isBelieved = await this.#believe(state.checkpoint, state.isEmpty, unfinished.length > 0)
-    const losses = state.losses.map(({ what }) => what)
-    const { delivery } = target
-    this.#session = workers.open({ upperFd, delivery, losses, namespace, patterns })
+    // An empty directory in its place may be where it is to be mounted.
+    const state = await target.open(signal, this.#isKnown && !adopt)
+    this.#take(state)
+    const isBelieved = await this.#believe(state.checkpoint, state.isEmpty, unfinished.length > 0, adopt)
     if (isBelieved) {
       await this.#recover(unfinished)
       this.#queuePending()
@@ -227,7 +224,20 @@ export class TargetSession {
       await this.#journal.clear()
       await this.#beginAnew(root, !state.isEmpty)
     }
-    if (this.#checkpoint === undefined) await this.#barrier({ root: this.#index.root, sequence: this.#index.sequence })
+  }
+
+  /** This upper was carried to the target before, or its first pass has begun. */
+  get #isKnown(): boolean {
+    return this.#index.row(0, NO_NAME) !== undefined
+  }
+
+  #take(state: TargetState): void {
+    const { target, upperFd, namespace, patterns } = this.#request
+    this.#losses = state.losses
+    this.#nextStage = Math.max(this.#nextStage, state.nextStage)
+    this.#checkpoint = state.checkpoint
+    const losses = state.losses.map(({ what }) => what)
+    this.#session = workers.open({ upperFd, delivery: target.delivery, losses, namespace, patterns })
   }
 
   /** Says that something may have changed. Quick. */
@@ -262,7 +272,7 @@ export class TargetSession {
       after: (id, most) => this.#index.directoriesAfter(id, most),
       look: async (ids) => {
         // A first pass or a comparison of everything does as much, and sooner.
-        if (this.#isPassing || this.#isScanDue) return
+        if (this.#isPassing || this.#isScanDue || this.#isBroken) return
         const directories = ids.flatMap((id) => {
           const path = this.#index.pathOf(id)
           return path === undefined ? [] : [{ id, path }]
@@ -434,11 +444,17 @@ export class TargetSession {
     await this.#request.target.close()
   }
 
-  async #believe(checkpoint: Checkpoint | undefined, isEmpty: boolean, hasJournal: boolean): Promise<boolean> {
-    const { target, adopt } = this.#request
+  async #believe(
+    checkpoint: Checkpoint | undefined,
+    isEmpty: boolean,
+    hasJournal: boolean,
+    adopt: boolean,
+  ): Promise<boolean> {
+    const { target } = this.#request
     const index = this.#index
-    const isFirst = index.row(0, NO_NAME) === undefined
+    const isFirst = !this.#isKnown
     if (checkpoint === undefined) {
+      if (!isFirst && !adopt) throw new TargetGoneError(target.description, 'was synced before and does not know it')
       if (!isEmpty && !adopt) throw new TargetNotOursError(target.description, 'is not empty and was never synced')
       if (!isFirst) await index.reset()
       return false
@@ -460,6 +476,8 @@ export class TargetSession {
 
   async #beginAnew(root: Row, isDirty: boolean): Promise<void> {
     const { upperFd } = this.#request
+    // Before the index says that anything is there.
+    await this.#barrier({ root: this.#index.root, sequence: this.#index.sequence })
     await this.#index.commit([
       {
         set: 'directory',
@@ -467,7 +485,6 @@ export class TargetSession {
       },
       { set: 'row', directory: 0, row: root.with({ ref: ROOT_ID, settled: false }) },
     ])
-    this.#checkpoint = undefined
     const { identity } = root
     this.#freshQueue = [{ id: ROOT_ID, parent: 0, name: NO_NAME, path: '' as TreePath, identity, isDirty }]
   }
@@ -561,12 +578,15 @@ export class TargetSession {
     const unfinished = await this.#openJournal()
     this.#delivered = []
     const { target, signal, upperFd } = this.#request
-    if (target.delivery.mode === 'encoded') {
-      // Its connection may be gone, and what it held back with it.
+    // A connection may be gone, and what it held back with it; a mount may be another one.
+    if (target.isThere?.() !== true) {
+      const session = this.#session
+      this.#session = 0
+      await workers.close(session)
       await target.close()
-      const state = await target.open(signal)
-      this.#checkpoint = state.checkpoint
-      if (!(await this.#believe(state.checkpoint, state.isEmpty, unfinished.length > 0))) {
+      const state = await target.open(signal, true)
+      this.#take(state)
+      if (!(await this.#believe(state.checkpoint, state.isEmpty, unfinished.length > 0, false))) {
         await this.#journal.clear()
         await this.#beginAnew(rowOf(NO_NAME, rawStatFd(upperFd)), !state.isEmpty)
         this.#isBroken = false

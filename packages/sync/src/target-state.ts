@@ -31,7 +31,6 @@ import {
   setXattr,
   statAt,
   statFd,
-  syncFileSystem,
   tryLink,
   tryLock,
   tryRename,
@@ -54,6 +53,24 @@ export class TargetStateDamagedError extends LsyncError {
   }
 }
 
+/** The directory that was a target is not there: not mounted, something lies over it, or it was removed. Nothing was made. */
+export class TargetGoneError extends LsyncError {
+  constructor(path: string, why: string) {
+    super('TARGET_GONE', `${printable(path)} ${why}`, {
+      path,
+      hint: 'mount it, or bring it back; if it is gone for good, start anew with --adopt',
+    })
+  }
+}
+
+/** How a target is opened. */
+export interface OpenPlace {
+  /** Makes the directory if it is missing; its parent must be there. */
+  readonly create: boolean
+  /** It was synced before: where it does not say so, it is another directory, and stays as it is. */
+  readonly isKnown?: boolean
+}
+
 const CHECKPOINT = 'checkpoint' as ByteString
 const CHECKPOINT_NEW = 'checkpoint.new' as ByteString
 const STAGE = 'stage' as ByteString
@@ -74,10 +91,20 @@ export class TargetPlace {
   /** Where the state lies. */
   readonly statePath: HostPath
   readonly #stateFd: number
+  /** Opens whatever has the target's path now. */
+  readonly #find: () => number
   #next: number
 
-  private constructor(rootFd: number, stateFd: number, stageFd: number, statePath: HostPath, isInside: boolean) {
+  private constructor(
+    rootFd: number,
+    stateFd: number,
+    stageFd: number,
+    statePath: HostPath,
+    isInside: boolean,
+    find: () => number,
+  ) {
     this.rootFd = rootFd
+    this.#find = find
     this.#stateFd = stateFd
     this.stageFd = stageFd
     this.statePath = statePath
@@ -92,67 +119,75 @@ export class TargetPlace {
   }
 
   /**
-   * Opens a directory as a target; with `create`, makes it if it is missing (its parent must be there).
+   * Opens a directory as a target.
    * @throws {TargetBusyError} if another process has it
+   * @throws {TargetGoneError} if it is known and not there
    * @throws {TargetStateDamagedError} if somebody else could have written the state
    */
-  static open(path: HostPath, options: { readonly create: boolean }): TargetPlace {
+  static open(path: HostPath, options: OpenPlace): TargetPlace {
     const { parent } = placeOfState(path)
-    const rootFd = openTarget(path, options.create)
-    return withFd(openRoot(parent), (parentFd) => TargetPlace.#open(rootFd, parentFd, path))
+    const rootFd = openTarget(path, options)
+    const find = () => openRoot(path)
+    return withFd(openRoot(parent), (parentFd) => TargetPlace.#open({ rootFd, parentFd, path, find }, options))
   }
 
   /**
    * As `open`, for a directory that somebody else names: `name` in the directory `parentFd`, and no symlink. `path` is
-   * what messages call it.
+   * what messages call it, and `find` opens whatever has it later.
    */
   static openAt(
     parentFd: number,
     name: ByteString,
     path: HostPath,
-    { create }: { readonly create: boolean },
+    find: () => number,
+    options: OpenPlace,
   ): TargetPlace {
     // Nobody sees it before it has the mode of the upper.
-    if (create && tryStatAt(parentFd, name) === undefined) makeDirectory(parentFd, name, 0o700)
-    return TargetPlace.#open(openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), parentFd, path)
+    if (options.create && tryStatAt(parentFd, name) === undefined) makeDirectory(parentFd, name, 0o700)
+    const rootFd = openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    return TargetPlace.#open({ rootFd, parentFd, path, find }, options)
   }
 
   /** What a target holds durably, without taking it, waiting for who has it, or changing anything. */
   static peek(parentFd: number, name: ByteString, path: HostPath): Checkpoint | undefined {
-    return withFd(openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (rootFd) => {
-      const inside = namesIn(rootFd).filter((entry) => STATE_INSIDE.test(entry))
-      const places: readonly (readonly [number, ByteString])[] = [
-        [parentFd, placeOfState(path).name],
-        ...inside.map((entry) => [rootFd, entry] as const),
-      ]
-      for (const [dirfd, entry] of places) {
-        if (tryStatAt(dirfd, entry)?.isDirectory !== true) continue
-        const stateFd = openat(dirfd, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-        const found = withFd(stateFd, () => {
-          assertOwn(stateFd, `${path}/${entry}`)
-          return readCheckpoint(stateFd, `${path}/${entry}`)
-        })
-        if (found !== undefined) return found.checkpoint
-      }
-      return undefined
-    })
+    return withFd(openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (rootFd) =>
+      findCheckpoint(path, rootFd, parentFd),
+    )
   }
 
-  static #open(rootFd: number, parentFd: number, path: HostPath): TargetPlace {
+  static #open({ rootFd, parentFd, path, find }: FoundTarget, { isKnown = false }: OpenPlace): TargetPlace {
     try {
+      if (isKnown && findCheckpoint(path, rootFd, parentFd) === undefined) {
+        throw new TargetGoneError(path, 'was synced before and does not know it: it may not be mounted')
+      }
       const beside = openBeside(path, rootFd, parentFd)
-      if (beside !== undefined) return new TargetPlace(rootFd, beside.fd, beside.stageFd, beside.path, false)
+      if (beside !== undefined) return new TargetPlace(rootFd, beside.fd, beside.stageFd, beside.path, false, find)
       const inside = openInside(path, rootFd)
-      return new TargetPlace(rootFd, inside.fd, inside.stageFd, inside.path, true)
+      return new TargetPlace(rootFd, inside.fd, inside.stageFd, inside.path, true, find)
     } catch (error) {
       close(rootFd)
       throw error
     }
   }
 
-  /** What was written so far is durable when it returns. */
-  sync(): void {
-    syncFileSystem(this.rootFd, this.statePath)
+  /**
+   * Makes sure that the target is still what its path names, and through the same mount: what is written elsewhere, nobody
+   * would find there.
+   * @throws {TargetGoneError}
+   */
+  assertThere(): void {
+    let fd: number
+    try {
+      fd = this.#find()
+    } catch (cause) {
+      if (errnoOf(cause) === undefined && !(cause instanceof LsyncError)) throw cause
+      throw new TargetGoneError(this.statePath, 'belongs to a target that cannot be found any more')
+    }
+    withFd(fd, () => {
+      const [now, then] = [statFd(fd), statFd(this.rootFd)]
+      if (now.dev === then.dev && now.ino === then.ino && now.mountId === then.mountId) return
+      throw new TargetGoneError(this.statePath, 'belongs to a target whose place another directory has now')
+    })
   }
 
   /**
@@ -180,11 +215,43 @@ export class TargetPlace {
   }
 }
 
-function openTarget(path: HostPath, create: boolean): number {
+interface FoundTarget {
+  readonly rootFd: number
+  readonly parentFd: number
+  readonly path: HostPath
+  readonly find: () => number
+}
+
+/** What the state of a target holds, in the place where it would be opened; changes nothing. */
+function findCheckpoint(path: HostPath, rootFd: number, parentFd: number): Checkpoint | undefined {
+  const inside = namesIn(rootFd).filter((entry) => STATE_INSIDE.test(entry))
+  const places: (readonly [number, ByteString])[] = inside.map((entry) => [rootFd, entry] as const)
+  if (hasPlaceBeside(rootFd, parentFd)) places.unshift([parentFd, placeOfState(path).name])
+  for (const [dirfd, entry] of places) {
+    if (tryStatAt(dirfd, entry)?.isDirectory !== true) continue
+    const stateFd = openat(dirfd, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
+    const found = withFd(stateFd, () => {
+      assertOwn(stateFd, `${path}/${entry}`)
+      return readCheckpoint(stateFd, `${path}/${entry}`)
+    })
+    if (found !== undefined) return found.checkpoint
+  }
+  return undefined
+}
+
+/** Whether a rename could lead from a directory beside a target into it. */
+function hasPlaceBeside(rootFd: number, parentFd: number): boolean {
+  const root = statFd(rootFd)
+  return !root.isMountRoot && statFd(parentFd).mountId === root.mountId
+}
+
+function openTarget(path: HostPath, { create, isKnown = false }: OpenPlace): number {
   try {
     return openRoot(path)
   } catch (error) {
-    if (!create || errnoOf(error) !== 'ENOENT') throw error
+    if (errnoOf(error) !== 'ENOENT') throw error
+    if (isKnown) throw new TargetGoneError(path, 'was synced before and does not exist: it may not be mounted')
+    if (!create) throw error
   }
   makeDirectory(AT_FDCWD, path, 0o700)
   return openRoot(path)
@@ -198,9 +265,7 @@ interface OpenState {
 
 function openBeside(path: HostPath, rootFd: number, parentFd: number): OpenState | undefined {
   const { parent, name } = placeOfState(path)
-  const root = statFd(rootFd)
-  const around = statFd(parentFd)
-  if (root.isMountRoot || around.mountId !== root.mountId) return undefined
+  if (!hasPlaceBeside(rootFd, parentFd)) return undefined
   let fd: number
   try {
     fd = openOrMake(parentFd, name)

@@ -30,9 +30,13 @@ export function openServed(root: HostPath, path: ByteString, create: boolean): T
   return withParent(root, path, (fd, name) =>
     // What is made in it is made durable through it, which O_PATH does not allow.
     withFd(openat(fd, '.' as ByteString, O_RDONLY | O_DIRECTORY), (parentFd) =>
-      TargetPlace.openAt(parentFd, name, pathOf(root, path), { create }),
+      TargetPlace.openAt(parentFd, name, pathOf(root, path), () => find(root, path), { create }),
     ),
   )
+}
+
+function find(root: HostPath, path: ByteString): number {
+  return withParent(root, path, (fd, name) => openat(fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW))
 }
 
 /** What that target holds durably; changes nothing. */

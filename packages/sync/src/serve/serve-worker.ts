@@ -87,6 +87,7 @@ function run(job: ServeJob): ServeResult {
     case 'barrier':
       for (const lane of lanes.values()) lane.disown()
       if (target !== undefined) syncFileSystem(target.rootFd, '')
+      place?.assertThere()
       if (job.checkpoint !== undefined) place?.storeCheckpoint(job.checkpoint, job.nextStage)
       return NOTHING
     case 'end':

@@ -1,4 +1,4 @@
-import { type HostPath, printable, syncFileSystemAsync } from '@lsync/posix'
+import { type HostPath, LsyncError, printable, syncFileSystemAsync } from '@lsync/posix'
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
 import { TargetPlace } from '../target-state.ts'
@@ -20,10 +20,20 @@ export class LocalTarget implements Target {
     return { mode: 'direct', rootFd, stageFd }
   }
 
-  async open(signal: AbortSignal): Promise<TargetState> {
+  async open(signal: AbortSignal, isKnown = false): Promise<TargetState> {
     signal.throwIfAborted()
-    this.#place = TargetPlace.open(this.#path, { create: true })
+    this.#place = TargetPlace.open(this.#path, { create: !isKnown, isKnown })
     return this.#place.state
+  }
+
+  isThere(): boolean {
+    try {
+      this.#place?.assertThere()
+      return this.#place !== undefined
+    } catch (error) {
+      if (!(error instanceof LsyncError)) throw error
+      return false
+    }
   }
 
   deliver(): Promise<readonly Failure[]> {
@@ -33,6 +43,7 @@ export class LocalTarget implements Target {
   async barrier(checkpoint?: Checkpoint): Promise<void> {
     const place = this.#opened
     await syncFileSystemAsync(place.rootFd, this.#path)
+    place.assertThere()
     if (checkpoint !== undefined) place.storeCheckpoint(checkpoint)
   }
 

@@ -13,6 +13,7 @@ import {
   encodeDescribe,
   encodePath,
 } from '../protocol/message.ts'
+import { TargetGoneError } from '../target-state.ts'
 import { ClientSession, type SessionOptions } from './client-session.ts'
 import type { Target, TargetState } from './target.ts'
 
@@ -41,10 +42,21 @@ export class RemoteTarget implements Target {
     this.#request = request
   }
 
-  async open(signal: AbortSignal): Promise<TargetState> {
+  async open(signal: AbortSignal, isKnown = false): Promise<TargetState> {
     const session = await this.#connect(signal)
     this.#session = session
+    // To be opened, it would be made.
+    if (isKnown) await this.#assertKnown(session)
     return decodeState(await session.request(FRAME.open, encodePath(this.#request.path)))
+  }
+
+  async #assertKnown(session: ClientSession): Promise<void> {
+    const status = await session.request(FRAME.status, encodePath(this.#request.path)).catch((cause: unknown) => {
+      if ((cause as { code?: unknown }).code !== 'SERVED_PATH') throw cause
+      throw new TargetGoneError(this.description, 'was synced before and cannot be found there any more')
+    })
+    if (decodeCheckpoint(status) !== undefined) return
+    throw new TargetGoneError(this.description, 'was synced before and does not know it: it may not be mounted there')
   }
 
   /** What the target holds durably, asked without taking it. */

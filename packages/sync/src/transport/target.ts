@@ -42,7 +42,13 @@ export interface Target {
   readonly delivery:
     | { readonly mode: 'direct'; readonly rootFd: number; readonly stageFd: number }
     | { readonly mode: 'encoded' }
-  open(signal: AbortSignal): Promise<TargetState>
+  /** `isKnown`: it was synced before. Where it does not say so, it is not what it was, and nothing is made there. */
+  open(signal: AbortSignal, isKnown?: boolean): Promise<TargetState>
+  /**
+   * Whether its path still leads to what was opened; else it is to be closed and opened again. Absent where a connection
+   * that is lost says so.
+   */
+  isThere?(): boolean
   /**
    * Carries out encoded operations in their order within one lane; lanes are independent of each other. Resolves when
    * they were carried out (not yet durable) with those that failed. Back-pressure: a call may wait before it takes more.
