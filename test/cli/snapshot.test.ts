@@ -5,7 +5,7 @@ import { hostPath } from '@lsync/posix'
 import { LocalBackend, Repository, RepositoryLock } from '@lsync/snapshot'
 import { describe, expect, test } from 'vitest'
 import { CHEAP } from '../support/repository.ts'
-import { freshDirectory, jsonLines, lsync, type Outcome, stable } from './lsync.ts'
+import { bash, freshDirectory, jsonLines, lsync, type Outcome, stable } from './lsync.ts'
 
 const PASSWORD = 'secret'
 
@@ -89,6 +89,25 @@ describe('lsync snapshot', () => {
       code: 1,
       stderr: expect.stringContaining('ARCHIVE_BROKEN'),
     })
+  })
+
+  test('restores in another form, to a path or to a pipe', async () => {
+    const { directory, run, path } = await small()
+    const env = { LSYNC_PASSWORD: PASSWORD, LSYNC_REPOSITORY: path }
+    const line = 'lsync snapshot restore latest --as oci --compression gzip | tar -tz'
+    expect(bash(line, { env, cwd: directory })).toEqual({ stdout: './\na\nd/\nd/n\\n\nl\n', stderr: '', code: 0 })
+    expect(run('restore', 'latest', 'up', '--as', 'kernel-user', '--namespace', 'user')).toMatchObject({
+      stdout: expect.stringMatching(/^restored [0-9a-f]{8} to .*\/up as kernel-user: 5 entries, 5 B\n$/),
+      code: 0,
+    })
+    expect(readFileSync(`${directory}/up/a`, 'utf8')).toBe('first')
+    expect(run('restore', 'latest', 'up', '--as', 'plain')).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining('OUTPUT_EXISTS'),
+    })
+    expect(run('restore', 'latest', '--as', 'plain')).toMatchObject({ code: 2 })
+    expect(run('restore', 'latest', '--as', 'tar', '--delete')).toMatchObject({ code: 2 })
+    expect(run('restore', 'latest')).toMatchObject({ code: 2, stderr: expect.stringContaining('use --as') })
   })
 
   test('saves what a stack shows, without a mount', async () => {

@@ -20,9 +20,11 @@ export {
   convertLayer,
   exportLayer,
   importLayer,
+  isArchiveForm,
   type LayerForm,
+  type LayerReader,
 } from './encodings/convert.ts'
-export { LimitExceededError } from './encodings/errors.ts'
+export { LayerEntryRefusedError, LimitExceededError } from './encodings/errors.ts'
 export {
   ACL_ACCESS,
   ACL_DEFAULT,
@@ -37,7 +39,7 @@ export {
   writeMeta,
 } from './encodings/inode.ts'
 export type { LayerItem } from './encodings/item.ts'
-export { decodeKernelInode, marksOf, type RawInode } from './encodings/kernel.ts'
+export { decodeKernelInode, marksOf, plainEntry, type RawInode } from './encodings/kernel.ts'
 export type { EntryPolicy } from './encodings/policy.ts'
 export { dataName } from './encodings/portable.ts'
 export {
@@ -47,12 +49,13 @@ export {
   readPortableTree,
   writeManifest,
 } from './encodings/portable-tree.ts'
-export { piecesOf, type Spool } from './encodings/spool.ts'
+export { DirectorySpool, piecesOf, type Spool } from './encodings/spool.ts'
 export { readTarLayer, type TarReadOptions } from './encodings/tar.ts'
 export { TargetBusyError } from './journal.ts'
 export * from './merge.ts'
 export type { Entry, Meta, Xattr } from './model/entry.ts'
 export { isMark, MARKS, type MarkNames, type Namespace } from './model/marks.ts'
+export type { EntryPath } from './model/path.ts'
 export type { PlanEnd, PlanHeader, PlanRecord, Step } from './model/plan.ts'
 export * from './portable-plan.ts'
 export * from './problems.ts'

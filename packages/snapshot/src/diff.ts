@@ -69,7 +69,11 @@ async function* diffNodes(
   }
 }
 
-function changeOf(before: TreeNode | undefined, after: TreeNode | undefined): SnapshotChange['change'] | undefined {
+/** What happened to a node, if anything did. */
+export function changeOf(
+  before: TreeNode | undefined,
+  after: TreeNode | undefined,
+): SnapshotChange['change'] | undefined {
   if (before === undefined) return after === undefined ? undefined : 'added'
   if (after === undefined) return 'removed'
   if (before.type !== after.type) return 'type'

@@ -4,6 +4,7 @@ import { isMatched, parsePatterns } from './model/exclude.ts'
 import type { NodeType } from './model/mode.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import { ObjectTable } from './object-table.ts'
+import { readAhead } from './read-ahead.ts'
 import type { Repository } from './repository.ts'
 import type { Located } from './select.ts'
 import { type ShownNode, visitTrees, walkTree } from './walk.ts'
@@ -57,7 +58,7 @@ export async function* dumpFile(
   signal?: AbortSignal,
 ): AsyncGenerator<Buffer> {
   if (node?.content === undefined) throw new ContentNoneError(path)
-  for (const id of node.content) yield await repository.readObject('data', id, signal)
+  yield* readAhead(repository, node.content, signal)
 }
 
 /** What some snapshots hold and take. */

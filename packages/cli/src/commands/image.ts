@@ -8,6 +8,7 @@ import {
   parseSnapshotName,
   type Repository,
   type RunConfig,
+  type SnapshotForm,
 } from '@lsync/snapshot'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../examples.ts'
@@ -117,7 +118,9 @@ function defineExport(command: Command, session: Session): void {
     .option('--base <name>', 'the image of the layout that the layers lie on; its layers, config and history are kept')
     .option('--base-layout <dir>', 'the layout that has it, if another', pathArgument)
     .option('--platform <os/arch>', 'the platform of the base, if it has several (default: this machine)')
-    .addOption(new Option('--form <form>', 'what a single layer is, if no kernel layer').choices(FORMS))
+    .addOption(
+      new Option('--form <form>', 'what a single layer (or the snapshot) is, if no kernel layer').choices(FORMS),
+    )
     .option('--entrypoint <word>', 'a word of the command that is always run; may come more than once', wordsOf)
     .option('--cmd <word>', 'a word of the command, or of its arguments; may come more than once', wordsOf)
     .option('--env <NAME=value>', 'a variable; may come more than once', pairsOf)
@@ -154,7 +157,7 @@ async function runExport(layout: HostPath, layers: HostPath[], options: ExportOp
       : await withRepository(options, session, async (repository) => {
           const version = await versionOf(repository, snapshot, session)
           const before = since === undefined ? {} : { since: await versionOf(repository, since, session) }
-          return exportSnapshot({ ...request, repository, version, ...before })
+          return exportSnapshot({ ...request, repository, version, ...before, form: snapshotFormOf(options) })
         })
   for (const loss of report.losses) warnOfLoss(loss, session)
   session.output.data(
@@ -164,6 +167,13 @@ async function runExport(layout: HostPath, layers: HostPath[], options: ExportOp
       return `made ${report.ref} in ${printable(layout)}: ${report.digest}, ${countOf(report.layers)} layers\nthe new one: ${countOf(layer.entries)} entries, ${sizeOf(layer.bytes)} as ${layer.digest}`
     },
   )
+}
+
+function snapshotFormOf({ form, namespace }: ExportOptions): SnapshotForm {
+  if (form === undefined) return namespace
+  if (form === 'plain') return 'plain'
+  if (form === 'kernel-user' || form === 'kernel-trusted') return form === 'kernel-user' ? 'user' : 'trusted'
+  throw new UsageError(`a snapshot cannot be read in the form ${form}`, 'name plain, kernel-trusted or kernel-user')
 }
 
 /** All but what becomes the layer. */

@@ -99,9 +99,18 @@ interface ArchiveOptions {
   readonly sparse?: boolean
 }
 
+/** A layer that comes item by item from whoever has it. */
+export interface LayerReader {
+  /**
+   * Each directory before its content, and its whiteouts before the rest. Attributes are escaped as `fromForm` has them.
+   * `spool` is a place for data, on the volume of the result if it is a directory; what is put there may be taken.
+   */
+  readItems(spool: DirectorySpool): AsyncIterable<LayerItem>
+}
+
 export interface ConvertRequest extends CommonOptions, ArchiveOptions {
-  /** A directory, an archive, or the bytes of an archive. */
-  readonly from: HostPath | AsyncIterable<Uint8Array>
+  /** A directory, an archive, the bytes of an archive, or what has the items. */
+  readonly from: HostPath | AsyncIterable<Uint8Array> | LayerReader
   readonly fromForm: LayerForm
   /** Must not exist, or be an empty directory. */
   readonly to: HostPath | Writable
@@ -154,7 +163,7 @@ export function importLayer({ form, toForm, ...request }: ImportRequest): Promis
 }
 
 export interface ExportRequest extends CommonOptions, ArchiveOptions {
-  readonly from: HostPath
+  readonly from: HostPath | LayerReader
   readonly form: LayerForm
   /** What `from` is. Default: a kernel layer in `namespace`. */
   readonly fromForm?: LayerForm
@@ -228,10 +237,10 @@ class Conversion {
   }
 
   async toStream(stream: Writable): Promise<ConvertReport> {
-    const { toForm, fromForm } = this.#request
+    const { toForm, fromForm, from } = this.#request
     if (!isArchiveForm(toForm)) throw new TypeError(`the form ${toForm} is a directory, and cannot go to a stream`)
     const write = (chunks: AsyncIterable<Uint8Array>) => pipeline(Readable.from(chunks, { objectMode: false }), stream)
-    if (!isArchiveForm(fromForm)) return this.#report(await this.#writeArchive(undefined, write))
+    if (!isArchiveForm(fromForm) && !isReader(from)) return this.#report(await this.#writeArchive(undefined, write))
     const spoolParent = openRoot(hostPath(tmpdir()))
     try {
       return await inScratch(spoolParent, async (fd) => this.#report(await this.#writeArchive(fd, write)))
@@ -361,6 +370,10 @@ class Conversion {
 
   async *#items(scratchFd: number | undefined): AsyncGenerator<LayerItem> {
     const { from, fromForm, namespace } = this.#request
+    if (isReader(from)) {
+      yield* withSpool(scratchFd, (fd) => from.readItems(new DirectorySpool(fd)))
+      return
+    }
     if (isArchiveForm(fromForm)) {
       yield* this.#archiveItems(scratchFd)
       return
@@ -387,34 +400,53 @@ class Conversion {
 
   async *#archiveItems(scratchFd: number | undefined): AsyncGenerator<LayerItem> {
     const { from, fromForm, namespace, limits, signal, beneath = [], onProgress } = this.#request
-    if (scratchFd === undefined) throw new Error('an archive needs a place for its files')
-    makeDirectory(scratchFd, SPOOL, 0o700)
-    const spoolFd = openDirectory(scratchFd, SPOOL)
+    if (isReader(from)) throw new TypeError('items are no archive')
     const beneathFds = beneath.map((path) => openRoot(path))
     const opened = typeof from === 'string' ? createReadStream(Buffer.from(from, 'latin1')) : undefined
     const source = opened ?? (from as AsyncIterable<Uint8Array>)
+    const losses = this.#onLoss
     let members = 0
+    const onMember = (path: ByteString, bytes: number) => {
+      members++
+      if (onProgress === undefined || performance.now() < this.#turnEnd) return
+      onProgress({ phase: 'read', entries: members, bytes, path })
+      this.#turnEnd = performance.now() + TURN_MS
+    }
     try {
-      const { index } = await readTarLayer(source, {
-        form: fromForm === 'oci' ? 'oci' : (namespaceOf(fromForm, namespace) ?? 'plain'),
-        spool: new DirectorySpool(spoolFd),
-        onLoss: this.#onLoss,
-        ...(limits === undefined ? {} : { limits }),
-        ...(signal === undefined ? {} : { signal }),
-        ...(beneath.length === 0 ? {} : { impliedMeta: (path) => metaBeneath(beneathFds, path) }),
-        onMember: (path, bytes) => {
-          members++
-          if (onProgress === undefined || performance.now() < this.#turnEnd) return
-          onProgress({ phase: 'read', entries: members, bytes, path })
-          this.#turnEnd = performance.now() + TURN_MS
-        },
+      yield* withSpool(scratchFd, async function* (spoolFd) {
+        const { index } = await readTarLayer(source, {
+          form: fromForm === 'oci' ? 'oci' : (namespaceOf(fromForm, namespace) ?? 'plain'),
+          spool: new DirectorySpool(spoolFd),
+          onLoss: losses,
+          ...(limits === undefined ? {} : { limits }),
+          ...(signal === undefined ? {} : { signal }),
+          ...(beneath.length === 0 ? {} : { impliedMeta: (path: EntryPath) => metaBeneath(beneathFds, path) }),
+          onMember,
+        })
+        yield* index.items(ORDER)
       })
-      yield* index.items(ORDER)
     } finally {
       opened?.destroy()
-      close(spoolFd)
       for (const fd of beneathFds) close(fd)
     }
+  }
+}
+
+function isReader(from: ConvertRequest['from']): from is LayerReader {
+  return typeof from !== 'string' && 'readItems' in from
+}
+
+async function* withSpool(
+  scratchFd: number | undefined,
+  items: (spoolFd: number) => AsyncIterable<LayerItem>,
+): AsyncGenerator<LayerItem> {
+  if (scratchFd === undefined) throw new Error('there is no place for the data of files')
+  makeDirectory(scratchFd, SPOOL, 0o700)
+  const fd = openDirectory(scratchFd, SPOOL)
+  try {
+    yield* items(fd)
+  } finally {
+    close(fd)
   }
 }
 

@@ -1,4 +1,4 @@
-import { type ByteString, close, errnoOf, truncate, tryRename, writeAt } from '@lsync/posix'
+import { type ByteString, close, errnoOf, truncate, tryRename, tryUnlink, writeAt } from '@lsync/posix'
 import { LayerEntryRefusedError } from './errors.ts'
 import { openNew, openRegular } from './inode.ts'
 import type { LayerItem } from './item.ts'
@@ -22,13 +22,23 @@ export class DirectorySpool implements Spool {
   }
 
   async put(number: number, member: TarMember, body: AsyncIterable<Uint8Array>): Promise<void> {
-    const fd = openNew(this.#fd, spoolName(number))
+    const fd = this.create(number)
     try {
       for await (const { offset, bytes } of piecesOf(member, body)) writeAt(fd, offset, bytes, member.name)
       if (member.segments !== undefined) setSize(fd, member)
     } finally {
       close(fd)
     }
+  }
+
+  /** An open, empty file for data. Whoever asked for it closes it. */
+  create(number: number): number {
+    return openNew(this.#fd, spoolName(number))
+  }
+
+  /** Removes the data, unless it was taken. */
+  drop(number: number): void {
+    tryUnlink(this.#fd, spoolName(number))
   }
 
   dataOf(number: number): Pick<LayerItem, 'openContent' | 'takeContent'> {

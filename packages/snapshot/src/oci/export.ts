@@ -2,6 +2,7 @@ import {
   type ConvertProgress,
   exportLayer,
   type LayerForm,
+  type LayerReader,
   merge,
   type Namespace,
   RequestInvalidError,
@@ -34,6 +35,8 @@ export interface RunConfig {
 export interface ImageExportRequest {
   /** Top first. More than one are folded into one before. */
   readonly layers: readonly HostPath[]
+  /** What has the items of the layer, in the place of `layers`. */
+  readonly reader?: LayerReader
   /** What a single layer is. Default: a kernel layer in `namespace`. */
   readonly form?: LayerForm
   /** Whose marks count. Default `trusted`. */
@@ -78,11 +81,12 @@ export interface ImageExportReport {
 export async function exportImage(request: ImageExportRequest): Promise<ImageExportReport> {
   const { layers, signal, ref = 'latest' } = request
   signal?.throwIfAborted()
-  if (layers.length === 0) throw new RequestInvalidError('an image is made of a layer at least', 'name a layer')
+  if (layers.length === 0 && request.reader === undefined)
+    throw new RequestInvalidError('an image is made of a layer at least', 'name a layer')
   const layout = ImageLayout.create(request.layout)
   try {
     const base = await takeBase(request, layout)
-    const made = await withOneLayer(request, layout, (path, form) => exportInto(request, layout, path, form))
+    const made = await withOneLayer(request, layout, (from, form) => exportInto(request, layout, from, form))
     const config = layout.writeDocument(CONFIG_TYPE, configOf(request, base?.config, made.layer.diffId))
     const manifest = layout.writeDocument(MANIFEST_TYPE, {
       schemaVersion: 2,
@@ -118,9 +122,10 @@ async function takeBase({ base, signal }: ImageExportRequest, layout: ImageLayou
 async function withOneLayer<T>(
   request: ImageExportRequest,
   layout: ImageLayout,
-  use: (path: HostPath, form: LayerForm | undefined) => Promise<T>,
+  use: (from: HostPath | LayerReader, form: LayerForm | undefined) => Promise<T>,
 ): Promise<T> {
   const { namespace, base, signal } = request
+  if (request.reader !== undefined) return use(request.reader, request.form)
   const [upper, ...lowers] = request.layers as [HostPath, ...HostPath[]]
   if (lowers.length === 0) return use(upper, request.form)
   const name = `.lsync-export-${randomHex(8)}` as ByteString
@@ -144,7 +149,12 @@ async function withOneLayer<T>(
   }
 }
 
-async function exportInto(request: ImageExportRequest, layout: ImageLayout, from: HostPath, form?: LayerForm) {
+async function exportInto(
+  request: ImageExportRequest,
+  layout: ImageLayout,
+  from: HostPath | LayerReader,
+  form?: LayerForm,
+) {
   const { namespace, compression = 'gzip', level, lossy, signal, onProgress } = request
   const { name, path } = layout.temporaryBlob()
   try {
