@@ -1,4 +1,4 @@
-import { existsSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { expect, test } from 'vitest'
 import { freshDirectory, jsonLines, lsync, startLsync } from './lsync.ts'
@@ -46,10 +46,34 @@ test('a running sync answers flush, pause, resume and status, lets no second one
   expect(lsync(args('resume', upper)).code).toBe(0)
   writeFileSync(`${upper}/d/last`, 'at the end')
   child.kill('SIGTERM')
-  const { stdout } = await ended
+  const { stdout, code } = await ended
+  expect(code).toBe(0)
   expect(jsonLines(stdout).at(-1)).toMatchObject({ type: 'done' })
   for (const name of ['h', 'last']) expect(existsSync(`${target}/d/${name}`)).toBe(true)
   expect(existsSync(socket)).toBe(false)
+})
+
+test('Ctrl-C ends a sync as it ends everything else, and a signal in a first pass stops it at a checkpoint', async () => {
+  const { upper, target, args } = site()
+  for (let index = 0; index < 400; index++) {
+    mkdirSync(`${upper}/${index}`)
+    for (let file = 0; file < 5; file++) writeFileSync(`${upper}/${index}/${file}`, 'content')
+  }
+  // Twenty seconds for a first pass at this rate.
+  const { child, ended } = startLsync(args(upper, target, '--json', '--iops', '100'))
+  const hasBegun = () => existsSync(target) && readdirSync(target).some((name) => existsSync(`${target}/${name}/4`))
+  while (!hasBegun() && child.exitCode === null) await sleep(20)
+  writeFileSync(`${upper}/d/f`, 'changed')
+  child.kill('SIGINT')
+  const { stdout, code } = await ended
+  expect(code).toBe(130)
+  const last = jsonLines(stdout).at(-1) as { queuedDirectories: number }
+  expect(last.queuedDirectories).toBeGreaterThan(100)
+  expect(readFileSync(`${target}/d/f`, 'utf8')).toBe('changed')
+  const { stdout: again } = lsync(args(upper, target, '--once', '--json'))
+  const { bytes } = jsonLines(again).at(-1) as { bytes: number }
+  expect(bytes).toBeLessThan(2000 * 7)
+  expect(readdirSync(target)).toHaveLength(401)
 })
 
 test.each([

@@ -14,10 +14,13 @@ export class UsageError extends LsyncError {
 
 /** SIGINT or SIGTERM came. The reason of the signal that every operation gets. */
 export class InterruptedError extends LsyncError {
+  readonly signal: string
+
   constructor(signal: string) {
     super('INTERRUPTED', `stopped by ${signal}`, {
       hint: '`lsync recover DIR` finishes or rolls back what had begun on DIR',
     })
+    this.signal = signal
   }
 }
 

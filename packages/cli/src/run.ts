@@ -17,8 +17,7 @@ export async function runCli(): Promise<ExitCode> {
     command = nameOf(program, args)
     await program.parseAsync(args, { from: 'user' })
     session.output.flush()
-    // What was left unread was left out, too.
-    return session.signal.aborted && session.exitCode === EXIT.done ? EXIT.interrupted : session.exitCode
+    return session.finalCode
   } catch (error) {
     if (isHelp(error)) return EXIT.done
     const failure = failureOf(session.signal.aborted ? session.signal.reason : error, command)

@@ -7,6 +7,7 @@ export class Session {
   readonly output: Output
   exitCode: ExitCode = EXIT.done
   readonly #abort = new AbortController()
+  #hasObeyed = false
 
   constructor(isJson: boolean) {
     this.output = new Output(isJson)
@@ -31,6 +32,19 @@ export class Session {
     })
     // A merge does not stop because nobody sees its progress any more.
     process.stderr.on('error', () => undefined)
+  }
+
+  /** It was told to end, and has. Ends with 0 where that came from a service manager (SIGTERM), not from a terminal. */
+  obey(): void {
+    const { reason } = this.signal
+    this.#hasObeyed = reason instanceof InterruptedError && reason.signal === 'SIGTERM'
+  }
+
+  /** What the run ends with when nothing was thrown. */
+  get finalCode(): ExitCode {
+    // What was left unread was left out, too.
+    const isCut = this.signal.aborted && !this.#hasObeyed
+    return isCut && this.exitCode === EXIT.done ? EXIT.interrupted : this.exitCode
   }
 
   /** Ends with 3: done, but not everything is as it should be. */

@@ -177,6 +177,7 @@ export class Sync {
   #isStopped = false
   /** Barriers that somebody waits for, paused or not. */
   #flushes = 0
+  #isEnding = false
   #stopping: Promise<void> | undefined
 
   constructor(request: SyncRequest) {
@@ -282,13 +283,17 @@ export class Sync {
     }
   }
 
-  /** Ends the sync, with a last barrier before if so wished. What was not carried over is found at the next start. */
+  /**
+   * Ends the sync, with a last barrier before if so wished: for all that changed. A first pass is not brought to its end for
+   * that; it stops at a checkpoint and goes on at the next start, which also finds what was not carried over.
+   */
   stop(options: { readonly flush?: boolean } = {}): Promise<void> {
     this.#stopping ??= this.#stop(options.flush === true)
     return this.#stopping
   }
 
   async #stop(flush: boolean): Promise<void> {
+    this.#isEnding = true
     try {
       if (flush) await this.flush()
     } finally {
@@ -361,7 +366,7 @@ export class Sync {
       checkpointMs: this.#request.checkpointMs ?? CHECKPOINT_MS,
       tickMs: this.#tickMs,
       maxLagMs: this.#maxLagMs,
-      isHeld: () => this.#isPaused && this.#flushes === 0,
+      isHeld: () => this.#isEnding || (this.#isPaused && this.#flushes === 0),
       signal: this.#abort.signal,
     })
     const { description } = target

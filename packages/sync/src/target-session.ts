@@ -285,19 +285,19 @@ export class TargetSession {
   /** Whether a round would find something to do now. */
   get hasWork(): boolean {
     const now = performance.now()
-    return this.#isUnsettled || [...this.#retries.values()].some(({ dueAt }) => dueAt <= now)
+    return this.#isUnsettled || this.#isPassing || [...this.#retries.values()].some(({ dueAt }) => dueAt <= now)
   }
 
+  /** Something but a pass is left to do. */
   get #isUnsettled(): boolean {
     return (
       this.#dirty.size > 0 ||
       this.#isScanDue ||
       this.#isBroken ||
       this.#rescans.size > 0 ||
-      this.#later.size > 0 ||
-      this.#laterRescans.size > 0 ||
-      this.#unknown.size > 0 ||
-      this.#isPassing
+      // While a pass goes on, they wait for its end.
+      (!this.#isPassing && this.#later.size + this.#laterRescans.size > 0) ||
+      this.#unknown.size > 0
     )
   }
 
@@ -364,7 +364,7 @@ export class TargetSession {
     if (this.#isBroken) await this.#redo()
     do {
       this.#hasYielded = false
-      if (this.#isPassing) {
+      if (this.#isPassing && !this.#request.isHeld()) {
         this.#phase = 'first pass'
         // A pass from the root on reads everything from now on, and more than that no comparison could find.
         if (this.#freshQueue.some(({ id }) => id === ROOT_ID)) this.#isScanDue = false
@@ -376,7 +376,7 @@ export class TargetSession {
     if (this.#checkpoint !== undefined && this.#checkpoint.sequence !== before) {
       this.events.emit('checkpoint', { ...this.#checkpoint, names, tookMs: performance.now() - startedAt })
     }
-    return { isSettled: !this.#isUnsettled }
+    return { isSettled: this.#request.isHeld() ? !this.#isUnsettled : !this.#isUnsettled && !this.#isPassing }
   }
 
   /** Carries over what is known to have changed. Returns how many names it looked at. */

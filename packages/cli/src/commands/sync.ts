@@ -18,7 +18,7 @@ import {
 } from '@lsync/sync'
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../examples.ts'
-import { UsageError } from '../failure.ts'
+import { EXIT, UsageError } from '../failure.ts'
 import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument } from '../options.ts'
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
@@ -155,8 +155,12 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
   } finally {
     await socket.close()
     // A last barrier, unless that is what was interrupted.
-    await sync.stop({ flush: once !== true }).catch((error: unknown) => tell(session, error))
+    await sync.stop({ flush: once !== true }).catch((error: unknown) => {
+      tell(session, error)
+      session.exitCode = EXIT.failed
+    })
   }
+  if (once !== true) session.obey()
   for (const target of sync.status.targets) finish(target, session)
 }
 
@@ -232,18 +236,22 @@ function progressText(status: TargetStatus, startMs: number): string {
 }
 
 function finish(target: TargetStatus, session: Session): void {
-  const { target: name, files, bytes, failures } = target
+  const { target: name, files, bytes, queuedDirectories, failures } = target
   session.output.data(
     () => ({
       type: 'done',
       target: name,
       files,
       bytes,
+      queuedDirectories,
       failures: failures.map((one) => ({ ...one, path: textOf(one.path) })),
     }),
     () =>
       `${name}: ${countOf(files)} files, ${sizeOf(bytes)}${failures.length > 0 ? `, ${failures.length} failed` : ''}`,
   )
+  if (queuedDirectories > 0) {
+    session.output.note(`${countOf(queuedDirectories)} directories are left; the next start goes on with them`)
+  }
   if (failures.length > 0) session.foundProblems()
 }
 
