@@ -70,7 +70,7 @@ function carry(at: string, target: HostPath | Target, more: Partial<SyncRequest>
   })
 }
 
-describe.skipIf(!canMountImages)('a target that the index does not know', () => {
+describe.skipIf(!canMountImages())('a target that the index does not know', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
 

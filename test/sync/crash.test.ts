@@ -115,7 +115,7 @@ function changeAgain(upper: string): void {
   renameSync(`${upper}/swap2`, `${upper}/gone`)
 }
 
-describe.skipIf(!canMountImages)('a sync that is killed', () => {
+describe.skipIf(!canMountImages())('a sync that is killed', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
 

@@ -14,7 +14,7 @@ const CELLS: readonly OverlayOptions[] = [
   { namespace: 'user', redirectDir: 'off', metacopy: false, index: false },
 ]
 
-describe.skipIf(!canMountImages)('after a flush a target equals the upper', () => {
+describe.skipIf(!canMountImages())('after a flush a target equals the upper', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
   let count = 0

@@ -41,7 +41,7 @@ function contentOf(path: string): string {
   return existsSync(path) ? readFileSync(path, 'utf8') : ''
 }
 
-describe.skipIf(!canMountImages)('while a long first pass goes on', () => {
+describe.skipIf(!canMountImages())('while a long first pass goes on', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
 

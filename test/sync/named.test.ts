@@ -24,7 +24,7 @@ import { differences, keepWorkers, withSync } from '../support/syncing.ts'
 import { mount, unmount } from '../support/system.ts'
 import { readTree } from '../support/tree.ts'
 
-describe.skipIf(!canMountImages)('a sync', () => {
+describe.skipIf(!canMountImages())('a sync', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
 

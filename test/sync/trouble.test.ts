@@ -167,7 +167,7 @@ describe.skipIf(!mayMount)('a target on a mount', () => {
   })
 })
 
-describe.skipIf(!canMountImages)('when both ends', () => {
+describe.skipIf(!canMountImages())('when both ends', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
 
@@ -207,7 +207,7 @@ describe.skipIf(!canMountImages)('when both ends', () => {
   })
 })
 
-describe.skipIf(!canMountImages)('with a queue of 16 events', () => {
+describe.skipIf(!canMountImages())('with a queue of 16 events', () => {
   const disk = useFileSystem('ext4')
   keepWorkers(disk)
 
