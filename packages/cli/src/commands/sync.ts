@@ -192,6 +192,8 @@ function report(sync: Sync, session: Session): void {
     )
     output.note(`watched by ${watch}`)
     for (const { message } of blindSpots) output.note(`  ${message}`)
+    // Who reads it waits for this.
+    output.flush()
   }
   sync.events.on('checkpoint', (checkpoint) => {
     output.data(
@@ -211,6 +213,7 @@ function report(sync: Sync, session: Session): void {
         () => ({ type: 'lag', target, lagMs, isLate }),
         () => undefined,
       )
+      output.flush()
       output.note(`${target}: no change waits for too long any more`)
     }
   })
