@@ -157,7 +157,9 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       await work.begin(looked, files, parent?.tree)
       await pool.run(work)
       const tree = work.rootTree
-      for (const { content, objects } of await pool.takeRest()) {
+      const { packs, rests } = await pool.takeRest()
+      for (const pack of packs) store.add(pack)
+      for (const { content, objects } of rests) {
         for (const object of objects) {
           store.addSealed(object, content.subarray(object.offset, object.offset + object.length))
         }

@@ -1,6 +1,6 @@
 import { LsyncError } from '@lsync/posix'
 import { isId, type ObjectId } from './model/tree.ts'
-import { type PackedObject, parseObject } from './pack.ts'
+import { type PackedObject, parseObject, visitHeader } from './pack.ts'
 
 /** A pack as an index has it. */
 export interface IndexedPack {
@@ -24,6 +24,19 @@ export class IndexInvalidError extends LsyncError {
 /** The JSON of an index file. Source: restic's design document, "Indexing". */
 export function encodeIndex(packs: readonly IndexedPack[]): Buffer {
   const texts = packs.map(({ id, objects }) => `{"id":"${id}","blobs":[${objects.map(objectText).join(',')}]}`)
+  return Buffer.from(`{"packs":[${texts.join(',')}]}`)
+}
+
+/** As `encodeIndex`, of packs by their plain headers. */
+export function encodeIndexOfHeaders(packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): Buffer {
+  const texts = packs.map(({ id, header }) => {
+    const ids = header.toString('hex')
+    const objects: string[] = []
+    visitHeader(header, (kind, offset, length, uncompressedLength, idAt) => {
+      objects.push(objectText({ id: ids.slice(idAt * 2, (idAt + 32) * 2), kind, offset, length, uncompressedLength }))
+    })
+    return `{"id":"${id}","blobs":[${objects.join(',')}]}`
+  })
   return Buffer.from(`{"packs":[${texts.join(',')}]}`)
 }
 

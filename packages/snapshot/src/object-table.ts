@@ -1,5 +1,5 @@
 import type { ObjectId } from './model/tree.ts'
-import type { ObjectKind, PackedObject } from './pack.ts'
+import { type ObjectKind, type PackedObject, visitHeader } from './pack.ts'
 
 /** Where an object lies. */
 export interface Location extends PackedObject {
@@ -21,6 +21,7 @@ const OFFSET = 10
 const LENGTH = 11
 const UNCOMPRESSED = 12
 const FIRST_CAPACITY = 1 << 14
+const ID_BYTES = 32
 
 const KINDS = { data: 0, tree: 1 } as const
 
@@ -84,8 +85,12 @@ class Segment {
     return this.#words[at] as number
   }
 
-  write(at: number, value: number): void {
-    this.#words[at] = value
+  writePlace(at: number, packNumber: number, offset: number, length: number, uncompressedLength?: number): void {
+    const words = this.#words
+    words[at + OFFSET] = offset
+    words[at + LENGTH] = length
+    words[at + UNCOMPRESSED] = uncompressedLength === undefined ? 0 : uncompressedLength + 1
+    words[at + PACK] = packNumber + 1
   }
 
   #holds(at: number, id: Int32Array, kind: number): boolean {
@@ -100,7 +105,7 @@ function startOf(id: Int32Array, kind: number): number {
 }
 
 /** An id as the table compares it: eight words. The result is overwritten by the next call. */
-const scratch = Buffer.from(new ArrayBuffer(32))
+const scratch = Buffer.from(new ArrayBuffer(ID_BYTES))
 const scratchWords = new Int32Array(scratch.buffer)
 
 function wordsOf(id: ObjectId): Int32Array {
@@ -173,18 +178,36 @@ export class ObjectTable {
 
   /** Adds an object with its place; the first place stays. For the thread that owns the table. */
   add(packNumber: number, object: PackedObject): boolean {
-    const kind = KINDS[object.kind]
-    const id = wordsOf(object.id)
+    const { kind, offset, length, uncompressedLength } = object
+    return this.#add(packNumber, KINDS[kind], wordsOf(object.id), offset, length, uncompressedLength)
+  }
+
+  /** Adds all objects of a pack's plain header. */
+  addHeader(packNumber: number, header: Buffer): void {
+    visitHeader(header, (kind, offset, length, uncompressedLength, idAt) => {
+      header.copy(scratch, 0, idAt, idAt + ID_BYTES)
+      this.#add(packNumber, KINDS[kind], scratchWords, offset, length, uncompressedLength)
+    })
+  }
+
+  #add(
+    packNumber: number,
+    kind: number,
+    id: Int32Array,
+    offset: number,
+    length: number,
+    uncompressedLength: number | undefined,
+  ): boolean {
     for (const segment of this.#segments) {
       const at = segment.find(id, kind)
       if (at < 0) continue
       if (segment.word(at + PACK) !== 0) return false
-      writePlace(segment, at, packNumber, object)
+      segment.writePlace(at, packNumber, offset, length, uncompressedLength)
       return true
     }
     this.grow()
     const last = this.#segments.at(-1) as Segment
-    writePlace(last, last.insert(id, kind), packNumber, object)
+    last.writePlace(last.insert(id, kind), packNumber, offset, length, uncompressedLength)
     return true
   }
 
@@ -213,11 +236,4 @@ export class ObjectTable {
     }
     return undefined
   }
-}
-
-function writePlace(segment: Segment, at: number, packNumber: number, object: PackedObject): void {
-  segment.write(at + OFFSET, object.offset)
-  segment.write(at + LENGTH, object.length)
-  segment.write(at + UNCOMPRESSED, object.uncompressedLength === undefined ? 0 : object.uncompressedLength + 1)
-  segment.write(at + PACK, packNumber + 1)
 }

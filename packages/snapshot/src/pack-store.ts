@@ -1,6 +1,6 @@
-import { encodeIndex, INDEX_OBJECTS, type IndexedPack } from './index-file.ts'
+import { encodeIndexOfHeaders, INDEX_OBJECTS, type IndexedPack } from './index-file.ts'
 import type { ObjectId } from './model/tree.ts'
-import { type ObjectKind, type Pack, type PackedObject, PackWriter } from './pack.ts'
+import { type ObjectKind, objectsOf, type Pack, type PackedObject, PackWriter } from './pack.ts'
 import type { Repository } from './repository.ts'
 
 const INDEX_AFTER_MS = 5 * 60_000
@@ -15,7 +15,7 @@ export class PackStore {
   readonly #writers: Readonly<Record<ObjectKind, PackWriter>>
   #failure: unknown
   #failed = false
-  #stored: IndexedPack[] = []
+  #stored: { readonly id: ObjectId; readonly header: Buffer }[] = []
   #storedObjects = 0
   #indexedMs = performance.now()
   #listeners: (() => void)[] = []
@@ -79,7 +79,7 @@ export class PackStore {
     for (const writer of Object.values(this.#writers)) if (writer.sizeBytes > 0) this.add(writer.finish())
     await Promise.all(this.#running)
     this.#throwFailure()
-    if (!this.#writesIndex) return this.#stored
+    if (!this.#writesIndex) return this.#stored.map(({ id, header }) => ({ id, objects: objectsOf(header) }))
     await this.#writeIndex()
     return []
   }
@@ -89,11 +89,14 @@ export class PackStore {
     await Promise.allSettled(this.#running)
   }
 
-  async #write({ id, content, objects }: Pack): Promise<void> {
+  async #write({ id, content, header: { buffer, byteOffset, byteLength } }: Pack): Promise<void> {
     await this.#repository.backend.put({ kind: 'pack', name: id }, content, { signal: this.#signal })
     this.#onWritten?.(content.buffer)
-    this.#stored.push({ id, objects })
-    this.#storedObjects += objects.length
+    // Of a pack that comes from another thread it is a plain array.
+    const header = Buffer.from(buffer, byteOffset, byteLength)
+    this.#stored.push({ id, header })
+    // The shortest entry has 37 bytes, the longest 41.
+    this.#storedObjects += header.length / 37
     const isDue = this.#storedObjects >= INDEX_OBJECTS || performance.now() - this.#indexedMs > INDEX_AFTER_MS
     if (isDue && this.#writesIndex) await this.#writeIndex()
   }
@@ -104,8 +107,8 @@ export class PackStore {
     this.#stored = []
     this.#storedObjects = 0
     this.#indexedMs = performance.now()
-    const id = await this.#repository.writeFile('index', encodeIndex(packs), this.#signal)
-    this.#repository.addPacks(packs)
+    const id = await this.#repository.writeFile('index', encodeIndexOfHeaders(packs), this.#signal)
+    this.#repository.addPackHeaders(packs)
     return id
   }
 

@@ -20,7 +20,8 @@ export interface PackedObject {
 export interface Pack {
   readonly id: ObjectId
   readonly content: Uint8Array
-  readonly objects: readonly PackedObject[]
+  /** Its objects, as its header has them before it is sealed: see `visitHeader`. */
+  readonly header: Uint8Array
 }
 
 /** Packs are finished when they have this much. Source: restic's default since its version 0.14. */
@@ -39,6 +40,7 @@ const LENGTH_BYTES = 4
 const ID_BYTES = 32
 const TYPES = { data: 0, tree: 1 } as const
 const COMPRESSED = 2
+const FIRST_HEADER_BYTES = 4096
 
 /** A pack, or what is in one, is not what it must be. */
 export class PackDamagedError extends LsyncError {
@@ -57,9 +59,12 @@ export class PackWriter {
   readonly #compresses: boolean
   #memory: Memory
   #length = 0
-  #objects: PackedObject[] = []
+  // In the header's own form: a hundred thousand objects would be a hundred thousand things to collect.
+  #header = Buffer.allocUnsafe(FIRST_HEADER_BYTES)
+  #headerLength = 0
+  readonly #id = Buffer.allocUnsafe(ID_BYTES)
   #frame = allocate(64 * 1024)
-  #spare: Memory | undefined
+  readonly #spares: Memory[] = []
   #hasFilled = false
 
   constructor(kind: ObjectKind, engine: Engine, options: { readonly compresses: boolean }) {
@@ -80,6 +85,12 @@ export class PackWriter {
 
   /** Adds an object by its content. Returns how many bytes it takes. */
   add(id: ObjectId, from: Memory, at: number, length: number): number {
+    this.#id.write(id, 'hex')
+    return this.addDigest(this.#id, from, at, length)
+  }
+
+  /** As `add`, with the 32 bytes of the id. */
+  addDigest(digest: Uint8Array, from: Memory, at: number, length: number): number {
     const bound = compressBound(length)
     if (this.#frame.buffer.length < bound) this.#frame = allocate(bound)
     const frameLength = this.#compresses ? this.#engine.compress(from, at, length, this.#frame, 0) : length
@@ -87,8 +98,7 @@ export class PackWriter {
     const [source, sourceAt, size] = isCompressed ? [this.#frame, 0, frameLength] : [from, at, length]
     const offset = this.#reserve(size + SEAL_BYTES)
     this.#engine.seal(source, sourceAt, size, this.#memory, offset)
-    const uncompressedLength = isCompressed ? length : undefined
-    this.#objects.push({ kind: this.kind, id, offset, length: size + SEAL_BYTES, uncompressedLength })
+    this.#note(digest, size + SEAL_BYTES, isCompressed ? length : undefined)
     return size + SEAL_BYTES
   }
 
@@ -96,12 +106,14 @@ export class PackWriter {
   addSealed(object: PackedObject, sealed: Uint8Array): void {
     const offset = this.#reserve(sealed.length)
     this.#memory.buffer.set(sealed, offset)
-    this.#objects.push({ ...object, offset, length: sealed.length })
+    this.#id.write(object.id, 'hex')
+    this.#note(this.#id, sealed.length, object.uncompressedLength)
   }
 
   /** Takes out what is there, without a header, for another writer's `addSealed`. */
   takeSealed(): { readonly content: Buffer; readonly objects: readonly PackedObject[] } {
-    const taken = { content: this.#memory.buffer.subarray(0, this.#length), objects: this.#objects }
+    const objects = objectsOf(this.#header.subarray(0, this.#headerLength))
+    const taken = { content: this.#memory.buffer.subarray(0, this.#length), objects }
     this.#begin()
     return taken
   }
@@ -109,8 +121,7 @@ export class PackWriter {
   /** Ends the pack and begins another one. There must be an object in it. */
   finish(): Pack {
     if (this.isFull) this.#hasFilled = true
-    const header = headerOf(this.#objects)
-    const objects = this.#objects
+    const header = this.#header.subarray(0, this.#headerLength)
     const at = this.#reserve(header.length + SEAL_BYTES + LENGTH_BYTES)
     const plain = allocate(header.length)
     plain.buffer.set(header)
@@ -118,25 +129,46 @@ export class PackWriter {
     this.#memory.buffer.writeUInt32LE(header.length + SEAL_BYTES, this.#length - LENGTH_BYTES)
     const digest = allocate(ID_BYTES)
     this.#engine.hash(this.#memory, 0, this.#length, digest, 0)
-    const pack = { id: digest.buffer.toString('hex'), content: this.#memory.buffer.subarray(0, this.#length), objects }
+    const pack = { id: digest.buffer.toString('hex'), content: this.#memory.buffer.subarray(0, this.#length), header }
+    this.#header = Buffer.allocUnsafe(Math.max(FIRST_HEADER_BYTES, header.length))
     this.#begin()
     return pack
   }
 
-  /**
-   * Takes memory of a pack that has been written, for one of the next. Without it, memory that comes and goes makes the
-   * collector run all the time (a tenth of what a first snapshot costs).
-   */
-  recycle(memory: ArrayBuffer): void {
-    if (memory.byteLength >= ROOM_BYTES) this.#spare ??= memoryOver(memory)
+  /** Takes memory of a pack that has been written, for one of the next. */
+  recycle(memory: ArrayBufferLike): void {
+    if (memory.byteLength >= ROOM_BYTES) this.#spares.push(memoryOver(memory))
   }
 
   #begin(): void {
     // The memory goes with the pack: copying it would cost more than allocating.
-    this.#memory = this.#hasFilled ? (this.#spare ?? allocate(ROOM_BYTES)) : allocate(64 * 1024)
-    this.#spare = undefined
+    this.#memory = this.#hasFilled ? this.#takeRoom() : allocate(64 * 1024)
     this.#length = 0
-    this.#objects = []
+    this.#headerLength = 0
+  }
+
+  /**
+   * Memory for a pack that will be full. It is shared, not handed over, and comes back by `recycle`: 16 MiB that come and
+   * go between threads have the collectors of all of them run all the time.
+   */
+  #takeRoom(): Memory {
+    return this.#spares.pop() ?? memoryOver(new SharedArrayBuffer(ROOM_BYTES))
+  }
+
+  #note(digest: Uint8Array, length: number, uncompressedLength: number | undefined): void {
+    const bytes = headerEntryBytes({ uncompressedLength })
+    if (this.#headerLength + bytes > this.#header.length) {
+      const larger = Buffer.allocUnsafe(this.#header.length * 2)
+      this.#header.copy(larger, 0, 0, this.#headerLength)
+      this.#header = larger
+    }
+    const header = this.#header
+    let at = this.#headerLength
+    header[at] = TYPES[this.kind] + (uncompressedLength === undefined ? 0 : COMPRESSED)
+    at = header.writeUInt32LE(length, at + 1)
+    if (uncompressedLength !== undefined) at = header.writeUInt32LE(uncompressedLength, at)
+    header.set(digest, at)
+    this.#headerLength += bytes
   }
 
   #reserve(length: number): number {
@@ -145,7 +177,8 @@ export class PackWriter {
     if (this.#length > this.#memory.buffer.length) {
       // Small snapshots have small packs, so the room doubles up to that of a full one.
       const doubled = this.#memory.buffer.length * 2
-      const larger = allocate(Math.max(doubled > PACK_BYTES / 2 ? ROOM_BYTES : doubled, this.#length))
+      const wanted = Math.max(doubled > PACK_BYTES / 2 ? ROOM_BYTES : doubled, this.#length)
+      const larger = wanted === ROOM_BYTES ? this.#takeRoom() : allocate(wanted)
       this.#memory.buffer.copy(larger.buffer, 0, 0, at)
       this.#memory = larger
     }
@@ -153,18 +186,47 @@ export class PackWriter {
   }
 }
 
-/** The plain header of a pack. Source: restic's design document, "Pack Format". */
-function headerOf(objects: readonly PackedObject[]): Buffer {
-  const header = Buffer.alloc(objects.reduce((sum, object) => sum + headerEntryBytes(object), 0))
-  let at = 0
-  for (const { kind, id, length, uncompressedLength } of objects) {
-    header[at] = TYPES[kind] + (uncompressedLength === undefined ? 0 : COMPRESSED)
-    at = header.writeUInt32LE(length, at + 1)
-    if (uncompressedLength !== undefined) at = header.writeUInt32LE(uncompressedLength, at)
-    header.write(id, at, 'hex')
-    at += ID_BYTES
+/** Told of one object of a header: `idAt` is where in the header the 32 bytes of its id begin. */
+export type HeaderVisitor = (
+  kind: ObjectKind,
+  offset: number,
+  length: number,
+  uncompressedLength: number | undefined,
+  idAt: number,
+) => void
+
+/**
+ * Tells of every object of a pack's plain header, in order. Returns the bytes that they take; `undefined` when it is no
+ * header. Source: restic's design document, "Pack Format".
+ */
+export function visitHeader(header: Buffer, visit: HeaderVisitor): number | undefined {
+  let offset = 0
+  for (let at = 0; at < header.length; ) {
+    const type = header[at] as number
+    const isCompressed = type >= COMPRESSED
+    const idAt = at + 1 + LENGTH_BYTES + (isCompressed ? LENGTH_BYTES : 0)
+    if (type > 3 || idAt + ID_BYTES > header.length) return undefined
+    const length = header.readUInt32LE(at + 1)
+    visit(
+      type % 2 === 0 ? 'data' : 'tree',
+      offset,
+      length,
+      isCompressed ? header.readUInt32LE(at + 5) : undefined,
+      idAt,
+    )
+    offset += length
+    at = idAt + ID_BYTES
   }
-  return header
+  return offset
+}
+
+/** The objects of a plain header as a list. */
+export function objectsOf(header: Buffer): PackedObject[] {
+  const objects: PackedObject[] = []
+  visitHeader(header, (kind, offset, length, uncompressedLength, idAt) => {
+    objects.push({ kind, id: header.toString('hex', idAt, idAt + ID_BYTES), offset, length, uncompressedLength })
+  })
+  return objects
 }
 
 /** What an object takes in a pack's header. */
@@ -211,22 +273,10 @@ export async function readPackHeader(
 }
 
 function parseHeader(packId: ObjectId, header: Buffer, contentBytes: number): PackedObject[] {
-  const objects: PackedObject[] = []
-  let offset = 0
-  for (let at = 0; at < header.length; ) {
-    const type = header[at] as number
-    const isCompressed = type >= COMPRESSED
-    const entryBytes = headerEntryBytes({ uncompressedLength: isCompressed ? 0 : undefined })
-    if (type > 3 || at + entryBytes > header.length) throw new PackDamagedError(packId, 'its header is none')
-    const length = header.readUInt32LE(at + 1)
-    const uncompressedLength = isCompressed ? header.readUInt32LE(at + 5) : undefined
-    const id = header.toString('hex', at + entryBytes - ID_BYTES, at + entryBytes)
-    objects.push({ kind: type % 2 === 0 ? 'data' : 'tree', id, offset, length, uncompressedLength })
-    at += entryBytes
-    offset += length
-  }
-  if (offset !== contentBytes) throw new PackDamagedError(packId, 'its objects do not fill it')
-  return objects
+  const filled = visitHeader(header, () => undefined)
+  if (filled === undefined) throw new PackDamagedError(packId, 'its header is none')
+  if (filled !== contentBytes) throw new PackDamagedError(packId, 'its objects do not fill it')
+  return objectsOf(header)
 }
 
 /** Whether lengths of an object, from an index or a header, are such that memory may be taken for it. */

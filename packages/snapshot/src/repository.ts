@@ -236,6 +236,11 @@ export class Repository {
     }
   }
 
+  /** As `addPacks`, of packs by their plain headers. */
+  addPackHeaders(packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): void {
+    for (const { id, header } of packs) this.table.addHeader(this.table.addPack(id), header)
+  }
+
   /**
    * The content of an object, checked against its id.
    * @throws {ObjectMissingError} {ObjectDamagedError} {FileMissingError}

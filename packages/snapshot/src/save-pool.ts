@@ -1,5 +1,6 @@
 import { Worker } from 'node:worker_threads'
 import type { ObjectTable } from './object-table.ts'
+import type { Pack } from './pack.ts'
 import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
 import type { FromSaveWorker, ToSaveWorker } from './snapshot-worker.ts'
 import { endWorker, startOf, unpackError } from './thread-pool.ts'
@@ -9,7 +10,6 @@ const ALONE_MS = 25
 // One list of tasks at work and one that waits, so that a thread is not idle while results are looked at.
 const IN_FLIGHT = 2
 const BATCH = 16
-const MOST_SPARES = 2
 
 interface Member {
   readonly worker: Worker
@@ -43,8 +43,9 @@ export class SavePool {
   #failure: unknown
   #wake: (() => void) | undefined
   #deliver: (result: SaveResult) => void = () => undefined
+  #packs: Pack[] = []
   #rests: SealedRest[] = []
-  readonly #spares: ArrayBuffer[] = []
+  readonly #spares: SharedArrayBuffer[] = []
 
   constructor(
     init: SaveInit,
@@ -61,7 +62,8 @@ export class SavePool {
 
   /** Memory of a pack that has been written: a thread gets it with its next tasks. */
   recycle(memory: ArrayBufferLike): void {
-    if (memory instanceof ArrayBuffer && this.#spares.length < MOST_SPARES) this.#spares.push(memory)
+    // What is not shared is small, and no use to a thread that fills packs.
+    if (memory instanceof SharedArrayBuffer) this.#spares.push(memory)
   }
 
   /** Runs until the work is complete. Stops at the first error, which it throws when no thread is at work any more. */
@@ -82,15 +84,15 @@ export class SavePool {
     }
   }
 
-  /** What lies in all threads and fills no pack. No work may be under way. */
-  async takeRest(): Promise<SealedRest[]> {
+  /** What lies in all threads: packs that are full enough, and the rest. No work may be under way. */
+  async takeRest(): Promise<{ readonly packs: readonly Pack[]; readonly rests: readonly SealedRest[] }> {
     for (const { worker, ready } of this.#members) {
       if (ready) worker.postMessage({ takeRest: true } satisfies ToSaveWorker)
     }
     const expected = this.#members.filter(({ ready }) => ready).length * 2
     while (this.#rests.length < expected && this.#failure === undefined) await this.#message()
     if (this.#failure !== undefined) throw this.#failure
-    return [...this.own.takeRest(), ...this.#rests]
+    return { packs: [...this.own.finishLarge(), ...this.#packs], rests: [...this.own.takeRest(), ...this.#rests] }
   }
 
   async close(): Promise<void> {
@@ -119,9 +121,7 @@ export class SavePool {
         const tasks = work.next(BATCH)
         if (tasks.length === 0) return
         member.inFlight++
-        const spare = this.#spares.pop()
-        const transfer = spare === undefined ? [] : [spare]
-        member.worker.postMessage({ tasks, spare } satisfies ToSaveWorker, transfer)
+        member.worker.postMessage({ tasks, spare: this.#spares.pop() } satisfies ToSaveWorker)
       }
     }
   }
@@ -162,8 +162,10 @@ export class SavePool {
 
   #receive(member: Member, message: FromSaveWorker): void {
     if ('ready' in message) member.ready = true
-    else if ('rest' in message) this.#rests.push(...message.rest)
-    else {
+    else if ('rest' in message) {
+      this.#packs.push(...message.packs)
+      this.#rests.push(...message.rest)
+    } else {
       member.inFlight--
       if ('error' in message) this.#failure ??= unpackError(message.error)
       else {

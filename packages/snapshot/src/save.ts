@@ -32,7 +32,7 @@ import {
   type Xattr,
 } from './model/tree.ts'
 import { ObjectTable, type TableSegment } from './object-table.ts'
-import { type ObjectKind, type Pack, type PackedObject, PackWriter } from './pack.ts'
+import { type ObjectKind, PACK_BYTES, type Pack, type PackedObject, PackWriter } from './pack.ts'
 import { readXattrs } from './source/directory.ts'
 import {
   type EntryState,
@@ -144,6 +144,8 @@ export interface SealedRest {
 
 const READ_BYTES = 2 * MAX_CHUNK_BYTES
 const ATTEMPTS = 3
+/** What is left at the end and has so much is a pack of its own; what has less is put together with others'. */
+const LARGE_REST_BYTES = PACK_BYTES / 4
 const SLICE_NAMES = 1024
 // Directories up to this many names are one task.
 const WHOLE_NAMES = 2 * SLICE_NAMES
@@ -186,7 +188,7 @@ export class Saver {
   }
 
   /** Memory of a pack that has been written, for the next one. */
-  recycle(memory: ArrayBuffer): void {
+  recycle(memory: ArrayBufferLike): void {
     this.#writers.data.recycle(memory)
   }
 
@@ -231,6 +233,13 @@ export class Saver {
   /** The node of an open directory, up to where its tree belongs. */
   describeDirectory(name: ByteString, fd: number): string {
     return openNode(this.#describe(name, statFd(fd), readXattrs(fd, '')))
+  }
+
+  /** Ends the packs that are full enough to stay alone. */
+  finishLarge(): Pack[] {
+    return Object.values(this.#writers).flatMap((writer) =>
+      writer.sizeBytes < LARGE_REST_BYTES ? [] : [writer.finish()],
+    )
   }
 
   /** What does not fill a pack yet, taken out. */
@@ -480,7 +489,7 @@ export class Saver {
     const id = this.#digest.buffer.toString('hex')
     if (!this.#table.claimWords(kind, this.#digestWords)) return id
     const writer = this.#writers[kind]
-    this.#counts.addedBytes += writer.add(id, memory, at, length)
+    this.#counts.addedBytes += writer.addDigest(this.#digest.buffer, memory, at, length)
     this.#counts.objectsAdded++
     if (writer.isFull) this.#packs.push(writer.finish())
     return id

@@ -1,5 +1,6 @@
 import { parentPort } from 'node:worker_threads'
 import type { TableSegment } from './object-table.ts'
+import type { Pack } from './pack.ts'
 import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
 import { packError, type TravellingError } from './thread-pool.ts'
 
@@ -7,14 +8,14 @@ import { packError, type TravellingError } from './thread-pool.ts'
 export type ToSaveWorker =
   | { readonly init: SaveInit }
   | { readonly segment: TableSegment }
-  | { readonly tasks: readonly SaveTask[]; readonly spare: ArrayBuffer | undefined }
+  | { readonly tasks: readonly SaveTask[]; readonly spare: ArrayBufferLike | undefined }
   | { readonly takeRest: true }
 
 /** What a worker sends: that it can begin, what it did, what it has left, or why it stopped. */
 export type FromSaveWorker =
   | { readonly ready: true }
   | { readonly result: SaveResult }
-  | { readonly rest: readonly SealedRest[] }
+  | { readonly packs: readonly Pack[]; readonly rest: readonly SealedRest[] }
   | { readonly error: TravellingError }
 
 let saver: Saver | undefined
@@ -28,23 +29,22 @@ parentPort?.on('message', (message: ToSaveWorker) => {
     else if ('tasks' in message) {
       if (message.spare !== undefined) saver?.recycle(message.spare)
       const result = (saver as Saver).save(message.tasks)
-      // Packs are handed over, not copied.
-      send(
-        { result },
-        result.packs.map(({ content }) => content.buffer as ArrayBuffer),
-      )
+      send({ result }, result.packs)
     } else {
+      const packs = (saver as Saver).finishLarge()
       const rest = (saver as Saver).takeRest()
-      send(
-        { rest },
-        rest.map(({ content }) => content.buffer as ArrayBuffer),
-      )
+      send({ packs, rest }, [...packs, ...rest])
     }
   } catch (error) {
     send({ error: packError(error) })
   }
 })
 
-function send(message: FromSaveWorker, transfer: readonly ArrayBuffer[] = []): void {
-  parentPort?.postMessage(message, transfer)
+/** `filled`: their memory is handed over, if it is not shared, and never copied. */
+function send(message: FromSaveWorker, filled: readonly { readonly content: Uint8Array }[] = []): void {
+  const buffers = filled.map(({ content }) => content.buffer)
+  parentPort?.postMessage(
+    message,
+    buffers.filter((buffer) => buffer instanceof ArrayBuffer),
+  )
 }
