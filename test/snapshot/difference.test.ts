@@ -105,7 +105,10 @@ describe.skipIf(!canMountImages())('the layer of what changed between two versio
       dir({ a: file('linked'), deep: dir({ er: dir({ b: linkTo('a') }) }), same: file(''), c: linkTo('a') }),
     ],
     'a whiteout went away': [dir({ gone: whiteout() }), dir(), 'REQUEST_INVALID'],
-    'an opaque mark went away': [dir({ shut: opaque() }), dir({ shut: dir() }), 'REQUEST_INVALID'],
+    'an opaque directory gave way to one that is not, where nothing lies beneath': [
+      dir({ own: opaque({ a: file('1'), b: file('2'), gone: whiteout() }) }),
+      dir({ own: dir({ b: file('2'), c: file('3') }) }),
+    ],
     'a whiteout became a directory that lets everything through': [
       dir({ w: whiteout() }),
       dir({ w: dir({ own: file('') }) }),

@@ -1,4 +1,5 @@
 import { spawn, spawnSync } from 'node:child_process'
+import { randomBytes } from 'node:crypto'
 import {
   chmodSync,
   mkdirSync,
@@ -34,6 +35,7 @@ import {
   removeLocks,
   repairIndex,
   repairPacks,
+  repairSnapshots,
   restoreSnapshot,
   type Snapshot,
   tagSnapshots,
@@ -352,6 +354,89 @@ describe.skipIf(!canAll)('check and repair', () => {
     const snapshot = await findSnapshot(await reopen(path), 'latest')
     await save(await reopen(path), snapshot.paths[0] as string, { force: true })
     expect(await errorsOf(await reopen(path), { readData: true })).toEqual([])
+  })
+})
+
+describe.skipIf(!canAll)('a snapshot that lacks something', () => {
+  /** Two versions of a tree with a large file; the largest pack of the first one is gone. */
+  async function damaged(kind: 'data' | 'tree') {
+    const { path, repository } = await newRepository()
+    const root = temporaryDirectory()
+    mkdirSync(`${root}/tree/sub/deep`, { recursive: true })
+    mkdirSync(`${root}/tree/kept/inner`, { recursive: true })
+    const large = randomBytes(20_000_000)
+    writeFileSync(`${root}/tree/large`, large)
+    writeFileSync(`${root}/tree/kept/inner/f`, 'kept')
+    writeFileSync(`${root}/tree/sub/small`, 'small')
+    const first = await save(repository, `${root}/tree`)
+    const packs: { id: string; size: number }[] = []
+    for await (const { name, sizeBytes } of repository.backend.list('pack')) {
+      if ((await repository.readPack(name, sizeBytes))[0]?.kind === kind) packs.push({ id: name, size: sizeBytes })
+    }
+    writeFileSync(`${root}/tree/sub/deep/later`, 'later')
+    writeFileSync(`${root}/tree/sub/small`, 'changed')
+    const second = await save(repository, `${root}/tree`)
+    const [largest] = packs.sort((left, right) => right.size - left.size)
+    const { id } = largest as { id: string }
+    rmSync(`${path}/data/${id.slice(0, 2)}/${id}`)
+    await repairIndex(await reopen(path))
+    return { path, root, large, first, second }
+  }
+
+  test('is repaired as restic does it: what is left of a file stays, and the rest is whole', async () => {
+    const { path, root, large, first, second } = await damaged('data')
+    expect(await errorsOf(await reopen(path))).not.toEqual([])
+    const repository = await reopen(path)
+    const request = { snapshots: await listSnapshots(repository) }
+    const dry = await repairSnapshots(repository, { ...request, dryRun: true })
+    const repaired = await repairSnapshots(repository, { ...request, forget: true })
+    expect(dry).toEqual(repaired.map((one) => ({ ...one, to: undefined })))
+    expect(repaired).toEqual(
+      [first, second].map(({ snapshotId }) => ({
+        from: snapshotId,
+        to: expect.stringMatching(/^[0-9a-f]{64}$/),
+        losses: [{ path: `${root}/tree/large`, lost: 'content' }],
+      })),
+    )
+    expect(await errorsOf(await reopen(path), { readData: true })).toEqual([])
+    expect(new Restic(path).run('check', '--read-data')).toContain('no errors were found')
+    const again = await reopen(path)
+    const snapshots = await listSnapshots(again)
+    expect(snapshots.map(({ tags, original }) => [tags, original])).toEqual([
+      [['repaired'], first.snapshotId],
+      [['repaired'], second.snapshotId],
+    ])
+    const snapshot = snapshots.at(-1) as Snapshot
+    const { problems } = await restoreSnapshot(again, { snapshot, target: hostPath(`${root}/back`) })
+    expect(problems).toEqual([])
+    expect(readFileSync(`${root}/back/sub/small`, 'utf8')).toBe('changed')
+    const left = readFileSync(`${root}/back/large`)
+    expect(left.length).toBeGreaterThan(0)
+    expect(left.length).toBeLessThan(large.length)
+    // The pieces that are left follow each other.
+    expect(large.includes(left.subarray(0, 4096))).toBe(true)
+    expect(await repairSnapshots(again, { snapshots: await listSnapshots(again) })).toEqual([])
+  })
+
+  test('has empty directories where they cannot be read, and goes when nothing of it is left', async () => {
+    const { path, root, first, second } = await damaged('tree')
+    const repository = await reopen(path)
+    const repaired = await repairSnapshots(repository, { snapshots: await listSnapshots(repository), forget: true })
+    expect(repaired).toEqual([
+      { from: first.snapshotId, to: undefined, losses: [{ path: '/', lost: 'directory' }] },
+      {
+        from: second.snapshotId,
+        to: expect.stringMatching(/^[0-9a-f]{64}$/),
+        losses: [{ path: `${root}/tree/kept`, lost: 'directory' }],
+      },
+    ])
+    expect(await errorsOf(await reopen(path), { readData: true })).toEqual([])
+    expect(new Restic(path).run('check', '--read-data')).toContain('no errors were found')
+    const again = await reopen(path)
+    const [snapshot] = await listSnapshots(again)
+    await restoreSnapshot(again, { snapshot: snapshot as Snapshot, target: hostPath(`${root}/back`) })
+    expect(readdirSync(`${root}/back/kept`)).toEqual([])
+    expect(readFileSync(`${root}/back/sub/deep/later`, 'utf8')).toBe('later')
   })
 })
 

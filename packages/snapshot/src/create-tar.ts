@@ -28,9 +28,9 @@ import { RepositoryLock } from './lock.ts'
 import { formatTime } from './model/go-text.ts'
 import { nodeTypeOf } from './model/mode.ts'
 import { bareDirectory, encodeNode, type ObjectId, type TreeNode } from './model/tree.ts'
-import { PackStore } from './pack-store.ts'
+import { ObjectWriter } from './object-writer.ts'
 import type { Repository } from './repository.ts'
-import { closeNode, emptyCounts, joinShown, openNode, type SaveProblem, Saver } from './save.ts'
+import { closeNode, emptyCounts, joinShown, openNode, type SaveProblem } from './save.ts'
 
 export interface TarCreateRequest
   extends Pick<CreateRequest, 'tags' | 'hostname' | 'timeNs' | 'signal' | 'onProgress'> {
@@ -95,6 +95,10 @@ export async function createSnapshotOfTar(repository: Repository, request: TarCr
     } finally {
       await spool.close()
     }
+  } catch (error) {
+    // Objects that were noted and did not get into the repository must not be taken for stored.
+    repository.resetIndex()
+    throw error
   } finally {
     await lock.release()
   }
@@ -107,38 +111,16 @@ const ZEROS = Buffer.alloc(1024 * 1024)
 class ChunkSpool implements Spool {
   readonly counts = emptyCounts()
   readonly #contents = new Map<number, readonly ObjectId[]>()
-  readonly #repository: Repository
   readonly #signal: AbortSignal
-  readonly #saver: Saver
-  readonly #store: PackStore
+  readonly #writer: ObjectWriter
   readonly #chunker: Chunker
-  #segments: number
   /** Where the next byte goes in the chunker's memory. */
   #filled: number
   #ids: ObjectId[] = []
 
   constructor(repository: Repository, signal: AbortSignal) {
-    const { key, compresses, config, table } = repository
-    const { segments } = table
-    this.#repository = repository
     this.#signal = signal
-    this.#segments = segments.length
-    this.#saver = new Saver({
-      sources: [],
-      key,
-      compresses,
-      polynomial: config.chunker_polynomial,
-      segments,
-      accounts: { users: new Map(), groups: new Map() },
-      excludes: [],
-      force: false,
-    })
-    this.#store = new PackStore(repository, {
-      signal,
-      onWritten: (memory) => {
-        if (memory instanceof ArrayBuffer) this.#saver.recycle(memory)
-      },
-    })
+    this.#writer = new ObjectWriter(repository, signal)
     this.#chunker = new Chunker(repository.polynomial, 2 * MAX_CHUNK_BYTES)
     this.#filled = this.#chunker.start
   }
@@ -154,7 +136,7 @@ class ChunkSpool implements Spool {
     this.#cut(true)
     this.#contents.set(number, this.#ids)
     this.#ids = []
-    await this.#hand()
+    await this.#writer.hand()
   }
 
   dataOf(): Record<never, never> {
@@ -166,26 +148,19 @@ class ChunkSpool implements Spool {
     return this.#contents.get(number) ?? []
   }
 
-  async storeTree(nodes: readonly string[]): Promise<ObjectId> {
-    const id = this.#saver.storeTree(nodes)
-    await this.#hand()
-    return id
+  storeTree(nodes: readonly string[]): Promise<ObjectId> {
+    return this.#writer.addTree(nodes)
   }
 
   /** Everything is durable and indexed when it resolves. */
   async flush(): Promise<void> {
-    await this.#hand()
-    for (const { content, objects } of this.#saver.takeRest()) {
-      for (const object of objects) {
-        this.#store.addSealed(object, content.subarray(object.offset, object.offset + object.length))
-      }
-    }
-    await this.#store.flush()
+    await this.#writer.flush()
+    const { objectsAdded, addedBytes } = this.#writer
+    Object.assign(this.counts, { objectsAdded, addedBytes })
   }
 
-  async close(): Promise<void> {
-    await this.#store.settle()
-    this.#saver.close()
+  close(): Promise<void> {
+    return this.#writer.close()
   }
 
   async #addZeros(count: number): Promise<void> {
@@ -204,7 +179,7 @@ class ChunkSpool implements Spool {
       at += count
       if (this.#filled === end) {
         this.#cut(false)
-        await this.#hand()
+        await this.#writer.hand()
       }
     }
     this.counts.readBytes += bytes.length
@@ -216,26 +191,11 @@ class ChunkSpool implements Spool {
     for (;;) {
       const length = this.#chunker.nextCut(at, this.#filled - at, isLast)
       if (length === undefined) break
-      this.#ids.push(this.#saver.storeChunk(memory, at, length))
+      this.#ids.push(this.#writer.addChunk(memory, at, length))
       at += length
     }
     memory.buffer.copyWithin(start, at, this.#filled)
     this.#filled -= at - start
-  }
-
-  /** Hands packs that are full to the store, and waits while it has many. */
-  async #hand(): Promise<void> {
-    const { packs, counts } = this.#saver.takeStored()
-    for (const pack of packs) this.#store.add(pack)
-    this.counts.objectsAdded += counts.objectsAdded
-    this.counts.addedBytes += counts.addedBytes
-    this.#repository.table.grow()
-    for (const segment of this.#repository.table.segments.slice(this.#segments)) {
-      this.#saver.attach(segment)
-      this.#segments++
-    }
-    while (this.#store.isCongested) await this.#store.wait()
-    this.#signal.throwIfAborted()
   }
 }
 

@@ -166,11 +166,9 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       }
       await store.flush()
       await lock.settled()
-      const snapshotId = await repository.writeSnapshot(
-        describeSnapshot({ ...request, paths: targets.map(({ path }) => path), tree, parent: parent?.id }),
-        signal,
-      )
       const problems = [...work.problems].sort(byPath)
+      const snapshot = { ...request, paths: targets.map(({ path }) => path), tree, parent: parent?.id }
+      const snapshotId = await repository.writeSnapshot(describeSnapshot(snapshot), signal)
       const { counts, skipped } = work
       const elapsedMs = performance.now() - startMs
       return { snapshotId, tree, parent: parent?.id, counts, problems, skipped: [...skipped].sort(), elapsedMs }
@@ -178,6 +176,10 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       await store.settle()
       await pool.close()
     }
+  } catch (error) {
+    // Objects that were noted and did not get into the repository must not be taken for stored.
+    repository.resetIndex()
+    throw error
   } finally {
     for (const fd of opened) close(fd)
     for (const stack of stacks) closeStack(stack)

@@ -22,9 +22,10 @@ interface Place {
 /**
  * The names of the layer that, on what shows the tree `before`, shows the tree `after`.
  *
- * Trees of kernel layers may lie on layers that nobody knows here. What went away is hidden by a whiteout, as the kernel
- * would have done if something lay beneath it. A directory that became opaque is taken whole. What a layer above cannot
- * undo is refused: a whiteout or an opaque mark that is there no more.
+ * Trees of kernel layers may lie on layers that nobody knows here. What went away gets a whiteout: had something lain
+ * beneath it, the kernel would have left one itself. So it is with an opaque mark that went away, which happens where
+ * another directory is moved to a place with nothing beneath. A directory that became opaque is taken whole. What no
+ * kernel does and no layer above can undo is refused: a whiteout that is there no more.
  * @throws {RequestInvalidError}
  */
 export async function layerDifference(
@@ -105,8 +106,7 @@ class Difference {
     }
     const isOpaque = is === 'opaque'
     if (before?.subtree !== undefined && !(isOpaque && was === 'directory')) {
-      if (was === 'opaque' && !isOpaque) throw cannotUndo(path, 'was opaque and is so no more')
-      const inside = { path, depth: depth + 1, isClosed: isClosed || isOpaque }
+      const inside = { path, depth: depth + 1, isClosed: isClosed || was === 'opaque' }
       const content = await this.compare(before.subtree, after.subtree, inside)
       if (content.size === 0 && changeOf(before, after) === undefined) return undefined
       // What lies beneath is what the opaque directory of `before` shows.

@@ -108,7 +108,7 @@ export class PackStore {
     this.#storedObjects = 0
     this.#indexedMs = performance.now()
     const id = await this.#repository.writeFile('index', encodeIndexOfHeaders(packs), this.#signal)
-    this.#repository.addPackHeaders(packs)
+    this.#repository.addIndexOfHeaders(id, packs)
     return id
   }
 

@@ -219,13 +219,21 @@ export class Repository {
     return decodeIndex(id, await this.readFile('index', id, signal))
   }
 
-  /** Reads all index files that were not read yet into `table`. Snapshots that one means to read are listed before. */
+  /**
+   * Reads all index files that were not read yet into `table`. Snapshots that one means to read are listed before. Where
+   * one is gone that was read, somebody has pruned meanwhile: all are read anew.
+   */
   async loadIndex(signal?: AbortSignal): Promise<void> {
-    const ids = (await this.listIds('index', signal)).filter((id) => !this.#loadedIndexes.has(id))
-    await eachOf(ids, this.backend.concurrency, async (id) => {
-      this.addPacks(await this.readIndex(id, signal))
-      this.#loadedIndexes.add(id)
-    })
+    const listed = new Set(await this.listIds('index', signal))
+    if ([...this.#loadedIndexes].some((id) => !listed.has(id))) this.resetIndex()
+    const ids = [...listed].filter((id) => !this.#loadedIndexes.has(id))
+    await eachOf(ids, this.backend.concurrency, async (id) => this.addIndex(id, await this.readIndex(id, signal)))
+  }
+
+  /** Makes the objects of packs known that an index file names. */
+  addIndex(id: ObjectId, packs: readonly IndexedPack[]): void {
+    this.addPacks(packs)
+    this.#loadedIndexes.add(id)
   }
 
   /** Makes objects of packs known. */
@@ -236,9 +244,10 @@ export class Repository {
     }
   }
 
-  /** As `addPacks`, of packs by their plain headers. */
-  addPackHeaders(packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): void {
-    for (const { id, header } of packs) this.table.addHeader(this.table.addPack(id), header)
+  /** As `addIndex`, of packs by their plain headers. */
+  addIndexOfHeaders(id: ObjectId, packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): void {
+    for (const pack of packs) this.table.addHeader(this.table.addPack(pack.id), pack.header)
+    this.#loadedIndexes.add(id)
   }
 
   /**

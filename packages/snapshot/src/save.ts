@@ -370,7 +370,8 @@ export class Saver {
       inode: ino,
       deviceId: makeDevice(Math.floor(dev / 0x1_0000_0000), dev % 0x1_0000_0000),
       sizeBytes: format === S_IFREG ? sizeBytes : 0,
-      links: format === S_IFREG || format === S_IFLNK || isDevice ? nlink : 0,
+      // Of fifos and sockets restic tells none; where there are several, they are one inode all the same.
+      links: format === S_IFREG || format === S_IFLNK || isDevice || (format !== S_IFDIR && nlink > 1) ? nlink : 0,
       linkTarget: '' as ByteString,
       xattrs,
       device: isDevice ? rdev : 0,

@@ -38,7 +38,7 @@ export function define(command: Command, session: Session): void {
   add('forget', 'remove snapshots by rules', defineForget)
   add('prune', 'remove what no snapshot needs', definePrune)
   add('check', 'look whether a repository is whole', defineCheck)
-  add('repair', 'mend an index or packs', defineRepair)
+  add('repair', 'mend an index, packs or snapshots', defineRepair)
   add('copy', 'copy snapshots to another repository', defineCopy)
   add('stats', 'say how much snapshots hold and take', defineStats)
   add('key', 'add and remove passwords', defineKey)

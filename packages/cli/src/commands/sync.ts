@@ -1,3 +1,4 @@
+import type { RepositoryTarget } from '@lsync/container-root'
 import type { Namespace } from '@lsync/overlay-merge'
 import { type HostPath, textOf } from '@lsync/posix'
 import { SshConnections } from '@lsync/ssh'
@@ -22,10 +23,12 @@ import { EXIT, UsageError } from '../failure.ts'
 import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument } from '../options.ts'
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
+import { addKeepOptions, type KeepOptions, rulesOf } from './snapshot/keep.ts'
+import { addAccessOptions, backendFor, passwordOf, type RepositoryOptions } from './snapshot/repository.ts'
 
-interface SyncOptions {
+interface SyncOptions extends Omit<RepositoryOptions, 'repository'>, KeepOptions {
   readonly once?: true
-  readonly tick: number
+  readonly tick?: number
   readonly maxLag?: number
   readonly include?: string[]
   readonly exclude?: string[]
@@ -43,6 +46,10 @@ interface SyncOptions {
   readonly sftpForm: 'tree' | 'portable'
 }
 
+const TICK_MS = 1000
+const REPOSITORY_TICK_MS = 60_000
+const REPOSITORY_CHECKPOINT_MS = 10 * 60_000
+const THIN_MS = 10 * 60_000
 const VERBS: readonly ControlVerb[] = ['flush', 'pause', 'resume', 'status']
 
 export function define(command: Command, session: Session): void {
@@ -51,36 +58,44 @@ export function define(command: Command, session: Session): void {
     examples(
       'lsync sync /srv/c1/upper /store/c1',
       'lsync sync /srv/c1/upper ssh://backup@store:22/c1 --exclude .cache/',
+      'lsync sync /srv/c1/upper repo:/backup/repo --keep-within-hourly 1d --keep-daily 30',
     ),
   )
-  addNamespaceOption(
-    addDryRunOption(
-      command
-        .argument('<upper>', 'the upper to follow; or flush, pause, resume, status, for one that is followed')
-        .argument('<targets...>', '/path, ssh://user@host:port/path or sftp://user@host:port/path; or that upper')
-        .option('--once', 'carry over what there is, then end')
-        .option('--tick <time>', 'how long after a change it is durable: 1s, 200ms', timeArgument, 1000)
-        .option('--max-lag <time>', 'how long it may take at most, before it is said; default 5s', timeArgument)
-        .option('--include <pattern>', 'an exception from what is excluded; may be repeated', listArgument)
-        .option('--exclude <pattern>', 'leave out: NAME, dir/, path/*, **; may be repeated', listArgument)
-        .option('--bwlimit <rate>', 'at most so many bytes a second: 50M', sizeArgument)
-        .option('--iops <count>', 'at most so many files a second, over a network so many batches', countArgument)
-        .option('--state <dir>', 'keep index and journal there', pathArgument)
-        .addOption(
-          new Option('--source <kind>', 'how changes are seen')
-            .choices(['auto', 'fanotify', 'chokidar', 'poll'])
-            .default('auto'),
-        )
-        .option('--adopt', 'take a target that is not empty; what the upper lacks goes')
-        .option('--sweep', 'with flush: compare the whole upper as well')
-        .option('--rsh <command>', 'reach other machines through this instead: "ssh -J jump"')
-        .option('--remote-lsync <path>', 'lsync on the other machine')
-        .option('--identity <file>', 'a private key to log in with; may be repeated', listArgument)
-        .addOption(
-          new Option('--sftp-form <form>', 'what is kept where there is only SFTP: a tree, or a layer without losses')
-            .choices(['tree', 'portable'])
-            .default('tree'),
+  addKeepOptions(
+    addAccessOptions(
+      addNamespaceOption(
+        addDryRunOption(
+          command
+            .argument('<upper>', 'the upper to follow; or flush, pause, resume, status, for one that is followed')
+            .argument('<targets...>', '/path, ssh://user@host:port/path, sftp://… or repo:REPOSITORY; or that upper')
+            .option('--once', 'carry over what there is, then end')
+            .option('--tick <time>', 'how long after a change it is durable: 1s, 200ms', timeArgument, 1000)
+            .option('--max-lag <time>', 'how long it may take at most, before it is said; default 5s', timeArgument)
+            .option('--include <pattern>', 'an exception from what is excluded; may be repeated', listArgument)
+            .option('--exclude <pattern>', 'leave out: NAME, dir/, path/*, **; may be repeated', listArgument)
+            .option('--bwlimit <rate>', 'at most so many bytes a second: 50M', sizeArgument)
+            .option('--iops <count>', 'at most so many files a second, over a network so many batches', countArgument)
+            .option('--state <dir>', 'keep index and journal there', pathArgument)
+            .addOption(
+              new Option('--source <kind>', 'how changes are seen')
+                .choices(['auto', 'fanotify', 'chokidar', 'poll'])
+                .default('auto'),
+            )
+            .option('--adopt', 'take a target that is not empty; what the upper lacks goes')
+            .option('--sweep', 'with flush: compare the whole upper as well')
+            .option('--rsh <command>', 'reach other machines through this instead: "ssh -J jump"')
+            .option('--remote-lsync <path>', 'lsync on the other machine')
+            .option('--identity <file>', 'a private key to log in with; may be repeated', listArgument)
+            .addOption(
+              new Option(
+                '--sftp-form <form>',
+                'what is kept where there is only SFTP: a tree, or a layer without losses',
+              )
+                .choices(['tree', 'portable'])
+                .default('tree'),
+            ),
         ),
+      ),
     ),
   ).action(async (upper: string, targets: string[], options: SyncOptions) => {
     const verb = VERBS.find((name) => name === upper)
@@ -115,9 +130,15 @@ async function control(verb: ControlVerb, rest: readonly string[], options: Sync
 
 async function follow(source: HostPath, targets: readonly string[], options: SyncOptions, session: Session) {
   const connections = new SshConnections(given({ identities: options.identity }))
-  const opened = targets.map((text) => targetOf(text, options, connections))
+  const repositories: RepositoryTarget[] = []
+  for (const text of targets.filter(isRepository)) {
+    repositories.push(await repositoryTarget(text, source, options, session))
+  }
+  const others = targets.filter((text) => !isRepository(text))
+  const opened = [...others.map((text) => targetOf(text, options, connections)), ...repositories]
   const { output } = session
-  const { include, exclude, bwlimit, iops, namespace, once, adopt, tick, maxLag } = options
+  const { include, exclude, bwlimit, iops, namespace, once, adopt, maxLag } = options
+  const tick = options.tick ?? (others.length === 0 ? REPOSITORY_TICK_MS : TICK_MS)
   const stateDir = options.state === undefined ? defaultStateDir(source) : textOf(options.state)
   const request = {
     source,
@@ -126,6 +147,8 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
     namespace,
     tickMs: tick,
     sourceChoice: options.source,
+    // Each checkpoint is a snapshot there: of a first pass they hold a part only.
+    ...(repositories.length > 0 ? { checkpointMs: REPOSITORY_CHECKPOINT_MS } : {}),
     ...given({ include, exclude, once, adopt, maxLagMs: maxLag, bytesPerSecond: bwlimit, operationsPerSecond: iops }),
   }
   if (options.dryRun === true) {
@@ -145,6 +168,7 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
     throw error
   })
   report(sync, session)
+  const thinning = setInterval(() => void thin(sync, repositories, session), THIN_MS)
   try {
     if (once === true) {
       const stopped = new Promise<never>((_, reject) => {
@@ -153,12 +177,18 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
       await Promise.race([sync.flush(), stopped])
     } else await untilStopped(session.signal)
   } finally {
+    clearInterval(thinning)
     await socket.close()
     // A last barrier, unless that is what was interrupted.
-    await sync.stop({ flush: once !== true }).catch((error: unknown) => {
+    const failed = (error: unknown) => {
       tell(session, error)
       session.exitCode = EXIT.failed
-    })
+    }
+    // What the last barrier makes is thinned, too; the end of a first pass is not waited for.
+    const isPassing = sync.status.targets.some(({ phase }) => phase === 'first pass')
+    if (repositories.length > 0 && once !== true && !isPassing) await sync.flush().catch(failed)
+    await thin(sync, repositories, session)
+    await sync.stop({ flush: once !== true }).catch(failed)
   }
   if (once !== true) session.obey()
   for (const target of sync.status.targets) finish(target, session)
@@ -176,6 +206,58 @@ function targetOf(text: string, options: SyncOptions, connections: SshConnection
   if (address.scheme === 'local') return new LocalTarget(address.path)
   const { rsh, remoteLsync, sftpForm, namespace } = options
   return remoteTarget(address, { connections, sftpForm, namespace, ...given({ rsh, remoteLsync }) })
+}
+
+/** Repositories are named as for `lsync snapshot -r`, with `repo:` before it. */
+function isRepository(text: string): boolean {
+  return text.startsWith('repo:')
+}
+
+async function repositoryTarget(
+  text: string,
+  source: HostPath,
+  options: SyncOptions,
+  session: Session,
+): Promise<RepositoryTarget> {
+  // Whoever follows an upper to a directory does not wait for this package.
+  const { RepositoryTarget } = await import('@lsync/container-root')
+  const { Repository } = await import('@lsync/snapshot')
+  const address = text.slice('repo:'.length)
+  const password = passwordOf(options)
+  const keep = rulesOf(options)
+  // Nothing is connected before it is used: this one only knows what it is called.
+  const named = backendFor(address, options, session)
+  await named.close()
+  return new RepositoryTarget({
+    description: `repo:${named.location}`,
+    source,
+    ...(Object.keys(keep).length === 0 ? {} : { keep }),
+    connect: async (signal) => {
+      const backend = backendFor(address, options, session)
+      try {
+        const repository = await Repository.open(backend, { password, signal })
+        return {
+          repository,
+          close: async () => {
+            repository.close()
+            await backend.close()
+          },
+        }
+      } catch (error) {
+        await backend.close()
+        throw error
+      }
+    },
+  })
+}
+
+/** Removes snapshots that the rules do not keep; not while a first pass is under way. */
+async function thin(sync: Sync, repositories: readonly RepositoryTarget[], session: Session): Promise<void> {
+  for (const target of repositories) {
+    const status = sync.status.targets.find((one) => one.target === target.description)
+    if (status === undefined || status.phase === 'first pass' || status.queuedDirectories > 0) continue
+    await target.thin().catch((error: unknown) => tell(session, error, target.description))
+  }
 }
 
 /** Says what goes on: lines on a terminal and for programs, and nothing else unless something is wrong. */

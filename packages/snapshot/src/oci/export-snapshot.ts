@@ -27,8 +27,7 @@ export interface SnapshotExportRequest extends Omit<ImageExportRequest, 'layers'
 /**
  * Adds an image to a layout whose new layer is a snapshot, or what a snapshot changed since another one. Nothing is
  * restored: the layer is written as the repository is read, with every byte checked. See `exportImage`.
- * @throws {RequestInvalidError} if a version is no directory, or if a whiteout or an opaque mark of `since` went away: that
- * no layer can say
+ * @throws {RequestInvalidError} if a version is no directory, or if a whiteout of `since` went away: that no layer can say
  */
 export async function exportSnapshot(request: SnapshotExportRequest): Promise<ImageExportReport> {
   const { repository, version, since, form = 'trusted', ...others } = request

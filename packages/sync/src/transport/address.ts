@@ -7,7 +7,7 @@ export type TargetAddress = { readonly scheme: 'local'; readonly path: HostPath 
 export class TargetAddressError extends LsyncError {
   constructor(text: string, why: string) {
     super('TARGET_INVALID', `${printable(bytesOf(text))} is no target: ${why}`, {
-      hint: 'write /path, ssh://user@host:port/path or sftp://user@host:port/path',
+      hint: 'write /path, ssh://user@host:port/path, sftp://user@host:port/path or repo:REPOSITORY',
     })
   }
 }

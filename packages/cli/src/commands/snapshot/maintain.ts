@@ -1,22 +1,20 @@
-import { type HostPath, textOf } from '@lsync/posix'
+import { type HostPath, printable, textOf } from '@lsync/posix'
 import {
   type CheckProblem,
   type CheckRequest,
   checkRepository,
   copySnapshots,
-  type Duration,
   findSnapshot,
   forgetSnapshots,
   type GroupKey,
-  type KeepRules,
   listSnapshots,
-  parseDuration,
   pruneRepository,
   type ReadSubset,
   Repository,
   removeLocks,
   repairIndex,
   repairPacks,
+  repairSnapshots,
   type Snapshot,
   tagSnapshots,
 } from '@lsync/snapshot'
@@ -27,16 +25,15 @@ import { addDryRunOption, addWorkersOption, addYesOption, given, pathArgument } 
 import { countOf, durationOf, sizeOf } from '../../progress-line.ts'
 import type { Session } from '../../session.ts'
 import { fieldsOf, lineOf } from './inspect.ts'
+import { addKeepOptions, type KeepOptions, rulesOf } from './keep.ts'
 import {
   addFilterOptions,
   addRepositoryOptions,
   backendFor,
   type FilterOptions,
   filterOf,
-  keepArgument,
   passwordOf,
   type RepositoryOptions,
-  tagListsArgument,
   tagsArgument,
   withRepository,
 } from './repository.ts'
@@ -131,13 +128,6 @@ async function chosen(
   return Promise.all(names.map((name) => findSnapshot(repository, name, filterOf(options), session.signal)))
 }
 
-const COUNTED = ['last', 'hourly', 'daily', 'weekly', 'monthly', 'yearly'] as const
-const WITHIN = ['within', 'withinHourly', 'withinDaily', 'withinWeekly', 'withinMonthly', 'withinYearly'] as const
-
-type KeepOptions = { readonly [Name in (typeof COUNTED)[number] as `keep${Capitalize<Name>}`]?: number } & {
-  readonly [Name in (typeof WITHIN)[number] as `keep${Capitalize<Name>}`]?: Duration
-} & { readonly keepTag?: string[][] }
-
 interface ForgetOptions extends RepositoryOptions, FilterOptions {
   readonly groupBy: GroupKey[]
   readonly prune?: true
@@ -155,22 +145,7 @@ export function defineForget(command: Command, session: Session): void {
       ),
     )
     .argument('[snapshot...]', 'instead of rules: these go')
-  addFilterOptions(addRepositoryOptions(command))
-  for (const name of COUNTED) {
-    const what = name === 'last' ? 'the last N' : `one snapshot of each of the last N ${PERIODS[name]} that have any`
-    command.option(`--keep-${name} <n>`, `keep ${what}; all: no limit`, keepArgument)
-  }
-  for (const name of WITHIN) {
-    const option = name.replace(/[A-Z]/, (letter) => `-${letter.toLowerCase()}`)
-    const what = name === 'within' ? 'snapshots' : `${option.slice('within-'.length)} snapshots`
-    command.option(
-      `--keep-${option} <duration>`,
-      `keep ${what} this much older than the latest (1y5m7d2h)`,
-      parseDuration,
-    )
-  }
-  command
-    .option('--keep-tag <tags>', 'keep snapshots with all these tags (a,b); may be repeated', tagListsArgument)
+  addKeepOptions(addFilterOptions(addRepositoryOptions(command)))
     .option('--group-by <keys>', 'apply the rules to each of these: host, paths, tags, or nothing', groupArgument, [
       'host',
       'paths',
@@ -214,17 +189,6 @@ export function defineForget(command: Command, session: Session): void {
       else if (report.removed.length > 0 && dryRun !== true) session.output.note('next: lsync snapshot prune')
     })
   })
-}
-
-const PERIODS = { hourly: 'hours', daily: 'days', weekly: 'weeks', monthly: 'months', yearly: 'years' } as const
-
-function rulesOf(options: KeepOptions): KeepRules {
-  const rules = [...COUNTED, ...WITHIN].map((name) => {
-    const option = `keep${name.charAt(0).toUpperCase()}${name.slice(1)}` as keyof KeepOptions
-    return [name, options[option]] as const
-  })
-  const { keepTag } = options
-  return { ...given(Object.fromEntries(rules)), ...(keepTag === undefined ? {} : { tags: keepTag }) }
 }
 
 function groupArgument(text: string): GroupKey[] {
@@ -352,6 +316,8 @@ function renderProblem({ severity, code, id, path, message }: CheckProblem, sess
 }
 
 export function defineRepair(command: Command, session: Session): void {
+  const snapshots = command.command('snapshots').description('make snapshots without what is lost, as restic does')
+  defineRepairSnapshots(snapshots, session)
   command.addHelpText(
     'before',
     examples('lsync snapshot repair index -r /backup/repo', 'lsync snapshot repair packs -r /backup/repo 1a2b…'),
@@ -403,6 +369,62 @@ export function defineRepair(command: Command, session: Session): void {
     },
   )
 }
+
+function defineRepairSnapshots(command: Command, session: Session): void {
+  command
+    .addHelpText(
+      'before',
+      examples(
+        'lsync snapshot repair snapshots -r /backup/repo --dry-run',
+        'lsync snapshot repair snapshots -r /backup/repo --forget --yes 1a2b3c4d',
+      ),
+    )
+    .argument('[snapshot...]', 'ids, or latest; by default all that the options leave')
+  addFilterOptions(addRepositoryOptions(command)).option('--forget', 'remove the snapshots that lacked something')
+  addYesOption(addDryRunOption(command)).action(
+    async (
+      names: string[],
+      options: RepositoryOptions & FilterOptions & { forget?: true; yes?: true; dryRun?: true },
+    ) => {
+      if (options.forget === true) await session.confirm('this removes snapshots that lack something', options)
+      const { forget, dryRun } = options
+      await withRepository(options, session, async (repository) => {
+        const snapshots = await chosen(repository, names, options, session)
+        const repaired = await repairSnapshots(repository, {
+          snapshots,
+          ...given({ forget, dryRun }),
+          signal: session.signal,
+          onProgress: session.output.progress,
+        })
+        for (const { from, to, losses } of repaired) {
+          for (const { path, lost } of losses) {
+            session.output.data(
+              () => ({ type: 'lost', snapshot: from, path: textOf(path), lost }),
+              () => `${from.slice(0, 8)}: ${LOST[lost]} ${printable(path)}`,
+            )
+          }
+          session.output.data(
+            () => ({ type: 'repaired', from, to: to ?? null, losses: losses.length, dryRun: dryRun === true }),
+            () => {
+              if (dryRun === true) return `would repair ${from.slice(0, 8)}`
+              return to === undefined
+                ? `nothing is left of ${from.slice(0, 8)}`
+                : `${from.slice(0, 8)} is ${to.slice(0, 8)} now, without what is lost`
+            },
+          )
+        }
+        if (repaired.length === 0) session.output.note('no snapshot lacks anything that the index knows to be lost')
+        else session.foundProblems()
+      })
+    },
+  )
+}
+
+const LOST = {
+  content: 'pieces are lost of',
+  directory: 'all is lost in',
+  size: 'the size was wrong of',
+} as const
 
 interface CopyOptions extends RepositoryOptions, FilterOptions {
   readonly to: string

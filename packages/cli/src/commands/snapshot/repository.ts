@@ -42,11 +42,17 @@ export class PasswordUnknownError extends LsyncError {
 }
 
 export function addRepositoryOptions(command: Command): Command {
-  return command
-    .option(
+  return addAccessOptions(
+    command.option(
       '-r, --repository <repository>',
       'where it is: a path, sftp:…, rest:https://…, s3:https://host/bucket/prefix (default: $LSYNC_REPOSITORY)',
-    )
+    ),
+  )
+}
+
+/** What it takes to open a repository that is named otherwise. */
+export function addAccessOptions(command: Command): Command {
+  return command
     .option('--password-file <file>', 'the first line of this file is the password', pathArgument)
     .option('--password-command <command>', 'a command (for sh) that prints the password')
     .option(

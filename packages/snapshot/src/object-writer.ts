@@ -1,0 +1,84 @@
+import type { Memory } from '@lsync/posix'
+import type { ObjectId } from './model/tree.ts'
+import { PackStore } from './pack-store.ts'
+import type { Repository } from './repository.ts'
+import { Saver } from './save.ts'
+
+/** Stores chunks and trees in the calling thread, for those who have them in memory. The index is loaded. */
+export class ObjectWriter {
+  /** What was stored so far: objects that were new, and what they take. */
+  objectsAdded = 0
+  addedBytes = 0
+  readonly #repository: Repository
+  readonly #signal: AbortSignal
+  readonly #saver: Saver
+  readonly #store: PackStore
+  #segments: number
+
+  constructor(repository: Repository, signal: AbortSignal) {
+    const { key, compresses, config, table } = repository
+    const { segments } = table
+    this.#repository = repository
+    this.#signal = signal
+    this.#segments = segments.length
+    this.#saver = new Saver({
+      sources: [],
+      key,
+      compresses,
+      polynomial: config.chunker_polynomial,
+      segments,
+      accounts: { users: new Map(), groups: new Map() },
+      excludes: [],
+      force: false,
+    })
+    this.#store = new PackStore(repository, {
+      signal,
+      onWritten: (memory) => {
+        if (memory instanceof ArrayBuffer) this.#saver.recycle(memory)
+      },
+    })
+  }
+
+  /** Stores a chunk. `hand` is due now and then. */
+  addChunk(memory: Memory, at: number, length: number): ObjectId {
+    return this.#saver.storeChunk(memory, at, length)
+  }
+
+  /** Stores a tree of encoded nodes, in order of their names. */
+  async addTree(nodes: readonly string[]): Promise<ObjectId> {
+    const id = this.#saver.storeTree(nodes)
+    await this.hand()
+    return id
+  }
+
+  /** Hands packs that are full to the backend, and waits while it has many. */
+  async hand(): Promise<void> {
+    const { packs, counts } = this.#saver.takeStored()
+    for (const pack of packs) this.#store.add(pack)
+    this.objectsAdded += counts.objectsAdded
+    this.addedBytes += counts.addedBytes
+    this.#repository.table.grow()
+    for (const segment of this.#repository.table.segments.slice(this.#segments)) {
+      this.#saver.attach(segment)
+      this.#segments++
+    }
+    while (this.#store.isCongested) await this.#store.wait()
+    this.#signal.throwIfAborted()
+  }
+
+  /** Everything is durable and indexed when it resolves. */
+  async flush(): Promise<void> {
+    await this.hand()
+    for (const { content, objects } of this.#saver.takeRest()) {
+      for (const object of objects) {
+        this.#store.addSealed(object, content.subarray(object.offset, object.offset + object.length))
+      }
+    }
+    await this.#store.flush()
+  }
+
+  async close(): Promise<void> {
+    await this.#store.settle()
+    this.#saver.close()
+  }
+}
