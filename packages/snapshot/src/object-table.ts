@@ -1,3 +1,4 @@
+import { type IndexRows, ROW_WORDS } from './index-file.ts'
 import type { ObjectId } from './model/tree.ts'
 import { type ObjectKind, type PackedObject, visitHeader } from './pack.ts'
 
@@ -188,6 +189,33 @@ export class ObjectTable {
       header.copy(scratch, 0, idAt, idAt + ID_BYTES)
       this.#add(packNumber, KINDS[kind], scratchWords, offset, length, uncompressedLength)
     })
+  }
+
+  /** Adds all objects of an index. */
+  addRows({ packs, words }: IndexRows): void {
+    let row = 0
+    for (const { id, objects } of packs) {
+      const packNumber = this.addPack(id)
+      for (const end = row + objects * ROW_WORDS; row < end; row += ROW_WORDS) {
+        for (let i = 0; i < KIND; i++) scratchWords[i] = words[row + i] as number
+        const size = words[row + 11] as number
+        this.#add(
+          packNumber,
+          words[row + 8] as number,
+          scratchWords,
+          words[row + 9] as number,
+          words[row + 10] as number,
+          size < 0 ? undefined : size,
+        )
+      }
+    }
+  }
+
+  /** Makes room for so many objects at once, in a table that has none and that no other thread knows yet. */
+  reserve(objects: number): void {
+    let capacity = FIRST_CAPACITY
+    while (capacity < objects * 2) capacity *= 2
+    if (capacity > FIRST_CAPACITY && this.size === 0) this.#segments = [Segment.ofCapacity(capacity)]
   }
 
   #add(

@@ -280,7 +280,7 @@ function parseHeader(packId: ObjectId, header: Buffer, contentBytes: number): Pa
 }
 
 /** Whether lengths of an object, from an index or a header, are such that memory may be taken for it. */
-export function isPlausible({ kind, offset, length, uncompressedLength }: PackedObject): boolean {
+export function isPlausible({ kind, offset, length, uncompressedLength }: Omit<PackedObject, 'id'>): boolean {
   const limit = kind === 'data' ? MAX_DATA_BYTES : MAX_TREE_BYTES
   return (
     Number.isSafeInteger(offset) &&

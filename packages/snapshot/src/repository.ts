@@ -7,7 +7,7 @@ import { type Polynomial, parsePolynomial, polynomialText, randomPolynomial } fr
 import { eachOf } from './concurrent.ts'
 import { type CipherKey, createEngine, type Engine } from './crypto/engine.ts'
 import { hashOf, openBytes, sealBytes } from './crypto/sealer.ts'
-import { decodeIndex, type IndexedPack } from './index-file.ts'
+import { decodeIndex, type IndexedPack, scanIndex } from './index-file.ts'
 import { type KeyInfo, newMasterKey, openMasterKey, type PasswordCost, readKeyFile, writeKey } from './key-file.ts'
 import { decodeSnapshot, encodeSnapshot, type Snapshot } from './model/snapshot.ts'
 import { decodeTree, type ObjectId, type TreeNode } from './model/tree.ts'
@@ -20,6 +20,10 @@ const decompress = promisify(zstdDecompress)
 /** The first byte of a file in format version 2: what follows is a zstd frame. */
 const COMPRESSED_JSON = 2
 const MAX_JSON_BYTES = 512 * 1024 * 1024
+/** What an object takes in a compressed index: 32 bytes of its id, which nothing compresses, and some of its place. */
+const INDEXED_BYTES = 42
+// Sizes of files are what somebody else says.
+const MOST_RESERVED = 1 << 22
 
 /** A repository's config. */
 export interface RepositoryConfig {
@@ -224,16 +228,19 @@ export class Repository {
    * one is gone that was read, somebody has pruned meanwhile: all are read anew.
    */
   async loadIndex(signal?: AbortSignal): Promise<void> {
-    const listed = new Set(await this.listIds('index', signal))
+    const listed = new Map<ObjectId, number>()
+    for await (const { name, sizeBytes } of this.backend.list('index', { signal })) listed.set(name, sizeBytes)
     if ([...this.#loadedIndexes].some((id) => !listed.has(id))) this.resetIndex()
-    const ids = [...listed].filter((id) => !this.#loadedIndexes.has(id))
-    await eachOf(ids, this.backend.concurrency, async (id) => this.addIndex(id, await this.readIndex(id, signal)))
-  }
-
-  /** Makes the objects of packs known that an index file names. */
-  addIndex(id: ObjectId, packs: readonly IndexedPack[]): void {
-    this.addPacks(packs)
-    this.#loadedIndexes.add(id)
+    const ids = [...listed.keys()].filter((id) => !this.#loadedIndexes.has(id)).sort()
+    const totalBytes = ids.reduce((sum, id) => sum + (listed.get(id) ?? 0), 0)
+    if (this.#loadedIndexes.size === 0) this.table.reserve(Math.min(totalBytes / INDEXED_BYTES, MOST_RESERVED))
+    await eachOf(ids, this.backend.concurrency, async (id) => {
+      const content = await this.readFile('index', id, signal)
+      const rows = scanIndex(content)
+      if (rows === undefined) this.addPacks(decodeIndex(id, content))
+      else this.table.addRows(rows)
+      this.#loadedIndexes.add(id)
+    })
   }
 
   /** Makes objects of packs known. */
@@ -244,7 +251,7 @@ export class Repository {
     }
   }
 
-  /** As `addIndex`, of packs by their plain headers. */
+  /** Makes the objects of packs known that an index file of ours names, by their plain headers. */
   addIndexOfHeaders(id: ObjectId, packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): void {
     for (const pack of packs) this.table.addHeader(this.table.addPack(pack.id), pack.header)
     this.#loadedIndexes.add(id)
