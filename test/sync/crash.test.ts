@@ -155,7 +155,7 @@ describe.skipIf(!canMountImages())('a sync that is killed', () => {
     let total = 0
     let safeBytes = 0
     // A quick machine may be there before the first checkpoint is: then the next one is killed later.
-    for (const worker of [9000, 14_000, 19_000]) {
+    for (const worker of [6000, 8500, 11_000]) {
       at = disk.current.fresh()
       total = 0
       for (let index = 0; index < 6000; index++) {

@@ -1051,11 +1051,14 @@ export class TargetSession {
     const skipped = new Set<TreePath>()
     const tasks = [...plan.contents]
     const byPath = new Map(tasks.map((task) => [task.path, task]))
+    const byPlace = new Map(tasks.map((task) => [keyOf(task), task]))
     const jobs: (typeof tasks)[] = []
+    // A hundred names are a share for each thread, too.
+    const most = Math.min(TASKS_PER_JOB, Math.max(TASKS_PER_JOB / 8, Math.ceil(tasks.length / workers.width)))
     let bytes = 0
     for (const task of tasks) {
       const last = jobs.at(-1)
-      if (last === undefined || last.length >= TASKS_PER_JOB || bytes > JOB_BYTES) {
+      if (last === undefined || last.length >= most || bytes > JOB_BYTES) {
         jobs.push([task])
         bytes = 0
       } else last.push(task)
@@ -1066,7 +1069,7 @@ export class TargetSession {
         do: 'contents',
         tasks: (job as typeof tasks).map((task) => this.#sendTaskOf(task)),
       })
-      this.#mergeContents(result, byPath, changes, retried)
+      this.#mergeContents(result, byPlace, changes, retried)
       for (const { path } of result.failures) skipped.add(path)
       for (const { path } of result.again) skipped.add(path)
       return []
@@ -1082,13 +1085,12 @@ export class TargetSession {
 
   #mergeContents(
     { sent, again, failures, files, bytes }: ContentsResult,
-    byPath: ReadonlyMap<TreePath, Plan['contents'][number]>,
+    byPlace: ReadonlyMap<string, Plan['contents'][number]>,
     changes: IndexChange[],
     retried: Set<string>,
   ): void {
     this.#tally.files += files
     this.#tally.bytes += bytes
-    const byPlace = new Map([...byPath.values()].map((task) => [keyOf(task), task]))
     for (const { directory, name, row: image, blocks, isUnsettled } of sent) {
       const task = byPlace.get(keyOf({ directory, name }))
       let row = new Row(name, Buffer.from(image))
