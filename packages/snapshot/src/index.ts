@@ -1,4 +1,5 @@
 export * from './backend/backend.ts'
+export { type CacheOptions, CachingBackend, defaultCacheDirectory } from './backend/cache.ts'
 export * from './backend/errors.ts'
 export { LocalBackend } from './backend/local.ts'
 export { type BackendOptions, localPathIn, openBackend } from './backend/open.ts'

@@ -3,6 +3,7 @@ import { promisify } from 'node:util'
 import { zstdCompress, zstdDecompress } from 'node:zlib'
 import { allocate, LsyncError } from '@lsync/posix'
 import { type Backend, describeFile, type FileKind, type FileRef, pathOf } from './backend/backend.ts'
+import { CachingBackend } from './backend/cache.ts'
 import { type Polynomial, parsePolynomial, polynomialText, randomPolynomial } from './chunk/polynomial.ts'
 import { eachOf } from './concurrent.ts'
 import { type CipherKey, createEngine, type Engine } from './crypto/engine.ts'
@@ -10,7 +11,7 @@ import { hashOf, openBytes, sealBytes } from './crypto/sealer.ts'
 import { decodeIndex, type IndexedPack, scanIndex } from './index-file.ts'
 import { type KeyInfo, newMasterKey, openMasterKey, type PasswordCost, readKeyFile, writeKey } from './key-file.ts'
 import { decodeSnapshot, encodeSnapshot, type Snapshot } from './model/snapshot.ts'
-import { decodeTree, type ObjectId, type TreeNode } from './model/tree.ts'
+import { decodeTree, isId, type ObjectId, type TreeNode } from './model/tree.ts'
 import { type Location, ObjectTable } from './object-table.ts'
 import { type ObjectKind, type PackedObject, readPackHeader } from './pack.ts'
 
@@ -91,6 +92,8 @@ export class ObjectDamagedError extends LsyncError {
 
 export interface OpenOptions {
   readonly password: string
+  /** Where this machine keeps what it has read of any repository that is not on it. Absent: nowhere. */
+  readonly cacheDirectory?: string | undefined
   readonly signal?: AbortSignal | undefined
 }
 
@@ -146,14 +149,17 @@ export class Repository {
    * Opens a repository.
    * @throws {RepositoryMissingError} {PasswordWrongError} {KeyInvalidError} {RepositoryUnsupportedError}
    */
-  static async open(backend: Backend, { password, signal }: OpenOptions): Promise<Repository> {
+  static async open(backend: Backend, { password, signal, cacheDirectory }: OpenOptions): Promise<Repository> {
     if ((await backend.stat(CONFIG, { signal })) === undefined) throw new RepositoryMissingError(backend.location)
     const { keyId, master } = await openMasterKey(backend, password, { signal })
     const engine = createEngine(master)
     const plain = openBytes(engine, await backend.get(CONFIG, undefined, { signal }))
     engine.close()
     if (plain === undefined) throw new FileDamagedError(CONFIG, 'its MAC is wrong')
-    return new Repository(backend, master, keyId, parseConfig(plain, backend.location))
+    const config = parseConfig(plain, backend.location)
+    const isCached = cacheDirectory !== undefined && backend.directory === undefined && isId(config.id)
+    const used = isCached ? new CachingBackend(backend, { directory: `${cacheDirectory}/${config.id}` }) : backend
+    return new Repository(used, master, keyId, config)
   }
 
   /** Where every object lies that an index names, as far as indexes were read. */
@@ -265,7 +271,8 @@ export class Repository {
     const location = this.table.locate(kind, id)
     if (location === undefined) throw new ObjectMissingError(kind, id)
     const { packId, offset, length } = location
-    const sealed = await this.backend.get({ kind: 'pack', name: packId }, { offset, length }, { signal })
+    const isForTrees = kind === 'tree'
+    const sealed = await this.backend.get({ kind: 'pack', name: packId }, { offset, length }, { signal, isForTrees })
     return this.openObject(location, sealed)
   }
 

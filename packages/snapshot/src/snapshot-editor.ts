@@ -285,7 +285,7 @@ export class SnapshotEditor {
   async #file(path: ByteString): Promise<TreeNode> {
     const found = await this.#find(path)
     if (found === undefined) throw new PosixError('ENOENT', { syscall: 'open', path })
-    if (found instanceof Directory) throw new PosixError('EISDIR', { syscall: 'open', path })
+    if (found instanceof Directory) throw new PosixError('EPERM', { syscall: 'open', path })
     return found
   }
 

@@ -24,7 +24,13 @@ import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { addKeepOptions, type KeepOptions, rulesOf } from './snapshot/keep.ts'
-import { addAccessOptions, backendFor, passwordOf, type RepositoryOptions } from './snapshot/repository.ts'
+import {
+  addAccessOptions,
+  backendFor,
+  cacheDirectoryOf,
+  passwordOf,
+  type RepositoryOptions,
+} from './snapshot/repository.ts'
 
 interface SyncOptions extends Omit<RepositoryOptions, 'repository'>, KeepOptions {
   readonly once?: true
@@ -57,8 +63,7 @@ export function define(command: Command, session: Session): void {
     'before',
     examples(
       'lsync sync /srv/c1/upper /store/c1',
-      'lsync sync /srv/c1/upper ssh://backup@store:22/c1 --exclude .cache/',
-      'lsync sync /srv/c1/upper repo:/backup/repo --keep-within-hourly 1d --keep-daily 30',
+      'lsync sync /srv/c1/upper ssh://backup@store:22/c1 repo:/backup/repo --exclude .cache/',
     ),
   )
   addKeepOptions(
@@ -235,7 +240,11 @@ async function repositoryTarget(
     connect: async (signal) => {
       const backend = backendFor(address, options, session)
       try {
-        const repository = await Repository.open(backend, { password, signal })
+        const repository = await Repository.open(backend, {
+          password,
+          cacheDirectory: cacheDirectoryOf(options),
+          signal,
+        })
         return {
           repository,
           close: async () => {

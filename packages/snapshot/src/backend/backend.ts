@@ -25,6 +25,8 @@ export interface ByteRange {
 
 export interface BackendCall {
   readonly signal?: AbortSignal | undefined
+  /** A pack is read for the trees in it: it is worth keeping on this machine. */
+  readonly isForTrees?: boolean
 }
 
 /**

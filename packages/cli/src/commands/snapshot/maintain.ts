@@ -70,6 +70,9 @@ export function defineInit(command: Command, session: Session): void {
     })
 }
 
+/** What lies in the repository is looked at itself, whatever this machine knows of it. */
+const JUDGED = { isJudged: true }
+
 interface TagOptions extends RepositoryOptions, FilterOptions {
   readonly set?: string[]
   readonly add?: string[]
@@ -275,26 +278,31 @@ export function defineCheck(command: Command, session: Session): void {
       subsetArgument,
     )
   addWorkersOption(command).action(async (options: CheckOptions) => {
-    await withRepository(options, session, async (repository) => {
-      const readData: CheckRequest['readData'] = options.readDataSubset ?? options.readData
-      const report = await checkRepository(repository, {
-        ...given({ readData, workers: options.workers }),
-        noLock: !options.lock,
-        signal: session.signal,
-        onProgress: session.output.progress,
-      })
-      for (const problem of report.problems) renderProblem(problem, session)
-      const { snapshots, trees, packs, packsRead, bytesRead, elapsedMs } = report
-      const errors = report.problems.filter(({ severity }) => severity === 'error').length
-      session.output.data(
-        () => ({ type: 'checked', errors, snapshots, trees, packs, packsRead, bytesRead, elapsedMs }),
-        () => {
-          const seen = `${countOf(snapshots)} snapshots, ${countOf(packs)} packs, ${sizeOf(bytesRead)} read in ${durationOf(elapsedMs)}`
-          return errors === 0 ? `the repository is whole: ${seen}` : `${countOf(errors)} errors: ${seen}`
-        },
-      )
-      if (errors > 0) session.foundProblems()
-    })
+    await withRepository(
+      options,
+      session,
+      async (repository) => {
+        const readData: CheckRequest['readData'] = options.readDataSubset ?? options.readData
+        const report = await checkRepository(repository, {
+          ...given({ readData, workers: options.workers }),
+          noLock: !options.lock,
+          signal: session.signal,
+          onProgress: session.output.progress,
+        })
+        for (const problem of report.problems) renderProblem(problem, session)
+        const { snapshots, trees, packs, packsRead, bytesRead, elapsedMs } = report
+        const errors = report.problems.filter(({ severity }) => severity === 'error').length
+        session.output.data(
+          () => ({ type: 'checked', errors, snapshots, trees, packs, packsRead, bytesRead, elapsedMs }),
+          () => {
+            const seen = `${countOf(snapshots)} snapshots, ${countOf(packs)} packs, ${sizeOf(bytesRead)} read in ${durationOf(elapsedMs)}`
+            return errors === 0 ? `the repository is whole: ${seen}` : `${countOf(errors)} errors: ${seen}`
+          },
+        )
+        if (errors > 0) session.foundProblems()
+      },
+      JUDGED,
+    )
   })
 }
 
@@ -328,15 +336,20 @@ export function defineRepair(command: Command, session: Session): void {
     examples('lsync snapshot repair index -r /backup/repo', 'lsync snapshot repair index -r REPO --json'),
   )
   addRepositoryOptions(index).action(async (options: RepositoryOptions) => {
-    await withRepository(options, session, async (repository) => {
-      const report = await repairIndex(repository, { signal: session.signal, onProgress: session.output.progress })
-      for (const { id, message } of report.unreadable) session.output.warning('PACK_DAMAGED', message, { id })
-      session.output.data(
-        () => ({ type: 'indexed', ...report }),
-        () => `the index names ${countOf(report.packs)} packs; the headers of ${countOf(report.packsRead)} were read`,
-      )
-      if (report.unreadable.length > 0) session.foundProblems()
-    })
+    await withRepository(
+      options,
+      session,
+      async (repository) => {
+        const report = await repairIndex(repository, { signal: session.signal, onProgress: session.output.progress })
+        for (const { id, message } of report.unreadable) session.output.warning('PACK_DAMAGED', message, { id })
+        session.output.data(
+          () => ({ type: 'indexed', ...report }),
+          () => `the index names ${countOf(report.packs)} packs; the headers of ${countOf(report.packsRead)} were read`,
+        )
+        if (report.unreadable.length > 0) session.foundProblems()
+      },
+      JUDGED,
+    )
   })
   const packs = command.command('packs').description('save what is whole in damaged packs, and remove them')
   packs
@@ -354,18 +367,23 @@ export function defineRepair(command: Command, session: Session): void {
         options,
         'look first with check --read-data',
       )
-      await withRepository(options, session, async (repository) => {
-        const report = await repairPacks(repository, ids, {
-          signal: session.signal,
-          onProgress: session.output.progress,
-        })
-        session.output.data(
-          () => ({ type: 'repaired', ...report }),
-          () =>
-            `saved ${countOf(report.saved)} objects of ${countOf(report.removed.length)} packs, ${countOf(report.lost.length)} are lost`,
-        )
-        if (report.lost.length > 0) session.foundProblems()
-      })
+      await withRepository(
+        options,
+        session,
+        async (repository) => {
+          const report = await repairPacks(repository, ids, {
+            signal: session.signal,
+            onProgress: session.output.progress,
+          })
+          session.output.data(
+            () => ({ type: 'repaired', ...report }),
+            () =>
+              `saved ${countOf(report.saved)} objects of ${countOf(report.removed.length)} packs, ${countOf(report.lost.length)} are lost`,
+          )
+          if (report.lost.length > 0) session.foundProblems()
+        },
+        JUDGED,
+      )
     },
   )
 }
@@ -388,34 +406,39 @@ function defineRepairSnapshots(command: Command, session: Session): void {
     ) => {
       if (options.forget === true) await session.confirm('this removes snapshots that lack something', options)
       const { forget, dryRun } = options
-      await withRepository(options, session, async (repository) => {
-        const snapshots = await chosen(repository, names, options, session)
-        const repaired = await repairSnapshots(repository, {
-          snapshots,
-          ...given({ forget, dryRun }),
-          signal: session.signal,
-          onProgress: session.output.progress,
-        })
-        for (const { from, to, losses } of repaired) {
-          for (const { path, lost } of losses) {
+      await withRepository(
+        options,
+        session,
+        async (repository) => {
+          const snapshots = await chosen(repository, names, options, session)
+          const repaired = await repairSnapshots(repository, {
+            snapshots,
+            ...given({ forget, dryRun }),
+            signal: session.signal,
+            onProgress: session.output.progress,
+          })
+          for (const { from, to, losses } of repaired) {
+            for (const { path, lost } of losses) {
+              session.output.data(
+                () => ({ type: 'lost', snapshot: from, path: textOf(path), lost }),
+                () => `${from.slice(0, 8)}: ${LOST[lost]} ${printable(path)}`,
+              )
+            }
             session.output.data(
-              () => ({ type: 'lost', snapshot: from, path: textOf(path), lost }),
-              () => `${from.slice(0, 8)}: ${LOST[lost]} ${printable(path)}`,
+              () => ({ type: 'repaired', from, to: to ?? null, losses: losses.length, dryRun: dryRun === true }),
+              () => {
+                if (dryRun === true) return `would repair ${from.slice(0, 8)}`
+                return to === undefined
+                  ? `nothing is left of ${from.slice(0, 8)}`
+                  : `${from.slice(0, 8)} is ${to.slice(0, 8)} now, without what is lost`
+              },
             )
           }
-          session.output.data(
-            () => ({ type: 'repaired', from, to: to ?? null, losses: losses.length, dryRun: dryRun === true }),
-            () => {
-              if (dryRun === true) return `would repair ${from.slice(0, 8)}`
-              return to === undefined
-                ? `nothing is left of ${from.slice(0, 8)}`
-                : `${from.slice(0, 8)} is ${to.slice(0, 8)} now, without what is lost`
-            },
-          )
-        }
-        if (repaired.length === 0) session.output.note('no snapshot lacks anything that the index knows to be lost')
-        else session.foundProblems()
-      })
+          if (repaired.length === 0) session.output.note('no snapshot lacks anything that the index knows to be lost')
+          else session.foundProblems()
+        },
+        JUDGED,
+      )
     },
   )
 }

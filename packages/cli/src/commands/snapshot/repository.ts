@@ -4,6 +4,7 @@ import { type HostPath, LsyncError, textOf } from '@lsync/posix'
 import {
   type Backend,
   type BackendOptions,
+  defaultCacheDirectory,
   findSnapshot,
   localPathIn,
   openBackend,
@@ -23,6 +24,9 @@ export interface RepositoryOptions {
   readonly passwordFile?: HostPath
   readonly passwordCommand?: string
   readonly option?: string[]
+  readonly cacheDir?: HostPath
+  /** False with --no-cache. */
+  readonly cache?: boolean
 }
 
 /** What says which snapshots. */
@@ -60,6 +64,12 @@ export function addAccessOptions(command: Command): Command {
       `of the storage: ${STORAGE_OPTIONS.join(', ')}; may be repeated`,
       textsArgument,
     )
+    .option(
+      '--cache-dir <dir>',
+      'what is read of remote repositories is kept there (default: ~/.cache/lsync)',
+      pathArgument,
+    )
+    .option('--no-cache', 'keep nothing of remote repositories on this machine')
 }
 
 export function addFilterOptions(command: Command): Command {
@@ -179,15 +189,29 @@ function outputOf(command: string): string {
   return stdout
 }
 
-/** Opens the repository of the options for as long as `use` runs. */
+/** Where what is read of remote repositories is kept; `undefined`: nowhere. */
+export function cacheDirectoryOf({ cache, cacheDir }: RepositoryOptions): string | undefined {
+  if (cache === false) return undefined
+  return cacheDir === undefined ? defaultCacheDirectory() : textOf(cacheDir)
+}
+
+/**
+ * Opens the repository of the options for as long as `use` runs. `isJudged`: what lies there is what counts, and not what
+ * was read of it before.
+ */
 export async function withRepository<T>(
   options: RepositoryOptions,
   session: Session,
   use: (repository: Repository) => Promise<T>,
+  { isJudged = false }: { readonly isJudged?: boolean } = {},
 ): Promise<T> {
   const backend = backendFor(options.repository, options, session)
   try {
-    const repository = await Repository.open(backend, { password: passwordOf(options), signal: session.signal })
+    const repository = await Repository.open(backend, {
+      password: passwordOf(options),
+      cacheDirectory: isJudged ? undefined : cacheDirectoryOf(options),
+      signal: session.signal,
+    })
     try {
       return await use(repository)
     } finally {
