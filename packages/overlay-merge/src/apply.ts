@@ -69,6 +69,8 @@ export interface ApplyContext {
   /** By the result path they are for. */
   readonly stages: ReadonlyMap<EntryPath, StageRecord>
   readonly reflink: boolean
+  /** The target was made without the names that steps remove or replace. */
+  readonly leftOut: boolean
   /** An earlier run may have done some of the steps. */
   readonly resumed: boolean
   readonly indexFd?: number
@@ -263,7 +265,7 @@ class RecordWork {
     const { trash } = this.#context
     switch (step.do) {
       case 'remove':
-        if (step.was !== 'nothing' || this.#context.resumed) takeAway(this.#targetFd, name, trash)
+        if (this.#isThere(step) || this.#context.resumed) takeAway(this.#targetFd, name, trash)
         if (this.#consumesByRename) this.#dropUpper(name)
         return
       case 'whiteout':
@@ -281,6 +283,10 @@ class RecordWork {
       case 'mkdir':
         return
     }
+  }
+
+  #isThere({ was }: Step): boolean {
+    return was !== 'nothing' && !this.#context.leftOut
   }
 
   // The upper's whiteout goes after what it hid, so that the view never changes.
@@ -369,7 +375,7 @@ class RecordWork {
         const whole = data === undefined ? request : { ...request, data }
         if (header.publish !== undefined) {
           // Nobody sees this tree yet, so there is nothing to replace atomically.
-          if (step.was !== 'nothing') takeAway(this.#targetFd, name, trash)
+          if (this.#isThere(step)) takeAway(this.#targetFd, name, trash)
           this.#inherits ??= inheritsAcls(this.#targetFd)
           const options = { dropInheritedAcls: this.#inherits }
           despiteProtection([{ dirfd: this.#targetFd, name: '' }], () =>

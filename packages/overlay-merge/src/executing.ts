@@ -19,6 +19,8 @@ export interface Execution {
   readonly targetFd: number
   readonly pool: Pool
   readonly reflink: boolean
+  /** The target was cloned without the names that the plan removes or replaces. */
+  readonly leftOut: boolean
   readonly resumed: boolean
   readonly indexFd?: number
   readonly report?: (progress: Progress) => void
@@ -76,7 +78,7 @@ export async function executePlan(execution: Execution): Promise<void> {
 }
 
 function applyInit(execution: Execution): ApplyInit {
-  const { plan, journal, targetFd, reflink, resumed, indexFd } = execution
+  const { plan, journal, targetFd, reflink, leftOut, resumed, indexFd } = execution
   return {
     header: plan.header,
     targetFd,
@@ -85,6 +87,7 @@ function applyInit(execution: Execution): ApplyInit {
     planFd: journal.planFd,
     stages: plan.stages,
     reflink,
+    leftOut,
     resumed,
     ...(indexFd === undefined ? {} : { indexFd }),
   }

@@ -299,6 +299,7 @@ async function mergeInPlace({ request, stack, index, pool }: Run): Promise<Part>
       targetFd: base.fd,
       pool,
       reflink: false,
+      leftOut: false,
       resumed: false,
       ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
       ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
@@ -390,6 +391,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
       targetFd: treeFd,
       pool,
       reflink: clone !== 'hardlink' && clone !== 'copy',
+      leftOut: leavesOut(planned.plan) && clone !== 'moosefs' && clone !== 'btrfs',
       resumed: false,
       ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
       ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
@@ -499,10 +501,14 @@ async function cloneBase(
 }
 
 // What will be replaced need not be cloned, unless something else is made of it.
-function changesOf({ lines, stages }: SealedPlan): Map<EntryPath, LinePlace[]> {
+function leavesOut({ stages }: SealedPlan): boolean {
+  return stages.length === 0
+}
+
+function changesOf(plan: SealedPlan): Map<EntryPath, LinePlace[]> {
   const changes = new Map<EntryPath, LinePlace[]>()
-  if (stages.length > 0) return changes
-  for (const { path, offset, length, replaces } of lines) {
+  if (!leavesOut(plan)) return changes
+  for (const { path, offset, length, replaces } of plan.lines) {
     if (replaces) addTo(changes, planPath(path), { offset, length })
   }
   return changes

@@ -13,6 +13,7 @@ import {
   FS_APPEND_FL,
   FS_IMMUTABLE_FL,
   getXattr,
+  listsAcls,
   listXattrs,
   readDirents,
   S_IFCHR,
@@ -186,6 +187,8 @@ class DirectoryPlanner {
   /** The base's directory that takes part here, if one does. */
   readonly #base: Source | undefined
   readonly #types: Map<number, Map<Name, number>> = new Map()
+  /** By layer, whose directories are all on one file system. */
+  readonly #listsAcls = new Map<number, boolean>()
   #baseNames: Map<Name, number> | undefined
 
   constructor(context: PlanContext, task: PlanTask, part: PlanPart, opened: OpenSources, emit: Emit) {
@@ -462,7 +465,7 @@ class DirectoryPlanner {
     const step: PlaceStep = { do: 'place', ...common, ...this.#from(source, path) }
     if (flags !== 0) step.flags = flags
     this.#needFlags(flags, path)
-    if (stat !== undefined && !this.#context.rename) this.#needsOf(path, parent, top, stat)
+    if (stat !== undefined && !this.#context.rename) this.#needsOf(path, source.layer, top, stat, parent)
     if (this.#context.portable && stat !== undefined) step.expect = expectationOf(stat)
     if (!this.#context.rename && stat !== undefined && stat.nlink > 1) {
       step.group = `${source.layer}:${stat.dev}:${stat.ino}`
@@ -534,8 +537,10 @@ class DirectoryPlanner {
     if (flags !== 0) this.#need('inodeFlags', path)
   }
 
-  #needsOf(path: EntryPath, dirfd: number, top: RawEntry, stat: Stat): void {
-    const hidden = hiddenAcls(dirfd, top.name, top.attributes).map(({ name }) => name)
+  #needsOf(path: EntryPath, layer: number, top: RawEntry, stat: Stat, dirfd: number): void {
+    const lists = this.#listsAcls.get(layer) ?? listsAcls(dirfd)
+    this.#listsAcls.set(layer, lists)
+    const hidden = lists ? [] : hiddenAcls(dirfd, top.name, top.attributes).map(({ name }) => name)
     for (const need of needsOf(stat, [...top.attributes, ...hidden])) this.#need(need, path)
   }
 
@@ -583,13 +588,16 @@ class DirectoryPlanner {
   }
 }
 
+const ownUid = process.geteuid?.()
+const ownGid = process.getegid?.()
+
 /** What an inode with these attributes needs of the file system that it is copied to, its inode flags aside. */
 export function needsOf(stat: Stat, attributes: readonly ByteString[]): Need[] {
   const needs: Need[] = []
   const special = SPECIAL_NEEDS[typeOf(stat)]
   if (special !== undefined) needs.push(special)
   if ((stat.permissions & 0o6000) !== 0) needs.push('keepsSetuid')
-  if (stat.uid !== process.geteuid?.() || stat.gid !== process.getegid?.()) needs.push('keepsOwner')
+  if (stat.uid !== ownUid || stat.gid !== ownGid) needs.push('keepsOwner')
   for (const attribute of attributes) {
     if (attribute.startsWith('user.')) needs.push('userXattrs')
     else if (attribute.startsWith('system.posix_acl_')) needs.push('acls')

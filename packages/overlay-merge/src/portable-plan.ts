@@ -308,6 +308,7 @@ async function execute(request: ApplyPlanRequest, stack: OpenStack, journal: Jou
       targetFd,
       pool,
       reflink: false,
+      leftOut: false,
       resumed: false,
       ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
     })

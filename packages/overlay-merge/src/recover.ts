@@ -138,6 +138,7 @@ async function finishInterrupted(journal: Journal, plan: SealedPlan, options: Re
       targetFd: base.fd,
       pool,
       reflink: false,
+      leftOut: false,
       resumed: true,
       ...(indexFd === undefined ? {} : { indexFd }),
       ...(options.onProgress === undefined ? {} : { report: options.onProgress }),

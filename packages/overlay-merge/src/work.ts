@@ -62,6 +62,7 @@ export interface ApplyInit {
   readonly planFd: number
   readonly stages: readonly StageRecord[]
   readonly reflink: boolean
+  readonly leftOut: boolean
   readonly resumed: boolean
   readonly indexFd?: number
 }
