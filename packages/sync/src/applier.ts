@@ -56,6 +56,7 @@ import {
   withFd,
   writeAt,
 } from '@lsync/posix'
+import { MadeDirectories } from './made-directories.ts'
 import type { Extent, Operation, RawMeta, TreePath } from './model/operation.ts'
 import { checkPath, OperationRefusedError, placeOf, STATE_INSIDE } from './target-path.ts'
 import type { TargetLoss } from './transport/target.ts'
@@ -75,6 +76,8 @@ export interface ApplierOptions {
   readonly onlyNew?: boolean
   /** This thread has a umask of its own, 0: files can be made with the mode that they are to have. */
   readonly hasOwnUmask?: boolean
+  /** Directories of the target that were made and are not finished, where several work on it together. */
+  readonly made?: MadeDirectories
 }
 
 interface Parent {
@@ -91,8 +94,6 @@ interface Parent {
 type Made = Pick<Stat, 'uid' | 'gid' | 'permissions'>
 
 const PARENTS = 64
-/** Beyond this it forgets which directories it has made, for a sender could make any number. */
-const MADE_MOST = 1 << 14
 const SPECIAL_TYPES: ReadonlySet<number> = new Set([S_IFIFO, S_IFSOCK, S_IFCHR, S_IFBLK])
 const NO_LOSSES: ReadonlySet<TargetLoss['what']> = new Set()
 const NO_XATTRS: readonly Xattr[] = []
@@ -119,19 +120,26 @@ export class Applier {
   readonly #onlyNew: boolean
   readonly #hasOwnUmask: boolean
   readonly #parents = new Map<string, Parent>()
-  /** Directories that it has made and not finished, with what tells each from another in its place. */
-  readonly #made = new Map<string, string>()
+  readonly #made: MadeDirectories
   readonly #tag = randomBytes(6).toString('hex')
   #count = 0
   readonly #trashed: ByteString[] = []
   readonly #trash: Trash
 
-  constructor({ rootFd, stageFd, losses = NO_LOSSES, onlyNew = false, hasOwnUmask = false }: ApplierOptions) {
+  constructor({
+    rootFd,
+    stageFd,
+    losses = NO_LOSSES,
+    onlyNew = false,
+    hasOwnUmask = false,
+    made = new MadeDirectories(),
+  }: ApplierOptions) {
     this.#rootFd = rootFd
     this.#stageFd = stageFd
     this.#losses = losses
     this.#onlyNew = onlyNew
     this.#hasOwnUmask = hasOwnUmask
+    this.#made = made
     this.#trash = {
       fd: stageFd,
       next: () => {
@@ -301,8 +309,7 @@ export class Applier {
   // In a tree that only grows, what a crash left half written in its place could never be made whole.
   #remember(path: TreePath, words: Uint32Array): void {
     if (this.#onlyNew) return
-    if (this.#made.size >= MADE_MOST) this.#made.clear()
-    this.#made.set(path, identityOf(words))
+    this.#made.add(path, identityOf(words))
   }
 
   #keep({ path, names, after, last }: Extract<Operation, { do: 'keep' }>): void {
@@ -417,7 +424,7 @@ export class Applier {
       if (path !== '') checkPath(path)
       const place = this.#parent(path)
       place.isFresh = false
-      this.#made.delete(path)
+      this.#made.finish(path)
       despiteProtection([{ dirfd: place.fd, name: '' }], () => writeMeta(place.fd, '', kind, raw, options))
       return
     }
@@ -519,7 +526,7 @@ export class Applier {
       return held
     }
     const fd = openBeneath(this.#rootFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    const made = this.#made.get(path)
+    const made = this.#made.identityOf(path)
     if (made !== undefined) {
       const words = rawStatFd(fd)
       if (made === identityOf(words)) {

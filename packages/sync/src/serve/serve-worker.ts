@@ -4,6 +4,7 @@ import { type ByteString, errnoOf, type HostPath, LsyncError, syncFileSystem, ta
 import { ProtocolError } from '@lsync/ssh'
 import { Applier } from '../applier.ts'
 import { describeDirectory } from '../describe.ts'
+import { MadeDirectories, type MadeNews } from '../made-directories.ts'
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { TreePath } from '../model/operation.ts'
 import { encodeDescription, encodeError, encodeFailures, encodeState } from '../protocol/message.ts'
@@ -32,19 +33,32 @@ export type ServeJob =
       readonly isAppendOnly: boolean
     }
   | { readonly job: 'target'; readonly target: ServedTarget }
-  | { readonly job: 'batch'; readonly lane: number; readonly bytes: Uint8Array; readonly isCompressed: boolean }
   | { readonly job: 'describe'; readonly path: TreePath; readonly after: ByteString }
+  | {
+      readonly job: 'batch'
+      readonly lane: number
+      readonly bytes: Uint8Array
+      readonly isCompressed: boolean
+      /** What other workers have made since this one's last batch. */
+      readonly news: readonly MadeNews[]
+    }
   | { readonly job: 'barrier'; readonly checkpoint: Checkpoint | undefined; readonly nextStage: number }
   | { readonly job: 'disown' }
   | { readonly job: 'end' }
 
 /** `payload` is the answer's. `isBroken`: the client broke the protocol, or lsync has a bug; nothing may follow. */
 export type ServeResult =
-  | { readonly done: Uint8Array; readonly target?: ServedTarget; readonly highestStage?: number }
+  | {
+      readonly done: Uint8Array
+      readonly target?: ServedTarget
+      readonly highestStage?: number
+      readonly news?: readonly MadeNews[]
+    }
   | { readonly failed: Uint8Array; readonly isBroken: boolean; readonly reason: string }
 
 const hasOwnUmask = takeOwnUmask()
 const lanes = new Map<number, Lane>()
+const made = new MadeDirectories()
 let target: ServedTarget | undefined
 let place: TargetPlace | undefined
 
@@ -75,8 +89,9 @@ function run(job: ServeJob): ServeResult {
       return NOTHING
     case 'batch': {
       const bytes = job.isCompressed ? decompressed(job.bytes) : job.bytes
+      made.learn(job.news)
       const { failures, highestStage } = laneOf(job.lane).run(bytes)
-      return { done: encodeFailures(failures), highestStage }
+      return { done: encodeFailures(failures), highestStage, news: made.takeNews() }
     }
     case 'disown':
       for (const lane of lanes.values()) lane.disown()
@@ -93,6 +108,7 @@ function run(job: ServeJob): ServeResult {
     case 'end':
       for (const lane of lanes.values()) lane.end()
       lanes.clear()
+      made.clear()
       place?.close()
       place = undefined
       return NOTHING
@@ -105,7 +121,7 @@ function laneOf(number: number): Lane {
   const known = lanes.get(number)
   if (known !== undefined) return known
   const { rootFd, stageFd, losses, isAppendOnly } = target as ServedTarget
-  const applier = new Applier({ rootFd, stageFd, losses: new Set(losses), onlyNew: isAppendOnly, hasOwnUmask })
+  const applier = new Applier({ rootFd, stageFd, losses: new Set(losses), onlyNew: isAppendOnly, hasOwnUmask, made })
   const lane = new Lane(applier, isAppendOnly ? appendOnly(rootFd) : () => 'go')
   lanes.set(number, lane)
   return lane

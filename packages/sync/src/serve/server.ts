@@ -2,6 +2,7 @@ import type { Readable, Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
 import type { ByteString, HostPath } from '@lsync/posix'
 import { ConnectionLostError, ProtocolError } from '@lsync/ssh'
+import type { MadeNews } from '../made-directories.ts'
 import {
   agreeOnVersion,
   CAPABILITY_DESCRIBE,
@@ -60,6 +61,7 @@ const DEFAULT_WORKERS = 2
 const DEFAULT_IDLE_MS = 90_000
 // Answers that the client does not read: from here on no more requests are read either.
 const MAX_UNREAD_BYTES = 1 << 20
+const MOST_NEWS = 1 << 14
 const MAX_REQUEST_BYTES = MAX_PATH_BYTES + 1024
 const ZSTD_OVERHEAD_BYTES = 64 << 10
 // Young generations are small: batches lie outside of the heap.
@@ -74,6 +76,8 @@ interface Pending {
 class Member {
   readonly #worker = new Worker(new URL('./serve-worker.ts', import.meta.url), { resourceLimits: WORKER_LIMITS })
   readonly #pending: Pending[] = []
+  /** What the others have made and finished since it was told last. */
+  readonly #news: MadeNews[] = []
 
   constructor(fail: (error: unknown) => void) {
     this.#worker.on('message', (result: ServeResult) => this.#pending.shift()?.resolve(result))
@@ -88,6 +92,18 @@ class Member {
       this.#pending.push({ resolve, reject })
       this.#worker.postMessage(job, transfer)
     })
+  }
+
+  hear(news: readonly MadeNews[]): void {
+    this.#news.push(...news)
+    if (this.#news.length <= MOST_NEWS) return
+    // A worker that had nothing to do for so long takes the longer way for all that was made until now.
+    this.#news.length = 0
+    this.run({ job: 'disown' }).catch(() => undefined)
+  }
+
+  takeNews(): readonly MadeNews[] {
+    return this.#news.splice(0)
   }
 
   async end(): Promise<void> {
@@ -220,9 +236,12 @@ class Server {
     if (this.#target === undefined) throw new ProtocolError('a batch before a target was opened')
     this.#report.batches++
     const member = this.#members[lane % this.#members.length] as Member
-    const job = { job: 'batch', lane, bytes: payload, isCompressed } as const
+    const job = { job: 'batch', lane, bytes: payload, isCompressed, news: member.takeNews() } as const
     const batch = member.run(job, [payload.buffer as ArrayBuffer]).then((result) => {
-      if ('done' in result) this.#nextStage = Math.max(this.#nextStage, (result.highestStage ?? -1) + 1)
+      if ('done' in result) {
+        this.#nextStage = Math.max(this.#nextStage, (result.highestStage ?? -1) + 1)
+        for (const other of this.#members) if (other !== member) other.hear(result.news ?? [])
+      }
       this.#settle(result, settle)
     })
     const counted = batch.catch((error) => this.#fail(error)).finally(() => this.#batches.delete(counted))
@@ -251,6 +270,7 @@ class Server {
         const [first, ...others] = this.#members
         if (first === undefined) throw new ProtocolError('a barrier before a target was opened')
         await Promise.all(this.#batches)
+        for (const member of this.#members) member.takeNews()
         await Promise.all(others.map((member) => member.run({ job: 'disown' })))
         const job = { job: 'barrier', checkpoint, nextStage: this.#nextStage } as const
         this.#settle(await first.run(job), settle)
