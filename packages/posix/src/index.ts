@@ -18,6 +18,7 @@ export { allocate, type Memory, memoryOver, type SyscallHook, setSyscallHook } f
 export * from './open.ts'
 export * from './overlay-use.ts'
 export * from './probe.ts'
+export { leaveMappings, trimFreedMemory } from './process-memory.ts'
 export { randomHex } from './random.ts'
 export * from './readable.ts'
 export * from './stat.ts'

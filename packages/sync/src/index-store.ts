@@ -1,11 +1,12 @@
 import { randomBytes } from 'node:crypto'
-import { closeSync, openSync, readSync, statSync } from 'node:fs'
+import { closeSync, openSync, readSync, realpathSync, statSync } from 'node:fs'
 import { type ByteString, type FileHandle, LsyncError } from '@lsync/posix'
 import { type Database, open, type RootDatabase } from 'lmdb'
 import { MAX_BITS, PAGE_BYTES, pageRows } from './index-pages.ts'
 import type { DirectoryRecord, IndexChange, NamePlace } from './model/index-change.ts'
 import type { TreePath } from './model/operation.ts'
 import { eachRow, findRow, pageOf, type Row, rowAt, rowBytes, rowLength, withoutRow, withRow } from './model/row.ts'
+import { addMapped, removeMapped, whileMapping } from './rest.ts'
 
 /** The index is of a version that this lsync does not know. */
 export class IndexVersionError extends LsyncError {
@@ -75,6 +76,11 @@ const LMDB_PAGE_BYTES_AT = 48
 const LMDB_ROOT_AT = 136
 const MOST_PAGE_BYTES = 65_536
 
+/** The file of an index as the kernel names it. */
+function realFileOf(path: string): string {
+  return `${realpathSync.native(path, 'latin1')}/data.mdb`
+}
+
 function openTables(path: string) {
   assertDatabase(path)
   const env: RootDatabase<Buffer, Buffer> = open({
@@ -129,6 +135,7 @@ export class IndexStore {
    */
   static async open(path: string, upper: string): Promise<IndexStore> {
     const tables = openTables(path)
+    addMapped(realFileOf(path))
     const stored = tables.meta.get(META_KEY)
     const meta = stored === undefined ? undefined : (JSON.parse(stored.toString()) as IndexMeta)
     if (meta !== undefined && meta.version !== 1) {
@@ -157,11 +164,13 @@ export class IndexStore {
   async reset(upper: string = this.#meta.upper): Promise<void> {
     const { env, pages, directories, handles, names, pending, blocks, meta } = this.#tables
     this.#meta = newMeta(upper)
-    await env.transaction(() => {
-      for (const table of [pages, directories, handles, names, pending, blocks]) void table.clearAsync()
-      void meta.put(META_KEY, Buffer.from(JSON.stringify(this.#meta)))
+    await whileMapping(async () => {
+      await env.transaction(() => {
+        for (const table of [pages, directories, handles, names, pending, blocks]) void table.clearAsync()
+        void meta.put(META_KEY, Buffer.from(JSON.stringify(this.#meta)))
+      })
+      await env.flushed
     })
-    await env.flushed
   }
 
   /** Names this index to targets. */
@@ -286,15 +295,19 @@ export class IndexStore {
   /** Makes changes durable, and with them the number of the checkpoint that the target has stored before. */
   async commit(changes: readonly IndexChange[], sequence: number = this.#meta.sequence): Promise<void> {
     this.#meta = { ...this.#meta, sequence }
-    await this.#tables.env.transaction(() => {
-      for (const change of changes) this.#apply(change)
-      void this.#tables.meta.put(META_KEY, Buffer.from(JSON.stringify(this.#meta)))
+    const { env, meta } = this.#tables
+    await whileMapping(async () => {
+      await env.transaction(() => {
+        for (const change of changes) this.#apply(change)
+        void meta.put(META_KEY, Buffer.from(JSON.stringify(this.#meta)))
+      })
+      await env.flushed
     })
-    await this.#tables.env.flushed
   }
 
   async close(): Promise<void> {
-    await this.#tables.env.close()
+    removeMapped(realFileOf(this.path))
+    await whileMapping(() => this.#tables.env.close())
   }
 
   #apply(change: IndexChange): void {

@@ -1,5 +1,6 @@
 import { Worker } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
+import { giveBackMemory } from './rest.ts'
 import { remoteFileSystemOf } from './source/remote.ts'
 import type { FromWorker, ToWorker, TravellingError } from './sync-worker.ts'
 import type { Job, JobResults, SessionInit } from './work.ts'
@@ -10,6 +11,9 @@ const WIDTH = 2
 const REMOTE_WIDTH = 8
 /** Encoded bytes of one worker that the target has not taken yet. */
 const CREDIT_BYTES = 4 << 20
+/** So long after the last round memory is given back. */
+const REST_MS = 2000
+const REST_FROM_BYTES = 16 << 20
 
 interface Member {
   readonly lane: number
@@ -17,6 +21,7 @@ interface Member {
   readonly credit: Int32Array
   task: Task | undefined
   readonly closing: Map<number, () => void>
+  rested: (() => void) | undefined
 }
 
 interface Task {
@@ -46,6 +51,9 @@ class WorkerPool {
   #nextSession = 1
   #most = WIDTH
   #failure: unknown
+  #restTimer: NodeJS.Timeout | undefined
+  /** Memory of the process when it was given back last. */
+  #restBytes = 0
 
   get width(): number {
     return Math.max(WIDTH, this.#members.length)
@@ -80,6 +88,39 @@ class WorkerPool {
     }
   }
 
+  /**
+   * Says that a round of some sync has ended. When none of them does anything for a while, the memory that the work took
+   * is given back, unless there was so little of it since the last time that it is not worth it.
+   */
+  ended(): void {
+    clearTimeout(this.#restTimer)
+    this.#restTimer = setTimeout(() => this.#rest(), REST_MS)
+    this.#restTimer.unref()
+  }
+
+  #rest(): void {
+    if (process.memoryUsage.rss() < this.#restBytes + REST_FROM_BYTES) return
+    if (!this.#isIdle) {
+      this.ended()
+      return
+    }
+    // The last of them to answer is followed by this thread.
+    let waiting = this.#members.length
+    const rested = () => {
+      if (--waiting > 0) return
+      if (giveBackMemory()) this.#restBytes = process.memoryUsage.rss()
+      else this.ended()
+    }
+    for (const member of this.#members) {
+      member.rested = rested
+      member.worker.postMessage({ rest: true } satisfies ToWorker)
+    }
+  }
+
+  get #isIdle(): boolean {
+    return this.#queue.length === 0 && this.#members.every(({ task }) => task === undefined)
+  }
+
   /** Does a job in the next free thread. Resolves when its operations have been carried out by the target, too. */
   run<K extends Job['do']>(session: number, job: Extract<Job, { do: K }>, deliver: Deliver): Promise<JobResults[K]> {
     return new Promise((resolve, reject) => {
@@ -99,7 +140,7 @@ class WorkerPool {
     const worker = new Worker(new URL('./sync-worker.ts', import.meta.url))
     const credit = new Int32Array(new SharedArrayBuffer(4))
     credit[0] = CREDIT_BYTES
-    const member: Member = { lane, worker, credit, task: undefined, closing: new Map() }
+    const member: Member = { lane, worker, credit, task: undefined, closing: new Map(), rested: undefined }
     worker.on('message', (message: FromWorker) => this.#receive(member, message))
     worker.on('error', (error) => this.#fail(member, error))
     worker.on('exit', (code) => this.#fail(member, new Error(`a worker ended with code ${code}`)))
@@ -129,6 +170,11 @@ class WorkerPool {
   }
 
   #receive(member: Member, message: FromWorker): void {
+    if ('rested' in message) {
+      member.rested?.()
+      member.rested = undefined
+      return
+    }
     if ('closed' in message) {
       member.closing.get(message.closed)?.()
       member.closing.delete(message.closed)

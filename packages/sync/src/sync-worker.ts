@@ -1,11 +1,14 @@
 import { parentPort, threadId } from 'node:worker_threads'
 import { LsyncError, takeOwnUmask } from '@lsync/posix'
+import { collectGarbage } from './rest.ts'
 import { type Job, type JobResults, type SessionInit, Workshop } from './work.ts'
 
 /** What the pool says to a worker. */
 export type ToWorker =
   | { readonly open: SessionInit }
   | { readonly close: number }
+  /** Nothing has happened for a while. */
+  | { readonly rest: true }
   | {
       readonly session: number
       readonly job: Job
@@ -19,6 +22,7 @@ export type FromWorker =
   | { readonly result: JobResults[keyof JobResults] }
   | { readonly error: TravellingError }
   | { readonly closed: number }
+  | { readonly rested: true }
 
 /** An error on its way between threads. */
 export interface TravellingError {
@@ -55,6 +59,11 @@ parentPort?.on('message', (message: ToWorker) => {
     workshops.delete(message.close)
     workshop?.close()
     parentPort?.postMessage({ closed: message.close } satisfies FromWorker)
+    return
+  }
+  if ('rest' in message) {
+    collectGarbage()
+    parentPort?.postMessage({ rested: true } satisfies FromWorker)
     return
   }
   try {

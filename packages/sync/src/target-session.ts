@@ -373,6 +373,7 @@ export class TargetSession {
       names += await this.#takeChanges()
     } while (this.#hasYielded && !this.#request.isHeld())
     this.#phase = 'waiting'
+    workers.ended()
     if (this.#checkpoint !== undefined && this.#checkpoint.sequence !== before) {
       this.events.emit('checkpoint', { ...this.#checkpoint, names, tookMs: performance.now() - startedAt })
     }
