@@ -90,10 +90,10 @@ export async function withFollowed<T>(
 }
 
 /**
- * What was written through a name that is gone when somebody looks shows at another name of the inode, of which no event
- * tells: that is for the sweep.
+ * What was written through a name that is gone with its directory when somebody looks shows at another name of the inode:
+ * whose directory it was cannot be told any more, so that is for the sweep.
  */
 export function hidesWrites(burst: readonly Operation[]): boolean {
-  const takesNames = ['unlink', 'remove', 'rename', 'exchange', 'remake']
-  return burst.some(({ do: what }) => what === 'link') && burst.some(({ do: what }) => takesNames.includes(what))
+  const takesDirectories = ['remove', 'remake']
+  return burst.some(({ do: what }) => what === 'link') && burst.some(({ do: what }) => takesDirectories.includes(what))
 }

@@ -45,6 +45,49 @@ describe.skipIf(!canMountImages())('a sync', () => {
     return { files: (after?.files ?? 0) - (before?.files ?? 0), bytes: (after?.bytes ?? 0) - (before?.bytes ?? 0) }
   }
 
+  test.each<[string, (upper: string, file: string) => void]>([
+    [
+      'gone',
+      (upper, file) => {
+        linkSync(file, `${upper}/link`)
+        writeFileSync(`${upper}/link`, 'through a link')
+        unlinkSync(`${upper}/link`)
+      },
+    ],
+    [
+      'that of another file',
+      (upper, file) => {
+        rmSync(`${upper}/link`, { force: true })
+        linkSync(file, `${upper}/link`)
+        writeFileSync(`${upper}/link`, 'through a link')
+        unlinkSync(`${upper}/link`)
+        writeFileSync(`${upper}/link`, 'another file')
+      },
+    ],
+    [
+      'renamed, and gone then',
+      (upper, file) => {
+        linkSync(file, `${upper}/link`)
+        writeFileSync(`${upper}/link`, 'through a link')
+        renameSync(`${upper}/link`, `${upper}/d/again`)
+        unlinkSync(`${upper}/d/again`)
+      },
+    ],
+  ])('sees what was written through a name of a file that is %s when somebody looks', async (_, write) => {
+    const { upper, target, request } = site()
+    mkdirSync(`${upper}/d`)
+    for (const name of ['one', 'two']) writeFileSync(`${upper}/d/${name}`, 'before')
+    linkSync(`${upper}/d/two`, `${upper}/d/second`)
+    await withSync({ ...request, sourceChoice: 'fanotify' }, async (sync) => {
+      await sync.flush()
+      sync.pause()
+      for (const name of ['one', 'second']) write(upper, `${upper}/d/${name}`)
+      await sync.flush()
+      expect(differences(upper, target)).toEqual([])
+      for (const name of ['one', 'two']) expect(readFileSync(`${target}/d/${name}`, 'latin1')).toBe('through a link')
+    })
+  })
+
   test('sends nothing for what was only touched, moved or linked, and of a big file its changed blocks', async () => {
     const where = site()
     const { upper, request } = where

@@ -159,6 +159,13 @@ class BatchFailedError extends LsyncError {
   }
 }
 
+interface HintedObjects {
+  readonly directory: FileHandle
+  readonly name: ByteString
+  /** By their keys. */
+  readonly handles: Map<string, FileHandle>
+}
+
 /** One target of one upper: its index, its journal, and what is still to be done. */
 export class TargetSession {
   readonly events = new EventEmitter<SessionEvents>()
@@ -174,6 +181,8 @@ export class TargetSession {
   readonly #forced = new Set<string>()
   /** Names whose change time says nothing, since somebody may write to them through a mapping. */
   readonly #suspects = new Set<string>()
+  /** What hints of the next round were about, by directory and name. */
+  #objects = new Map<string, HintedObjects>()
   readonly #rescans = new Set<number>()
   #isScanDue = false
   readonly #unknown = new Map<string, { handle: FileHandle; names: Set<ByteString> }>()
@@ -244,8 +253,10 @@ export class TargetSession {
   hint(hint: Hint): void {
     if (hint.kind === 'lost') this.#isScanDue = true
     else if (hint.kind === 'tree') this.#rescan(hint.directory)
-    else if (hint.kind === 'name') this.#mark(hint.directory, hint.name)
-    else for (const end of [hint.from, hint.to]) if (end !== undefined) this.#mark(end.directory, end.name)
+    else if (hint.kind === 'name') {
+      this.#mark(hint.directory, hint.name)
+      if (hint.object !== undefined) this.#noteObject(hint.directory, hint.name, hint.object)
+    } else for (const end of [hint.from, hint.to]) if (end !== undefined) this.#mark(end.directory, end.name)
     this.#oldestChangeAt ??= performance.now()
   }
 
@@ -390,7 +401,7 @@ export class TargetSession {
       await this.#scanDue()
       this.#takeRetries()
       await this.#reachUnknown()
-      if (this.#dirty.size === 0) return 0
+      if (this.#dirty.size === 0 && this.#objects.size === 0) return 0
       this.#phase = 'following'
       return await this.#follow()
     } catch (error) {
@@ -627,6 +638,15 @@ export class TargetSession {
     else known.names.add(name)
   }
 
+  #noteObject(directory: DirectoryRef, name: ByteString, object: FileHandle): void {
+    if (!('handle' in directory)) return
+    const key = `${handleKey(directory.handle)}/${name}`
+    const known = this.#objects.get(key)
+    if (known === undefined) {
+      this.#objects.set(key, { directory: directory.handle, name, handles: new Map([[handleKey(object), object]]) })
+    } else known.handles.set(handleKey(object), object)
+  }
+
   #markKnown(id: number, name: ByteString): void {
     if (name !== DOT) {
       this.#add(id, name)
@@ -793,12 +813,18 @@ export class TargetSession {
     const forced = new Set(this.#forced)
     const suspects = new Set(this.#suspects)
     this.#suspects.clear()
+    const objects = this.#objects
+    this.#objects = new Map()
     const giveBack = () => {
+      for (const [key, hinted] of objects) {
+        const since = this.#objects.get(key)
+        this.#objects.set(key, since ? { ...hinted, handles: new Map([...hinted.handles, ...since.handles]) } : hinted)
+      }
       for (const { directory, name } of taken) this.#add(directory, name)
       for (const key of suspects) this.#suspects.add(key)
     }
     try {
-      const made = await this.#plan(taken, forced, suspects)
+      const made = await this.#plan(taken, forced, suspects, objects)
       if (made === undefined) {
         giveBack()
         return 0
@@ -817,7 +843,12 @@ export class TargetSession {
     return taken.length
   }
 
-  async #plan(taken: readonly NamePlace[], forced: ReadonlySet<string>, suspects: ReadonlySet<string>) {
+  async #plan(
+    taken: readonly NamePlace[],
+    forced: ReadonlySet<string>,
+    suspects: ReadonlySet<string>,
+    objects: ReadonlyMap<string, HintedObjects>,
+  ) {
     const index = this.#index
     const observations = new Map<string, Observation>()
     const view = {
@@ -834,6 +865,7 @@ export class TargetSession {
     const searched = new Set<string>()
     for (let round = 0; round < PLAN_ROUNDS; round++) {
       await this.#look(places, forced, observations)
+      if (round === 0) await this.#look(await this.#otherNames(objects, observations), forced, observations)
       const missing = missingLinks(observations.values(), index)
       for (const identity of searched) missing.delete(identity)
       if (missing.size > 0) {
@@ -855,6 +887,37 @@ export class TargetSession {
       await this.#peek(plan, forced, observations)
     }
     return undefined
+  }
+
+  /**
+   * Names of what was written to under names that are gone by now, or are another's: the kernel tells of the name alone
+   * through which it was done.
+   */
+  async #otherNames(
+    objects: ReadonlyMap<string, HintedObjects>,
+    observations: ReadonlyMap<string, Observation>,
+  ): Promise<readonly NamePlace[]> {
+    const handles: FileHandle[] = []
+    for (const { directory, name, handles: hinted } of objects.values()) {
+      const id = this.#index.byHandle(directory)
+      const seen = id === undefined ? undefined : observations.get(keyOf({ directory: id, name }))?.seen
+      if (seen === undefined || hinted.size > 1) handles.push(...hinted.values())
+    }
+    if (handles.length === 0) return []
+    const identities = new Set<string>()
+    await this.#inParallel(handles, 1024, async (piece) => {
+      const { rows } = await this.#run({ do: 'find', handles: piece })
+      for (const row of rows) identities.add(new Row(NO_NAME, Buffer.from(row)).identity)
+      return []
+    })
+    for (const { seen } of observations.values()) if (seen !== undefined) identities.delete(seen.identity)
+    const places: NamePlace[] = []
+    for (const identity of identities) {
+      const known = this.#index.namesOf(identity)
+      places.push(...known)
+      if (known.length > 0) identities.delete(identity)
+    }
+    return identities.size === 0 ? places : [...places, ...(await this.#index.findSingle(identities))]
   }
 
   async #look(

@@ -10,6 +10,7 @@ import {
   listsAcls,
   O_DIRECTORY,
   O_NOFOLLOW,
+  O_PATH,
   O_RDONLY,
   openBeneath,
   openByHandle,
@@ -90,6 +91,8 @@ export type Job =
   | { readonly do: 'scan'; readonly directories: readonly IndexedDirectory[] }
   /** Looks for inodes beneath new directories. */
   | { readonly do: 'peek'; readonly path: TreePath; readonly identities: readonly string[] }
+  /** Looks at what is named by handles, wherever it is. */
+  | { readonly do: 'find'; readonly handles: readonly DirectoryHandle[] }
   | { readonly do: 'operations'; readonly operations: readonly PlainOperation[] }
   | { readonly do: 'contents'; readonly tasks: readonly SendTask[] }
   | { readonly do: 'metas'; readonly tasks: readonly MetaTask[] }
@@ -192,6 +195,11 @@ export interface PeekResult {
   }[]
 }
 
+export interface FindResult {
+  /** Rows of those that have a name and are no directories. */
+  readonly rows: readonly Uint8Array[]
+}
+
 export interface OperationsResult {
   readonly failures: readonly { readonly index: number; readonly code: string; readonly message: string }[]
 }
@@ -219,6 +227,7 @@ export interface JobResults {
   look: LookResult
   scan: ScanResult
   peek: PeekResult
+  find: FindResult
   operations: OperationsResult
   contents: ContentsResult
   metas: MetasResult
@@ -270,6 +279,8 @@ export class Workshop {
           return this.#scan(job.directories)
         case 'peek':
           return this.#peek(job.path, new Set(job.identities))
+        case 'find':
+          return this.#find(job.handles)
         case 'operations':
           return this.#operations(job.operations)
         case 'contents':
@@ -444,6 +455,23 @@ export class Workshop {
       if (!VANISHED.has(errnoOf(error) ?? '')) throw error
     }
     return { found }
+  }
+
+  #find(handles: readonly DirectoryHandle[]): FindResult {
+    const rows: Uint8Array[] = []
+    for (const { type, bytes } of handles) {
+      let fd: number | undefined
+      try {
+        fd = openByHandle(this.#init.upperFd, { type, bytes: Buffer.from(bytes) }, O_PATH)
+      } catch (error) {
+        // What cannot be opened so cannot be found so: it is left to the sweep.
+        if (errnoOf(error) === undefined) throw error
+      }
+      if (fd === undefined) continue
+      const row = withFd(fd, (opened) => rowOf(EMPTY_NAME, rawStatFd(opened)))
+      if (row.nlink > 0 && !row.isDirectory && !row.isWhiteout) rows.push(row.image)
+    }
+    return { rows }
   }
 
   #operations(operations: readonly Operation[]): OperationsResult {

@@ -55,7 +55,9 @@ function hintName<Root>(event: FanotifyEvent, at: DirectoryName, routing: HintRo
   if (appears && (event.mask & FAN_MOVED_TO) !== 0) routing.moved(event.target)
   const owners = routing.ownersOf(at.directory)
   if (owners.length === 0) return
-  const hint: Hint = { kind: 'name', directory: { handle: at.directory }, name: at.name }
+  const object = event.isDirectory || at.name === '.' ? undefined : event.target
+  const place = { kind: 'name', directory: { handle: at.directory }, name: at.name } as const
+  const hint: Hint = object === undefined ? place : { ...place, object }
   const tree = appears ? treeOf(event, at, routing) : undefined
   for (const root of owners) {
     routing.say(root, hint)

@@ -9,7 +9,13 @@ export type DirectoryRef = { readonly handle: FileHandle } | { readonly path: By
  */
 export type Hint =
   /** Something of one name may have changed, its existence included. `.` is the directory itself. */
-  | { readonly kind: 'name'; readonly directory: DirectoryRef; readonly name: ByteString }
+  | {
+      readonly kind: 'name'
+      readonly directory: DirectoryRef
+      readonly name: ByteString
+      /** What had the name then, if it is no directory and the source knows: by now the name may be gone, or another's. */
+      readonly object?: FileHandle
+    }
   /** An object moved; either end may be absent where it lies outside what is watched. */
   | {
       readonly kind: 'move'
