@@ -700,3 +700,35 @@ test.each(['never', 'first', 'second'] as const)(
     ])
   },
 )
+
+// It moved between the plan that made it and the copy of what is in it, which found it in its new place.
+test('a directory that is known elsewhere by now goes from its old name alone', () => {
+  const rowOf = (name: string, ino: number, type: number, ref: number) => {
+    const image = Buffer.alloc(ROW_BYTES)
+    const words = new Uint32Array(64)
+    words[4] = 1
+    words[7] = type | 0o755
+    words[8] = ino
+    writeImage(image, 0, words, name.length)
+    return new Row(name as ByteString, image).with({ ref })
+  }
+  const [old, elsewhere] = [rowOf('a', 5, 0o040_000, 7), rowOf('b', 5, 0o040_000, 7)]
+  const index = {
+    row: (id: number, name: string) =>
+      id === 1 && name === 'a' ? old : id === 2 && name === 'b' ? elsewhere : undefined,
+    directory: (id: number) => {
+      if (id === 7) return { parent: 2, name: 'b' as ByteString, handle: undefined }
+      return id === 2 ? { parent: 1, name: 'c' as ByteString, handle: undefined } : undefined
+    },
+    byHandle: () => undefined,
+    namesOf: () => [],
+  }
+  const plan = planChanges({
+    observations: [{ directory: 1, name: 'a' as ByteString, seen: rowOf('a', 6, 0o100_000, 0) }],
+    index,
+    takeDirectoryId: () => 100,
+    takeStage: () => 1,
+  })
+  expect(plan.first).toEqual([{ do: 'remove', path: 'a' }])
+  expect(plan.changes).toEqual([{ set: 'no row', directory: 1, name: 'a' }])
+})

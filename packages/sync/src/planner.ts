@@ -226,7 +226,7 @@ class Planner {
     if (this.#alsoLook.size > 0) return { ...EMPTY, alsoLook: [...this.#alsoLook.values()] }
     if (this.#isInconsistent) return { ...EMPTY, isInconsistent: true }
 
-    for (const { row } of this.#unclaimed()) if (row.isDirectory) this.#removed.add(row.ref)
+    for (const left of this.#unclaimed()) if (this.#isItsPlace(left)) this.#removed.add(left.row.ref)
     for (const { id, arrival } of moves) {
       if (id !== undefined) this.#placed.set(id, { parent: arrival.directory, name: arrival.name })
     }
@@ -263,6 +263,12 @@ class Planner {
       if (isForced !== true && !row.isWhiteout) append(this.#leftByIdentity, row.identity, left)
     }
     if (seen !== undefined) this.#arrivals.set(key, observation)
+  }
+
+  /** A directory that moved while it was carried over anew may be known in its new place, and have its old name still. */
+  #isItsPlace({ observation, row }: Left): boolean {
+    const record = row.isDirectory ? this.#index.directory(row.ref) : undefined
+    return record !== undefined && record.parent === observation.directory && record.name === observation.name
   }
 
   #unclaimed(): Left[] {
@@ -452,7 +458,7 @@ class Planner {
       // What comes in its place replaces it in one step; until then it is there, and the index says so.
       if (!isBeneathRemoved && !row.isDirectory && arrival?.seen !== undefined && !arrival.seen.isDirectory) continue
       this.#dropRow(left, changes)
-      if (row.isDirectory) changes.push({ set: 'no directory', id: row.ref })
+      if (this.#isItsPlace(left)) changes.push({ set: 'no directory', id: row.ref })
       else if (row.isFile && row.ref !== 0 && row.nlink === 1) changes.push({ set: 'no blocks', id: row.ref })
       if (isBeneathRemoved) continue
       // It may be what it is to become: then what is in it is held against what comes.
