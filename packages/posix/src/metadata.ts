@@ -46,12 +46,13 @@ export function setOwner(dirfd: number, name: ByteString | '', uid: number, gid:
 }
 
 const times = allocate(32)
+const timeWords = new Uint32Array(times.buffer.buffer, times.buffer.byteOffset, 8)
 
 /** Sets access and modification time in ns since 1970; symlinks are not followed; `''` is the fd itself. */
 export function setTimes(dirfd: number, name: ByteString | '', atimeNs: bigint, mtimeNs: bigint): void {
   entering('utimensat', name)
   writeTime(0, atimeNs)
-  writeTime(16, mtimeNs)
+  writeTime(4, mtimeNs)
   const result =
     name === ''
       ? futimensNative(dirfd, times.address)
@@ -66,8 +67,11 @@ function writeTime(at: number, timeNs: bigint): void {
     seconds -= 1n
     nanoseconds += 1_000_000_000n
   }
-  times.buffer.writeBigInt64LE(seconds, at)
-  times.buffer.writeBigInt64LE(nanoseconds, at + 8)
+  // By halves: a typed array takes 32 bits at once, and ns fit into the lower half.
+  const whole = Number(seconds)
+  timeWords[at] = whole
+  timeWords[at + 1] = Math.floor(whole / 0x1_0000_0000)
+  timeWords[at + 2] = Number(nanoseconds)
 }
 
 const flagsOut = allocate(8)

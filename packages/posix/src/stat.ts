@@ -40,7 +40,15 @@ export class Stat {
   readonly isMountRoot: boolean
   /** Immutable or append-only (chattr +i, +a), where the file system tells. */
   readonly isProtected: boolean
-  readonly #times: Float64Array
+  // Plain numbers: most of those who ask for a Stat look at one of its times, if any.
+  readonly #atimeS: number
+  readonly #atimeNs: number
+  readonly #btimeS: number
+  readonly #btimeNs: number
+  readonly #ctimeS: number
+  readonly #ctimeNs: number
+  readonly #mtimeS: number
+  readonly #mtimeNs: number
 
   constructor(raw: DataView) {
     this.nlink = raw.getUint32(16, true)
@@ -50,12 +58,14 @@ export class Stat {
     this.ino = unsigned64(raw, 32)
     this.sizeBytes = Number(unsigned64(raw, 40))
     this.blocks = Number(unsigned64(raw, 48))
-    this.#times = new Float64Array(8)
-    for (let i = 0; i < 4; i++) {
-      const at = 64 + i * 16
-      this.#times[i * 2] = raw.getInt32(at + 4, true) * 0x1_0000_0000 + raw.getUint32(at, true)
-      this.#times[i * 2 + 1] = raw.getUint32(at + 8, true)
-    }
+    this.#atimeS = secondsAt(raw, 64)
+    this.#atimeNs = raw.getUint32(72, true)
+    this.#btimeS = secondsAt(raw, 80)
+    this.#btimeNs = raw.getUint32(88, true)
+    this.#ctimeS = secondsAt(raw, 96)
+    this.#ctimeNs = raw.getUint32(104, true)
+    this.#mtimeS = secondsAt(raw, 112)
+    this.#mtimeNs = raw.getUint32(120, true)
     this.rdev = makeDevice(raw.getUint32(128, true), raw.getUint32(132, true))
     this.dev = raw.getUint32(136, true) * 0x1_0000_0000 + raw.getUint32(140, true)
     this.mountId = Number(unsigned64(raw, 144))
@@ -65,16 +75,23 @@ export class Stat {
   }
 
   get atimeNs(): bigint {
-    return this.#timeNs(0)
+    return nsOf(this.#atimeS, this.#atimeNs)
   }
   get btimeNs(): bigint {
-    return this.#timeNs(1)
+    return nsOf(this.#btimeS, this.#btimeNs)
   }
   get ctimeNs(): bigint {
-    return this.#timeNs(2)
+    return nsOf(this.#ctimeS, this.#ctimeNs)
   }
   get mtimeNs(): bigint {
-    return this.#timeNs(3)
+    return nsOf(this.#mtimeS, this.#mtimeNs)
+  }
+  /** `ctimeNs` as whole seconds and the ns of the second, without a bigint. */
+  get ctimeParts(): readonly [seconds: number, ns: number] {
+    return [this.#ctimeS, this.#ctimeNs]
+  }
+  get mtimeParts(): readonly [seconds: number, ns: number] {
+    return [this.#mtimeS, this.#mtimeNs]
   }
   get type(): number {
     return this.mode & S_IFMT
@@ -92,10 +109,14 @@ export class Stat {
   get isWhiteoutDevice(): boolean {
     return this.type === S_IFCHR && this.rdev === 0
   }
+}
 
-  #timeNs(index: number): bigint {
-    return BigInt(this.#times[index * 2] as number) * 1_000_000_000n + BigInt(this.#times[index * 2 + 1] as number)
-  }
+function secondsAt(raw: DataView, at: number): number {
+  return raw.getInt32(at + 4, true) * 0x1_0000_0000 + raw.getUint32(at, true)
+}
+
+function nsOf(seconds: number, ns: number): bigint {
+  return BigInt(seconds) * 1_000_000_000n + BigInt(ns)
 }
 
 /** The number that `mknodat` takes for a device (glibc's makedev). */

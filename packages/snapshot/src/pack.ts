@@ -93,7 +93,8 @@ export class PackWriter {
   addDigest(digest: Uint8Array, from: Memory, at: number, length: number): number {
     const bound = compressBound(length)
     if (this.#frame.buffer.length < bound) this.#frame = allocate(bound)
-    const frameLength = this.#compresses ? this.#engine.compress(from, at, length, this.#frame, 0) : length
+    const isTried = this.#compresses && !isRandom(from.buffer, at, length)
+    const frameLength = isTried ? this.#engine.compress(from, at, length, this.#frame, 0) : length
     const isCompressed = frameLength < length
     const [source, sourceAt, size] = isCompressed ? [this.#frame, 0, frameLength] : [from, at, length]
     const offset = this.#reserve(size + SEAL_BYTES)
@@ -184,6 +185,32 @@ export class PackWriter {
     }
     return at
   }
+}
+
+const counts = new Uint16Array(256)
+const SAMPLES = 512
+const SAMPLED_FROM = 1024
+// In content of this size repetitions of bytes that look random are worth looking for.
+const SAMPLED_BELOW = 128 * 1024
+// Of 512 random bytes the squares of the counts sum up to 1534 ± 45.
+const RANDOM_SQUARES = 1690
+
+/**
+ * Whether content is as good as random, so that compressing it would be in vain: eight samples of it hold all bytes equally
+ * often. Looking costs a fifth of finding out by compressing.
+ */
+function isRandom(content: Buffer, at: number, length: number): boolean {
+  if (length < SAMPLED_FROM || length >= SAMPLED_BELOW) return false
+  counts.fill(0)
+  let squares = 0
+  const stride = Math.floor((length - 64) / 7)
+  for (let sample = 0; sample < SAMPLES; sample++) {
+    const byte = content[at + (sample >> 6) * stride + (sample & 63)] as number
+    const count = counts[byte] as number
+    counts[byte] = count + 1
+    squares += 2 * count + 1
+  }
+  return squares < RANDOM_SQUARES
 }
 
 /** Told of one object of a header: `idAt` is where in the header the 32 bytes of its id begin. */

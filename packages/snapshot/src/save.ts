@@ -13,6 +13,7 @@ import {
   S_IFLNK,
   S_IFMT,
   S_IFREG,
+  Stat,
   statFd,
 } from '@lsync/posix'
 import { Chunker, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES } from './chunk/chunker.ts'
@@ -20,7 +21,7 @@ import { parsePolynomial } from './chunk/polynomial.ts'
 import { type CipherKey, createEngine, type Engine } from './crypto/engine.ts'
 import type { Accounts } from './model/accounts.ts'
 import { isMatched, type Pattern } from './model/exclude.ts'
-import { formatTime } from './model/go-text.ts'
+import { formatParts, formatTime } from './model/go-text.ts'
 import { nodeTypeOf } from './model/mode.ts'
 import {
   decodeTree,
@@ -350,8 +351,8 @@ export class Saver {
     content?: readonly ObjectId[],
     sizeBytes = state.sizeBytes,
   ): TreeNode {
-    const { mode, nlink, uid, gid, ino, dev, rdev, mtimeNs, ctimeNs } = state
-    const mtime = formatTime(mtimeNs)
+    const { mode, nlink, uid, gid, ino, dev, rdev } = state
+    const [mtime, ctime] = timesOf(state)
     const format = mode & S_IFMT
     const isDevice = format === S_IFCHR || format === S_IFBLK
     const { users, groups } = this.#init.accounts
@@ -362,7 +363,7 @@ export class Saver {
       mtime,
       // As restic without --with-atime: reading would change the tree.
       atime: mtime,
-      ctime: ctimeNs === mtimeNs ? mtime : formatTime(ctimeNs),
+      ctime,
       uid,
       gid,
       user: users.get(uid) ?? '',
@@ -523,6 +524,26 @@ export class FileReplacedError extends LsyncError {
   constructor(path: ByteString) {
     super('FILE_REPLACED', `${printable(path)} became something else while it was saved`, { path, hint: 'save again' })
   }
+}
+
+/** Modification and change as a tree has them. */
+function timesOf(state: EntryState): readonly [mtime: string, ctime: string] {
+  if (state instanceof Stat) {
+    const [second, ns] = state.mtimeParts
+    const [changeSecond, changeNs] = state.ctimeParts
+    if (isNear(second) && isNear(changeSecond)) {
+      const mtime = formatParts(second, ns)
+      return [mtime, second === changeSecond && ns === changeNs ? mtime : formatParts(changeSecond, changeNs)]
+    }
+  }
+  const { mtimeNs, ctimeNs } = state
+  const mtime = formatTime(mtimeNs)
+  return [mtime, ctimeNs === mtimeNs ? mtime : formatTime(ctimeNs)]
+}
+
+/** Whether a second lies in the years that need no care: 1970 to 2242. */
+function isNear(second: number): boolean {
+  return second >= 0 && second < 2 ** 33
 }
 
 /** A directory's node up to where its tree belongs. */

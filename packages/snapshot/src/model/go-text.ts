@@ -88,6 +88,7 @@ let zoneMinutes = 0
 let zoneText = 'Z'
 let lastSecond = Number.NaN
 let lastText = ''
+const ZERO = 0x30
 
 /**
  * A time (ns since 1970) as Go's RFC3339Nano writes it, in the local time zone. Years before 0 and after 9999 cannot be
@@ -103,7 +104,11 @@ export function formatTime(timeNs: bigint): string {
   // A day inside, so that no time zone leads out.
   if (seconds < YEAR_0 + 86_400n) [seconds, fraction] = [YEAR_0 + 86_400n, 0n]
   else if (seconds >= YEAR_10000 - 86_400n) [seconds, fraction] = [YEAR_10000 - 86_401n, 0n]
-  const second = Number(seconds)
+  return formatParts(Number(seconds), Number(fraction))
+}
+
+/** As `formatTime`, of whole seconds of the years 1 to 9998 and the ns of the second. */
+export function formatParts(second: number, ns: number): string {
   if (second !== lastSecond) {
     const quarter = Math.floor(second / QUARTER_S)
     // Offsets change at full quarters of an hour only.
@@ -117,21 +122,50 @@ export function formatTime(timeNs: bigint): string {
     lastSecond = second
     lastText = new Date((second + zoneMinutes * 60) * 1000).toISOString().slice(0, 19)
   }
-  if (fraction === 0n) return lastText + zoneText
-  return `${lastText}.${String(fraction).padStart(9, '0').replace(/0+$/, '')}${zoneText}`
+  if (ns === 0) return lastText + zoneText
+  const digits = String(ns + 1_000_000_000)
+  let end = 10
+  while (digits.charCodeAt(end - 1) === ZERO) end--
+  return `${lastText}.${digits.slice(1, end)}${zoneText}`
 }
 
 const TIME = /^(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?(?:Z|([+-])(\d\d):(\d\d))$/
 
+const TO_SECOND = 19
+const POINT = 0x2e
+let parsedSecond = ''
+let parsedZone = ''
+let parsedS = 0n
+
 /** The ns since 1970 of an RFC 3339 time; `undefined` when it is none. */
 export function parseTime(text: string): bigint | undefined {
+  // Files come in groups of the same second.
+  if (parsedSecond !== '' && text.startsWith(parsedSecond)) {
+    let ns = 0
+    let at = TO_SECOND
+    if (text.charCodeAt(at) === POINT) {
+      let digits = 0
+      for (at++; ; at++) {
+        const digit = text.charCodeAt(at) - ZERO
+        if (!(digit >= 0 && digit <= 9)) break
+        if (digits < 9) ns = ns * 10 + digit
+        digits++
+      }
+      if (digits === 0) return undefined
+      for (; digits < 9; digits++) ns *= 10
+    }
+    if (text.length === at + parsedZone.length && text.endsWith(parsedZone)) return parsedS * SECOND_NS + BigInt(ns)
+  }
   const found = TIME.exec(text)
   if (found === null) return undefined
   const [, year, month, day, hour, minute, second, fraction = '', sign, zoneHours = '0', zoneMinutes = '0'] = found
   // Date.UTC takes years below 100 for those of the last century; 400 years later the calendar is the same.
   const ms = Date.UTC(Number(year) + 400, Number(month) - 1, Number(day), Number(hour), Number(minute), Number(second))
   const offset = (Number(zoneHours) * 60 + Number(zoneMinutes)) * 60 * (sign === '-' ? -1 : 1)
-  return BigInt(ms / 1000 - YEARS_400_S - offset) * SECOND_NS + BigInt(fraction.padEnd(9, '0'))
+  parsedSecond = text.slice(0, TO_SECOND)
+  parsedZone = sign === undefined ? 'Z' : text.slice(-'+00:00'.length)
+  parsedS = BigInt(ms / 1000 - YEARS_400_S - offset)
+  return parsedS * SECOND_NS + BigInt(fraction.padEnd(9, '0'))
 }
 
 /** Whether a text is a time that `parseTime` reads. */

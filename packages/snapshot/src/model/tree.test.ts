@@ -150,6 +150,25 @@ describe('times', () => {
     ['0001-01-01T00:00:00Z', -62_135_596_800_000_000_000n],
   ])('%s is read', (text, timeNs) => expect(parseTime(text)).toBe(timeNs))
 
+  test('a time is read the same after another one of its second', () => {
+    const texts = ['', '.', '.5', '.000000001', '.1234567890', '.5x'].flatMap((fraction) =>
+      ['Z', '+01:00', '-01:00', '', 'z', '+1:00'].map((zone) => `2024-05-01T12:00:00${fraction}${zone}`),
+    )
+    const elsewhere = '2001-01-01T00:00:00Z'
+    const alone = texts.map((text) => {
+      parseTime(elsewhere)
+      return parseTime(text)
+    })
+    for (const first of ['2024-05-01T12:00:00Z', '2024-05-01T12:00:00.25+01:00']) {
+      expect(
+        texts.map((text) => {
+          parseTime(first)
+          return parseTime(text)
+        }),
+      ).toEqual(alone)
+    }
+  })
+
   test('the same moment in two time zones is the same', () => {
     expect(isSameTime('2014-12-22T14:47:59.1+01:00', '2014-12-22T13:47:59.1Z')).toBe(true)
     expect(isSameTime('2014-12-22T14:47:59.1+01:00', '2014-12-22T13:47:59.2Z')).toBe(false)
