@@ -12,8 +12,8 @@ const IN_FLIGHT = 2
 // handing out.
 const SHARED_WIDTH = 4
 /**
- * How long a job goes on with what it finds itself before it gives the rest back. What one thread finds, the others get
- * only then: with 25 ms a second thread had nothing to do for half of the planning (`bench merge`, row in-place).
+ * How long a job of cloning goes on with what it finds itself before it gives the rest back: what one thread finds, the
+ * others get only then.
  */
 export const TURN_MS = 6
 
