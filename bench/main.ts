@@ -200,6 +200,7 @@ function readSnapshotOptions(values: Values): SnapshotOptions {
     fs,
     ...(values.target === undefined ? {} : { target: resolve(values.target) }),
     curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
+    changes: readCount(values, 'changes', quick ? 20 : 100),
     check: values.check === true,
     skip: readWords(values.skip),
   }

@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync, rmSync, statSync } from 'node:fs'
+import { appendFileSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { findProgram, runCommand, startCommand, versionOf } from './command.ts'
 import { compare, compareOthers, count, find } from './compare.ts'
@@ -8,7 +8,7 @@ import type { Context, Rows } from './question.ts'
 import { type Comparison, type Goal, type Row, type Series, spreadOf, succeeded } from './report.ts'
 import { type Fs, keepsWholeSeconds, openPlace, type Place } from './state.ts'
 import { fitExponent, summarize } from './statistics.ts'
-import { estimateTreeBytes, type Workload, writeLower } from './workload.ts'
+import { estimateTreeBytes, listFiles, type Workload, writeLower } from './workload.ts'
 
 /** Everything that the rows of `bench snapshot` can be told. Sizes are counts of files. */
 export type SnapshotOptions = {
@@ -18,8 +18,10 @@ export type SnapshotOptions = {
   seed: number
   fs: Fs
   target?: string
-  /** Sizes of the row curve. */
+  /** Sizes of the rows changes and curve. */
   curve: readonly number[]
+  /** Files that change in the row changes. */
+  changes: number
   check: boolean
   skip: readonly string[]
 }
@@ -29,6 +31,7 @@ type SnapshotContext = Context<SnapshotOptions>
 /** The rows of `bench snapshot` by id, in the order in which they run. */
 export const snapshotRows: Rows<SnapshotOptions> = {
   versions: { question: 'what do a first snapshot, one of nothing new and a restore cost?', rows: measureVersions },
+  changes: { question: 'what does a snapshot of some changes cost when a journal knows them?', rows: measureChanges },
   curve: { question: 'how does a first snapshot grow with the tree?', rows: measureCurve },
 }
 
@@ -36,6 +39,7 @@ const goals = {
   first: { text: '≤ 0.2 ×', limit: 0.2, bound: 'most' },
   restore: { text: '≤ 0.35 ×', limit: 0.35, bound: 'most' },
   size: { text: '≤ 1.02 ×', limit: 1.02, bound: 'most' },
+  changes: { text: '≤ 0.02 ×', limit: 0.02, bound: 'most' },
   linear: { text: '≤ 1 (linear)', limit: 1, bound: 'most' },
 } as const satisfies Record<string, Goal>
 
@@ -138,6 +142,7 @@ function chosenKeepers(context: SnapshotContext, names?: readonly string[]): Kee
 }
 
 const mostFullFiles = 200_000
+const changesProgram = join(import.meta.dirname, 'snapshot-changes.ts')
 
 function workloadOf({ seed }: SnapshotOptions, files: number, mostFiles = files): Workload {
   return { files, changes: 0, seed, content: mostFiles > mostFullFiles ? 'empty' : 'full', overlayOptions: [] }
@@ -258,7 +263,12 @@ async function* measureVersions(context: SnapshotContext): AsyncGenerator<Row> {
         fs: options.fs,
         series: all,
         checkedAgainst: 'the source',
-        comparisons: [main, ...(id === 'first' ? [sizeComparison(series)] : []), ...compareOthers(all, ['restic'])],
+        comparisons: [
+          main,
+          durableComparison(all),
+          ...(id === 'first' ? [sizeComparison(series)] : []),
+          ...compareOthers(all, ['restic']),
+        ],
         notes: contentNotes,
       }
     }
@@ -279,6 +289,17 @@ function placeName({ fs, target }: SnapshotOptions): string {
   return fs === 'target' ? `${target}` : fs === 'tmpfs' ? 'tmpfs' : `${fs} in memory`
 }
 
+/** With the time until everything is on disk: lsync waits for that before it ends, and restic does not for all of it. */
+function durableComparison(all: readonly Series[]): Comparison {
+  const whole = (peer: string) => {
+    const series = find(all, peer)
+    return series === undefined
+      ? undefined
+      : { ...series, samples: series.samples.map((sample) => ({ ...sample, wallMs: sample.wallMs + sample.syncMs })) }
+  }
+  return compare('until durable: lsync ÷ restic', whole('lsync'), whole('restic'), ['lsync', 'restic'])
+}
+
 function sizeComparison(series: readonly { first: Series; sizes: readonly number[] }[]): Comparison {
   const sizes = (peer: string) => series.find(({ first }) => first.peer === peer)?.sizes ?? []
   const ratios = sizes('lsync').flatMap((size, round) => {
@@ -291,6 +312,81 @@ function sizeComparison(series: readonly { first: Series; sizes: readonly number
     unit: '×',
     goal: goals.size,
     ...(measured === undefined ? { remark: 'no common round' } : { measured }),
+  }
+}
+
+/** Snapshots after some files were written to: by walking the tree, and from the list of what changed. */
+async function* measureChanges(context: SnapshotContext): AsyncGenerator<Row> {
+  const { options, scratch, programs, progress } = context
+  const most = Math.max(...options.curve)
+  const series: Series[] = []
+  for (const files of options.curve) {
+    const workload = workloadOf(options, files, most)
+    const tree = await makeTree(context, workload, `changes-${files}`)
+    const names = listFiles(workload)
+    const changed = Math.min(options.changes, files)
+    try {
+      for (const keeper of chosenKeepers(context, ['lsync', 'restic'])) {
+        const own: Series = { peer: keeper.name, x: files, samples: [] }
+        series.push(own)
+        const name = `changes ${count(files)} ${keeper.name}`
+        const place = await openFor(context, `changes-${files}-${keeper.name}`, workload)
+        try {
+          const repository = join(place.root, 'repository')
+          runCommand(keeper.init(repository))
+          progress(`${name}: first snapshot`)
+          await startCommand(keeper.create(repository, tree.path))
+          for (let round = 0; round < Math.min(options.runs, 3); round++) {
+            await scratch.checkInterrupted()
+            progress(`${name}: round ${round + 1}`)
+            const paths = Array.from(
+              { length: changed },
+              (_, i) => names[(Math.floor((i * files) / changed) + round) % files] as string,
+            )
+            for (const path of paths) appendFileSync(join(tree.path, path), `${keeper.name} ${round} ${path}\n`)
+            const list = join(scratch.folder('measure'), 'changes')
+            writeFileSync(list, paths.join('\n'))
+            await startCommand(['/bin/sh', '-c', 'find "$1" -printf %s >/dev/null', 'sh', tree.path])
+            await startCommand(['sync', '-f', tree.path])
+            const result = join(scratch.folder('measure'), 'elapsed')
+            const isOurs = keeper.name === 'lsync'
+            const command = isOurs
+              ? ['env', 'LSYNC_PASSWORD=bench', process.execPath, changesProgram, repository, tree.path, list, result]
+              : keeper.create(repository, tree.path)
+            const cost = await measureCommand({
+              command,
+              cwd: scratch.folder('measure/cwd'),
+              folder: scratch.folder('measure'),
+              measureProgram: programs.measure,
+              syncDirectory: place.root,
+            })
+            const isTimed = isOurs && cost.exitCode === 0
+            own.samples.push({ round, ...cost, ...(isTimed ? { wallMs: Number(readFileSync(result, 'utf8')) } : {}) })
+          }
+        } finally {
+          rmSync(scratch.folder('snapshot-cache'), { recursive: true, force: true })
+          place.close()
+        }
+      }
+    } finally {
+      tree.close()
+    }
+  }
+  const at = (peer: string) => find(series, peer, most)
+  yield {
+    id: 'changes',
+    title: `a snapshot of ${options.changes} changed files, by the size of the tree`,
+    setting: `up to ${count(most)} ${workloadOf(options, most).content === 'full' ? 'small' : 'empty'} files on ${placeName(options)}`,
+    fs: options.fs,
+    variable: 'files',
+    series,
+    comparisons: [
+      compare(`${count(most)} files: lsync ÷ restic`, at('lsync'), at('restic'), ['lsync', 'restic'], goals.changes),
+    ],
+    notes: [
+      'lsync is told what changed, as its journal would; timed is what its daemon does: indexes are read, no key is derived',
+      'restic walks the tree, and is timed as a command',
+    ],
   }
 }
 

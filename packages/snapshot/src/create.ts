@@ -102,6 +102,7 @@ export class CreateInvalidError extends LsyncError {
 }
 
 const DEFAULT_WORKERS = 2
+const FEW_CHANGES = 1000
 
 /**
  * Makes a snapshot. Everything that it refers to is durable before it is there, so that a crash at any moment leaves the
@@ -147,13 +148,14 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       excludes,
       force: request.force === true,
     }
-    const pool = new SavePool(init, repository.table, { workers: request.workers ?? DEFAULT_WORKERS, signal })
+    // Other patterns show other names, also where nothing changed.
+    const isSameView = parent?.excludes.join('\0') === (request.excludes ?? []).join('\0')
+    const looked = isSameView && request.force !== true ? targets : targets.map(withoutChanges)
+    const workers = looked.every(isSoonDone) ? 1 : (request.workers ?? DEFAULT_WORKERS)
+    const pool = new SavePool(init, repository.table, { workers, signal })
     const store = new PackStore(repository, { signal, onWritten: (memory) => pool.recycle(memory) })
     try {
       const work = new TreeWork(repository, store, pool, request.onProgress, signal)
-      // Other patterns show other names, also where nothing changed.
-      const isSameView = parent?.excludes.join('\0') === (request.excludes ?? []).join('\0')
-      const looked = isSameView && request.force !== true ? targets : targets.map(withoutChanges)
       await work.begin(looked, files, parent?.tree)
       await pool.run(work)
       const tree = work.rootTree
@@ -225,6 +227,11 @@ function openTarget(path: HostPath, files: Set<HostPath>): number {
     files.add(path)
     return fd
   }
+}
+
+/** Whether a target has so few changes that threads would be ready when everything is done, and only be waited for. */
+function isSoonDone({ changes }: SnapshotTarget): boolean {
+  return changes !== undefined && changes.length <= FEW_CHANGES && changes.every(({ scope }) => scope === 'entry')
 }
 
 function withoutChanges({ changes: _, ...target }: SnapshotTarget): SnapshotTarget {
