@@ -45,6 +45,24 @@ test.each(['SIGINT', 'SIGTERM'] as const)(
   },
 )
 
+test('SIGINT ends a snapshot with 130 and without a lock, and the next one has what was stored', async () => {
+  const directory = manyChanges()
+  const env = { LSYNC_PASSWORD: 'secret', LSYNC_REPOSITORY: `${directory}/repository` }
+  expect(lsync(['snapshot', 'init'], { env })).toMatchObject({ code: 0 })
+  const { child, ended } = startLsync(['snapshot', 'create', `${directory}/up`], { env })
+  while (readdirSync(`${directory}/repository/locks`).length === 0 && child.exitCode === null) await sleep(1)
+  child.kill('SIGINT')
+  expect(await ended).toEqual({
+    stdout: '',
+    stderr:
+      'lsync: stopped by SIGINT; run it again: what is there already is not stored or restored once more (INTERRUPTED)\n',
+    code: 130,
+  })
+  expect(readdirSync(`${directory}/repository/locks`)).toEqual([])
+  expect(lsync(['snapshot', 'create', `${directory}/up`], { env })).toMatchObject({ stderr: '', code: 0 })
+  expect(lsync(['snapshot', 'check', '--read-data'], { env })).toMatchObject({ code: 0 })
+})
+
 test('a reader that goes away ends lsync quietly', async () => {
   const directory = manyChanges()
   const { child, ended } = startLsync([

@@ -55,8 +55,11 @@ function decoded(latin1: string): string {
 }
 
 /** Starts lsync, for tests that interrupt it. */
-export function startLsync(args: readonly string[]): { child: ChildProcess; ended: Promise<Outcome> } {
-  const child = spawn(lsyncPath, args, { env: cleanEnvironment(), stdio: ['ignore', 'pipe', 'pipe'] })
+export function startLsync(
+  args: readonly string[],
+  { env }: Pick<RunOptions, 'env'> = {},
+): { child: ChildProcess; ended: Promise<Outcome> } {
+  const child = spawn(lsyncPath, args, { env: { ...cleanEnvironment(), ...env }, stdio: ['ignore', 'pipe', 'pipe'] })
   const said = { stdout: '', stderr: '' }
   child.stdout?.on('data', (bytes) => {
     said.stdout += bytes

@@ -1,4 +1,4 @@
-import { execFileSync, spawn } from 'node:child_process'
+import { execFileSync } from 'node:child_process'
 import { createReadStream, mkdirSync, readFileSync } from 'node:fs'
 import { exportLayer, type Namespace } from '@lsync/overlay-merge'
 import { hostPath, type LsyncError } from '@lsync/posix'
@@ -50,8 +50,8 @@ describe.skipIf(!isRoot || !hasTar)('a snapshot of a tar', () => {
     const { path, repository } = await newRepository()
     const root = temporaryDirectory()
     const tree = buildRichTree(`${root}/tree`)
-    const { stdout } = spawn('tar', [...PAX, ...args, '-c', '-C', tree, '.'], { stdio: ['ignore', 'pipe', 'ignore'] })
-    const { problems, snapshotId } = await save(repository, stdout)
+    execFileSync('tar', [...PAX, ...args, '-cf', `${root}/t.tar`, '-C', tree, '.'], { stdio: 'pipe' })
+    const { problems, snapshotId } = await save(repository, createReadStream(`${root}/t.tar`))
     expect(problems).toEqual([])
     const target = hostPath(`${root}/ours`)
     await restoreSnapshot(repository, { snapshot: await findSnapshot(repository, snapshotId), target })
@@ -73,8 +73,8 @@ describe.skipIf(!isRoot || !hasTar)('a snapshot of a tar', () => {
     const root = temporaryDirectory()
     mkdirSync(`${root}/tree`)
     for (const name of ['a', 'b']) execFileSync('sh', ['-c', `head -c 10000000 /dev/urandom > ${root}/tree/${name}`])
-    const { stdout } = spawn('tar', ['-c', '-C', `${root}/tree`, '.'], { stdio: ['ignore', 'pipe', 'ignore'] })
-    const first = await save(repository, stdout)
+    execFileSync('tar', ['-cf', `${root}/t.tar`, '-C', `${root}/tree`, '.'])
+    const first = await save(repository, createReadStream(`${root}/t.tar`))
     expect(first.counts).toMatchObject({ filesNew: 2, directories: 1, readBytes: 20_000_000 })
     const target = hostPath(`${root}/back`)
     const snapshot = await findSnapshot(repository, first.snapshotId)

@@ -208,6 +208,23 @@ describe.skipIf(!canMountImages())('a repository that follows an upper', () => {
     120_000,
   )
 
+  test('is not emptied when the state of the sync is lost, and equals the upper after the next flush', async () => {
+    const { at, upper, steps, state } = prepared()
+    const { path } = await newRepository()
+    await withSync({ source: upper, targets: [targetAt(path, upper)], stateDir: state }, (sync) => sync.flush())
+    rmSync(state, { recursive: true })
+    for (const step of steps) step()
+    // Opening alone tells the repository of another index.
+    await withSync(
+      { source: upper, targets: [targetAt(path, upper)], stateDir: state, once: true },
+      async () => undefined,
+    )
+    expect((await snapshotsIn(path)).at(-1)?.others['lsync_sync']).toMatchObject({ isForeign: true, sequence: 0 })
+    expect((await missing(path, upper, `${at}/r`)).length).toBeGreaterThan(0)
+    await withSync({ source: upper, targets: [targetAt(path, upper)], stateDir: state }, (sync) => sync.flush())
+    expect(await missing(path, upper, `${at}/r`)).toEqual([])
+  })
+
   test('is thinned by the rules, its own snapshots alone', async () => {
     const { at, upper, steps, state } = prepared()
     const { path } = await newRepository()

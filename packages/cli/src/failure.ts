@@ -16,10 +16,9 @@ export class UsageError extends LsyncError {
 export class InterruptedError extends LsyncError {
   readonly signal: string
 
-  constructor(signal: string) {
-    super('INTERRUPTED', `stopped by ${signal}`, {
-      hint: '`lsync recover DIR` finishes or rolls back what had begun on DIR',
-    })
+  /** `hint`: what to do about what had begun, if anything. */
+  constructor(signal: string, hint?: string) {
+    super('INTERRUPTED', `stopped by ${signal}`, hint === undefined ? {} : { hint })
     this.signal = signal
   }
 }

@@ -47,6 +47,7 @@ export async function programFor(args: readonly string[], session: Session): Pro
   const asked = args[0] === 'help' ? args[1] : args[0]
   for (const [name, entry] of Object.entries(commands)) {
     const command = program.command(name).description(entry.summary)
+    if (name === asked) session.afterInterrupt = entry.afterInterrupt
     if (name === asked || asked === 'completion') {
       ;(await entry.load()).define(command, session)
       addJsonOption(command)

@@ -6,6 +6,8 @@ import { Output } from './output.ts'
 export class Session {
   readonly output: Output
   exitCode: ExitCode = EXIT.done
+  /** What to do when this command was interrupted. */
+  afterInterrupt: string | undefined
   readonly #abort = new AbortController()
   #hasObeyed = false
 
@@ -22,7 +24,7 @@ export class Session {
   listen(): void {
     const stop = (name: string) => {
       if (this.signal.aborted) process.exit(EXIT.interrupted)
-      this.#abort.abort(new InterruptedError(name))
+      this.#abort.abort(new InterruptedError(name, this.afterInterrupt))
     }
     process.on('SIGINT', stop)
     process.on('SIGTERM', stop)

@@ -70,6 +70,10 @@ export class RepositoryTarget implements Target {
   #latest: { readonly id: ObjectId; readonly tree: ObjectId } | undefined
   #checkpoint: Checkpoint | undefined
   #nextStage = 0
+  /** What the last snapshot shows is that of another index: it goes when the first operation comes. */
+  #isForeign = false
+  /** The last snapshot is the first one: there is nothing in it but the checkpoint. */
+  #isFirst = false
   /** Lanes deliver at the same time, and a snapshot is made of what all have delivered. */
   #turn: Promise<unknown> = Promise.resolve()
 
@@ -87,6 +91,7 @@ export class RepositoryTarget implements Target {
     const field = latest === undefined ? undefined : fieldOf(latest)
     this.#latest = latest
     this.#checkpoint = field?.checkpoint
+    this.#isForeign = field?.isForeign === true
     this.#nextStage = Math.max(field?.nextStage ?? 0, this.#nextStage)
     const { source: path } = this.#request
     this.#editor = await SnapshotEditor.open(repository, { path, snapshot: latest, signal })
@@ -104,6 +109,8 @@ export class RepositoryTarget implements Target {
         this.#lanes.set(lane, state)
       }
       const failures: Failure[] = []
+      if (this.#isForeign) await this.#tree.clear()
+      this.#isForeign = false
       let index = 0
       for (const record of state.decode(batch)) {
         const operation = record.kind === 'operation' ? record.operation : (state.operation as Operation)
@@ -170,26 +177,27 @@ export class RepositoryTarget implements Target {
 
   async #save(checkpoint: Checkpoint | undefined): Promise<void> {
     const isTouched = this.#tree.isTouched
-    if (checkpoint !== undefined && checkpoint.root !== this.#checkpoint?.root && !isTouched) {
-      // Another index: the sync sends everything anew, to what it takes for empty.
-      this.#checkpoint = checkpoint
-      if (this.#latest !== undefined) await this.#tree.clear()
+    const isOther = checkpoint !== undefined && checkpoint.root !== this.#checkpoint?.root
+    if (!isTouched && !isOther && (checkpoint === undefined || checkpoint.sequence === this.#checkpoint?.sequence))
       return
-    }
-    if (!isTouched && (checkpoint === undefined || this.#latest === undefined)) return
-    if (!isTouched && checkpoint?.sequence === this.#checkpoint?.sequence) return
+    // Another index: the sync sends everything anew, to what it takes for empty. Until it does, the last snapshot stays.
+    if (!isTouched && isOther) this.#isForeign = this.#latest !== undefined
     const { tag = 'sync' } = this.#request
     const held = checkpoint ?? this.#checkpoint
+    const foreign = this.#isForeign ? { isForeign: true } : {}
     const { snapshotId, tree } = await this.#tree.commit({
       hostname: this.#request.hostname ?? hostname(),
       tags: [tag],
-      fields: held === undefined ? {} : { [FIELD]: { ...held, nextStage: this.#nextStage } },
+      fields: held === undefined ? {} : { [FIELD]: { ...held, nextStage: this.#nextStage, ...foreign } },
     })
+    const isFirst = this.#isFirst
+    this.#isFirst = this.#latest === undefined
     const before = this.#latest
     this.#latest = { id: snapshotId, tree }
     this.#checkpoint = held
-    // A name was carried over once more and was the same: one snapshot of it is enough.
-    if (before?.tree === tree && this.#stage.size === 0) await this.#forget({ ids: [before.id] })
+    // A name was carried over once more and was the same: one snapshot of it is enough. The first one of all is empty.
+    const isSpare = before !== undefined && (before.tree === tree || isFirst)
+    if (isSpare && this.#stage.size === 0) await this.#forget({ ids: [before.id] })
   }
 
   /** Removes snapshots, unless somebody else uses the repository. How many. */
@@ -345,14 +353,17 @@ function pathOf(operation: Operation): Failure['path'] {
   return operation.do === 'rename' ? operation.to : operation.path
 }
 
-function fieldOf({
-  others,
-  tags,
-}: Snapshot): { readonly checkpoint: Checkpoint; readonly nextStage: number } | undefined {
+interface Field {
+  readonly checkpoint: Checkpoint
+  readonly nextStage: number
+  readonly isForeign: boolean
+}
+
+function fieldOf({ others, tags }: Snapshot): Field | undefined {
   // What `repair snapshots` has left of one holds less than was safe.
   if (tags.includes('repaired')) return undefined
-  const field = others[FIELD] as Partial<Checkpoint & { nextStage: number }> | undefined
-  const { root, sequence, nextStage = 0 } = field ?? {}
+  const field = others[FIELD] as Partial<Checkpoint & { nextStage: number; isForeign: boolean }> | undefined
+  const { root, sequence, nextStage = 0, isForeign = false } = field ?? {}
   if (typeof root !== 'string' || !Number.isSafeInteger(sequence) || !Number.isSafeInteger(nextStage)) return undefined
-  return { checkpoint: { root, sequence: sequence as number }, nextStage }
+  return { checkpoint: { root, sequence: sequence as number }, nextStage, isForeign }
 }
