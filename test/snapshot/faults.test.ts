@@ -1,5 +1,5 @@
 import { spawn } from 'node:child_process'
-import { readdirSync, rmSync, writeFileSync } from 'node:fs'
+import { chmodSync, cpSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { hostPath } from '@lsync/posix'
 import {
@@ -10,10 +10,13 @@ import {
   forgetSnapshots,
   LocalBackend,
   listSnapshots,
+  locatePath,
   pruneRepository,
   Repository,
   removeLocks,
   repairIndex,
+  repairPacks,
+  repairSnapshots,
   restoreSnapshot,
   tagSnapshots,
 } from '@lsync/snapshot'
@@ -122,6 +125,88 @@ describe.skipIf(!isRoot)('a crash of copy', () => {
       }
     },
   )
+})
+
+describe.skipIf(!isRoot).each(['before', 'after'] as const)('a crash right %s any change', (when) => {
+  /** A history in which a bit of one piece of a file is flipped. */
+  async function damaged() {
+    const made = await history()
+    const repository = await reopen(made.path)
+    const context = { ...made, latest: await findSnapshot(repository, 'latest') }
+    await repository.loadIndex()
+    const located = await locatePath(repository, context.latest, hostPath(`${context.tree}/kept/f5`))
+    const [piece] = located.node?.content ?? []
+    const { packId, offset } = repository.table.locate('data', String(piece)) as { packId: string; offset: number }
+    const pack = `${context.path}/data/${packId.slice(0, 2)}/${packId}`
+    const bytes = readFileSync(pack)
+    bytes[offset + 5] = (bytes[offset + 5] as number) ^ 1
+    chmodSync(pack, 0o600)
+    writeFileSync(pack, bytes)
+    return { ...context, id: packId }
+  }
+
+  /** Runs `operate` again and again on repositories that are gone later each time, then once to the end. */
+  async function crashAtEach(
+    prepare: () => Promise<{ readonly path: string }>,
+    operate: (repository: Repository) => Promise<unknown>,
+    expectRight: (path: string) => Promise<void>,
+  ) {
+    const { path: prepared } = await prepare()
+    for (let failAt = 0, isDone = false; !isDone; failAt++) {
+      const path = `${temporaryDirectory()}/repository`
+      cpSync(prepared, path, { recursive: true })
+      const backend = new FailingBackend(new LocalBackend(hostPath(path)), failAt, when)
+      const repository = await Repository.open(backend, { password: PASSWORD })
+      const outcome = await operate(repository).then(
+        () => 'done',
+        (error: unknown) => error,
+      )
+      repository.close()
+      isDone = outcome === 'done'
+      if (!isDone) expect(outcome).toBeInstanceOf(GoneError)
+      const again = await reopen(path)
+      await removeLocks(again, { all: true })
+      await operate(again)
+      await expectRight(path)
+    }
+  }
+
+  const errorsIn = async (path: string) => {
+    const { problems } = await checkRepository(await reopen(path), { readData: true })
+    return new Set(problems.filter(({ severity }) => severity === 'error').map(({ code, id }) => `${code} ${id}`))
+  }
+
+  test('of repair packs loses what was damaged, and nothing else', async () => {
+    let id = ''
+    const prepare = async () => {
+      const context = await damaged()
+      id = context.id
+      return context
+    }
+    const repair = (repository: Repository) => repairPacks(repository, [id])
+    await crashAtEach(prepare, repair, async (path) => {
+      const errors = [...(await errorsIn(path))]
+      expect(errors).toHaveLength(1)
+      expect(errors[0]).toMatch(/^OBJECT_MISSING /)
+    })
+  })
+
+  test('of repair snapshots leaves snapshots that a second run makes whole', async () => {
+    const prepare = async () => {
+      const context = await damaged()
+      await repairPacks(await reopen(context.path), [context.id])
+      return context
+    }
+    const repair = async (repository: Repository) => {
+      const snapshots = await listSnapshots(repository)
+      return repairSnapshots(repository, { snapshots, forget: true })
+    }
+    await crashAtEach(prepare, repair, async (path) => {
+      expect([...(await errorsIn(path))]).toEqual([])
+      const left = await listSnapshots(await reopen(path))
+      expect(new Set(left.map(({ original, id: own }) => original ?? own)).size).toBe(2)
+    })
+  })
 })
 
 describe.skipIf(!isRoot)('kill -9', () => {

@@ -218,6 +218,41 @@ describe.skipIf(!canAll)('prune', () => {
     expect(await repository.listIds('lock')).toEqual([])
   })
 
+  test('waits for nobody: both tools save into one repository at once, and all of it is whole', async () => {
+    const { path } = await newRepository()
+    const root = temporaryDirectory()
+    const [ours, theirs] = [`${root}/ours`, `${root}/theirs`]
+    for (const tree of [ours, theirs]) buildTree(tree, dir({ same: folder('same', 60), own: folder(tree, 40) }))
+    const restic = new Restic(path)
+    const both = async (round: number) => {
+      for (const tree of [ours, theirs]) writeFileSync(`${tree}/round`, `${tree} ${round}`.repeat(2000))
+      const env = { ...process.env, RESTIC_PASSWORD: PASSWORD, RESTIC_REPOSITORY: path }
+      const child = spawn('restic', ['--no-cache', 'backup', theirs], { env, stdio: 'ignore' })
+      const ended = new Promise<number | null>((resolve) => child.once('exit', resolve))
+      // As many as fit while restic is at work, and one at least.
+      let saved = 0
+      for (let isOver = false; !isOver || saved === 0; saved++) {
+        expect((await save(await reopen(path), ours, { force: true })).problems).toEqual([])
+        isOver = child.exitCode !== null
+      }
+      expect(await ended).toBe(0)
+      return saved
+    }
+    let saved = 0
+    for (let round = 0; round < 3; round++) saved += await both(round)
+    expect(await listSnapshots(await reopen(path))).toHaveLength(saved + 3)
+    expect(restic.run('check', '--read-data')).toContain('no errors were found')
+    expect(await errorsOf(await reopen(path), { readData: true })).toEqual([])
+    await pruneRepository(await reopen(path), { maxUnused: 0 })
+    const again = await reopen(path)
+    for (const tree of [ours, theirs]) {
+      const snapshot = (await listSnapshots(again, { paths: [hostPath(tree)] })).at(-1) as Snapshot
+      const target = hostPath(`${tree} back`)
+      await restoreSnapshot(again, { snapshot, target })
+      expect(readTree(target)).toEqual(readTree(tree))
+    }
+  })
+
   test('of both tools in turn leaves the repository whole', async () => {
     const { path, repository, tree, root } = await grown()
     const restic = new Restic(path)
