@@ -1,37 +1,14 @@
-import { createHash, randomBytes } from 'node:crypto'
+import { randomBytes } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { pipeline, Readable } from 'node:stream'
-import { type Backend, type FileRef, RestBackend, type RestOptions } from '@lsync/snapshot'
+import { type Backend, RestBackend, type RestOptions } from '@lsync/snapshot'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { type Fault, faultsInTurn, startFaultProxy } from '../support/fault-proxy.ts'
 import { needs } from '../support/needs.ts'
 import { hasRclone, useRclone } from '../support/rclone.ts'
 import { describeBackend } from './backend.ts'
-
-/** Failures that cost no time, and a limit that only a broken backend reaches. */
-const QUICK = { firstDelayMs: 1, idleTimeoutMs: 2_000, retryForMs: 60_000, firstAnswerWithinMs: 60_000 }
-
-const FAULTS: readonly Fault[] = [
-  { kind: 'status', status: 503, headers: 'Retry-After: 0\r\n' },
-  { kind: 'refuse' },
-  { kind: 'cut', direction: 'up', afterBytes: 150 },
-  { kind: 'cut', direction: 'down', afterBytes: 40 },
-  { kind: 'status', status: 500 },
-  // It was done, though nobody hears of it.
-  { kind: 'status', status: 502, afterwards: true },
-  { kind: 'truncate', afterBytes: 500 },
-  { kind: 'delay', delayMs: 50 },
-]
-
-function refOf(kind: 'pack' | 'index', content: Uint8Array): FileRef {
-  return { kind, name: createHash('sha256').update(content).digest('hex') }
-}
-
-function closing<T extends Backend>(backend: T): T {
-  onTestFinished(() => backend.close())
-  return backend
-}
+import { closing, httpFaults, QUICK, refOf } from './bad-line.ts'
 
 describe.skipIf(!needs('rclone', hasRclone))('rclone serve restic', () => {
   const rclone = useRclone()
@@ -50,7 +27,7 @@ describe.skipIf(!needs('rclone', hasRclone))('rclone serve restic', () => {
       proxy ??= await startFaultProxy({
         port: rclone.current.port,
         speaks: 'http',
-        fault: faultsInTurn(3, FAULTS),
+        fault: faultsInTurn(3, httpFaults(500)),
       })
       return new RestBackend(`http://127.0.0.1:${proxy.port}/bad${place}`, QUICK)
     }

@@ -1,37 +1,14 @@
-import { createHash, randomBytes } from 'node:crypto'
+import { randomBytes } from 'node:crypto'
 import dns from 'node:dns'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { pipeline, Readable } from 'node:stream'
-import { type Backend, type FileRef, S3Backend, type S3Options } from '@lsync/snapshot'
+import { type Backend, S3Backend, type S3Options } from '@lsync/snapshot'
 import { describe, expect, onTestFinished, test, vi } from 'vitest'
-import { type Fault, faultsInTurn, startFaultProxy } from '../support/fault-proxy.ts'
+import { faultsInTurn, startFaultProxy } from '../support/fault-proxy.ts'
 import { needs } from '../support/needs.ts'
 import { hasSwift, useSwift } from '../support/swift.ts'
 import { describeBackend } from './backend.ts'
-
-/** Failures that cost no time, and a limit that only a broken backend reaches. */
-const QUICK = { firstDelayMs: 1, idleTimeoutMs: 3_000, retryForMs: 60_000, firstAnswerWithinMs: 60_000 }
-
-const FAULTS: readonly Fault[] = [
-  { kind: 'status', status: 503 },
-  { kind: 'refuse' },
-  { kind: 'cut', direction: 'up', afterBytes: 150 },
-  { kind: 'cut', direction: 'down', afterBytes: 40 },
-  { kind: 'status', status: 500 },
-  // It was done, though nobody hears of it.
-  { kind: 'status', status: 502, afterwards: true },
-  { kind: 'truncate', afterBytes: 400 },
-  { kind: 'delay', delayMs: 50 },
-]
-
-function refOf(kind: 'pack' | 'index', content: Uint8Array): FileRef {
-  return { kind, name: createHash('sha256').update(content).digest('hex') }
-}
-
-function closing<T extends Backend>(backend: T): T {
-  onTestFinished(() => backend.close())
-  return backend
-}
+import { closing, httpFaults, QUICK, refOf } from './bad-line.ts'
 
 async function namesIn(backend: Backend, kind: 'pack' | 'index'): Promise<string[]> {
   const names: string[] = []
@@ -54,7 +31,11 @@ describe.skipIf(!needs('OpenStack Swift', hasSwift))('Swift as S3 server', () =>
     const place = ++places
     let proxy: Awaited<ReturnType<typeof startFaultProxy>> | undefined
     const open = async () => {
-      proxy ??= await startFaultProxy({ port: swift.current.port, speaks: 'http', fault: faultsInTurn(4, FAULTS) })
+      proxy ??= await startFaultProxy({
+        port: swift.current.port,
+        speaks: 'http',
+        fault: faultsInTurn(4, httpFaults(400)),
+      })
       return new S3Backend(`http://127.0.0.1:${proxy.port}/bucket${place}`, {
         ...QUICK,
         multipartFromBytes: 12_000_000,

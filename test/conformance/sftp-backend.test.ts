@@ -1,13 +1,14 @@
-import { createHash, randomBytes } from 'node:crypto'
+import { randomBytes } from 'node:crypto'
 import { mkdirSync, mkdtempSync, readdirSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
 import { createServer, type Server } from 'node:net'
 import { tmpdir } from 'node:os'
-import { type Backend, type FileRef, SftpBackend, type SftpOptions } from '@lsync/snapshot'
+import { SftpBackend, type SftpOptions } from '@lsync/snapshot'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { type Fault, startFaultProxy } from '../support/fault-proxy.ts'
 import { needs } from '../support/needs.ts'
 import { hasSshd, useSshServer } from '../support/sshd.ts'
 import { describeBackend } from './backend.ts'
+import { closing, refOf } from './bad-line.ts'
 
 /** Failures that cost no time, and a limit that only a broken backend reaches. */
 const QUICK = { firstDelayMs: 1, idleTimeoutMs: 5_000, retryForMs: 90_000, firstAnswerWithinMs: 90_000 }
@@ -20,15 +21,6 @@ const FAULTS: readonly Fault[] = [
   { kind: 'truncate', afterBytes: 1_000 },
   { kind: 'cut', direction: 'up', afterBytes: 4_000 },
 ]
-
-function refOf(kind: 'pack' | 'index', content: Uint8Array): FileRef {
-  return { kind, name: createHash('sha256').update(content).digest('hex') }
-}
-
-function closing<T extends Backend>(backend: T): T {
-  onTestFinished(() => backend.close())
-  return backend
-}
 
 describe.skipIf(!needs('sshd', hasSshd))('an SFTP server', () => {
   const sshd = useSshServer()

@@ -1,7 +1,7 @@
 import { existsSync, mkdirSync } from 'node:fs'
-import { afterAll, beforeAll } from 'vitest'
 import { holdTestDirectory, testDirectory } from './image.ts'
 import { type RunningServer, startServer } from './server.ts'
+import { type Shared, useShared } from './shared.ts'
 import { freePort } from './sshd.ts'
 import { isPresent } from './system.ts'
 
@@ -20,11 +20,9 @@ export interface Etcd {
 let servers = 0
 
 /** One etcd for all tests of the surrounding `describe` (or file). */
-export function useEtcd(): { readonly current: Etcd } {
-  let server: RunningServer | undefined
+export function useEtcd(): Shared<Etcd> {
   let release: (() => void) | undefined
-  let etcd: Etcd | undefined
-  beforeAll(async () => {
+  const start = async (): Promise<Etcd> => {
     release = holdTestDirectory()
     const base = `${testDirectory()}/etcd${++servers}`
     if (!existsSync(base)) mkdirSync(base, { mode: 0o700 })
@@ -35,24 +33,19 @@ export function useEtcd(): { readonly current: Etcd } {
       ...['--listen-client-urls', `http://127.0.0.1:${port}`, '--advertise-client-urls', `http://127.0.0.1:${port}`],
       ...['--listen-peer-urls', peer, '--initial-advertise-peer-urls', peer, '--initial-cluster', `one=${peer}`],
     ]
-    server = await startServer(base, 'etcd', command)
+    let server: RunningServer = await startServer(base, 'etcd', command)
     const { port } = server
-    etcd = {
+    return {
       endpoint: `http://127.0.0.1:${port}`,
-      stop: async () => server?.stop(),
+      stop: () => server.stop(),
       start: async () => {
         server = await startServer(base, 'etcd', () => command(port), port)
       },
     }
-  }, 60_000)
-  afterAll(async () => {
-    await server?.stop()
-    release?.()
-  }, 60_000)
-  return {
-    get current() {
-      if (etcd === undefined) throw new Error('etcd exists only while tests run')
-      return etcd
-    },
   }
+  const stop = async (etcd: Etcd) => {
+    await etcd.stop()
+    release?.()
+  }
+  return useShared('etcd', start, stop)
 }

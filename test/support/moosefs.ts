@@ -1,7 +1,7 @@
 import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
-import { afterAll, beforeAll } from 'vitest'
 import { releaseTestDirectory, testDirectory } from './image.ts'
+import { type Shared, useShared } from './shared.ts'
 import { enterNetworkNamespace, isPresent, mount, run } from './system.ts'
 import type { DiffOptions } from './tree.ts'
 
@@ -130,16 +130,6 @@ export async function withMooseFs<T>(use: (fs: MooseFs) => Promise<T>): Promise<
 }
 
 /** One MooseFS for all tests of the surrounding `describe`. */
-export function useMooseFs(): { readonly current: MooseFs } {
-  let fileSystem: MooseFs | undefined
-  beforeAll(async () => {
-    fileSystem = await startMooseFs()
-  }, 60_000)
-  afterAll(() => stopMooseFs(), 60_000)
-  return {
-    get current() {
-      if (fileSystem === undefined) throw new Error('the file system exists only while tests run')
-      return fileSystem
-    },
-  }
+export function useMooseFs(): Shared<MooseFs> {
+  return useShared('MooseFS', startMooseFs, () => stopMooseFs())
 }

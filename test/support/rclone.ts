@@ -1,7 +1,7 @@
 import { mkdirSync } from 'node:fs'
-import { afterAll, beforeAll } from 'vitest'
 import { holdTestDirectory, testDirectory } from './image.ts'
 import { startServer } from './server.ts'
+import { type Shared, useShared } from './shared.ts'
 import { isPresent, run } from './system.ts'
 
 export const hasRclone = isPresent('rclone')
@@ -58,16 +58,10 @@ export async function startRclone(options: RcloneOptions = {}): Promise<Rclone> 
 }
 
 /** One server for all tests of the surrounding `describe`. */
-export function useRclone(options: RcloneOptions = {}): { readonly current: Rclone } {
-  let server: Rclone | undefined
-  beforeAll(async () => {
-    server = await startRclone(options)
-  }, 60_000)
-  afterAll(() => server?.stop(), 60_000)
-  return {
-    get current() {
-      if (server === undefined) throw new Error('the server exists only while tests run')
-      return server
-    },
-  }
+export function useRclone(options: RcloneOptions = {}): Shared<Rclone> {
+  return useShared(
+    'rclone',
+    () => startRclone(options),
+    (server) => server.stop(),
+  )
 }

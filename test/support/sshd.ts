@@ -2,9 +2,9 @@ import { type ChildProcess, spawn } from 'node:child_process'
 import { appendFileSync, closeSync, existsSync, mkdirSync, openSync, readFileSync, writeFileSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
-import { afterAll, beforeAll } from 'vitest'
 import { holdTestDirectory, testDirectory } from './image.ts'
 import type { Namespace } from './network.ts'
+import { type Shared, useShared } from './shared.ts'
 import { isPresent, run } from './system.ts'
 
 /** Whether OpenSSH's server and client are installed. `sshd` insists on being started by its full path. */
@@ -156,18 +156,12 @@ done
 }
 
 /** One sshd for all tests of the surrounding `describe`. */
-export function useSshServer(options: SshServerOptions = {}): { readonly current: SshServer } {
-  let server: SshServer | undefined
-  beforeAll(async () => {
-    server = await startSshServer(options)
-  }, 60_000)
-  afterAll(() => server?.stop(), 60_000)
-  return {
-    get current() {
-      if (server === undefined) throw new Error('the server exists only while tests run')
-      return server
-    },
-  }
+export function useSshServer(options: SshServerOptions = {}): Shared<SshServer> {
+  return useShared(
+    'sshd',
+    () => startSshServer(options),
+    (server) => server.stop(),
+  )
 }
 
 async function spawnServer(base: string, config: string, at: Namespace | undefined): Promise<ChildProcess | undefined> {

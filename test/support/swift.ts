@@ -1,7 +1,7 @@
 import { existsSync, mkdirSync, writeFileSync } from 'node:fs'
-import { afterAll, beforeAll } from 'vitest'
 import { holdTestDirectory, testDirectory } from './image.ts'
 import { type RunningServer, startServer } from './server.ts'
+import { type Shared, useShared } from './shared.ts'
 import { isPresent, run } from './system.ts'
 
 const SERVERS = ['account', 'container', 'object'] as const
@@ -91,22 +91,17 @@ export async function startSwift(): Promise<Swift> {
 }
 
 /** One S3 server for all tests of the surrounding `describe`, whose keys are in the environment meanwhile. */
-export function useSwift(): { readonly current: Swift } {
-  let server: Swift | undefined
-  beforeAll(async () => {
-    server = await startSwift()
+export function useSwift(): Shared<Swift> {
+  const start = async () => {
+    const server = await startSwift()
     process.env['AWS_ACCESS_KEY_ID'] = server.accessKey
     process.env['AWS_SECRET_ACCESS_KEY'] = server.secretKey
-  }, 120_000)
-  afterAll(async () => {
+    return server
+  }
+  const stop = (server: Swift) => {
     delete process.env['AWS_ACCESS_KEY_ID']
     delete process.env['AWS_SECRET_ACCESS_KEY']
-    await server?.stop()
-  }, 60_000)
-  return {
-    get current() {
-      if (server === undefined) throw new Error('the server exists only while tests run')
-      return server
-    },
+    return server.stop()
   }
+  return useShared('the S3 server', start, stop, 120_000)
 }
