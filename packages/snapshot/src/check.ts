@@ -75,6 +75,8 @@ class Check {
   readonly #problems: CheckProblem[] = []
   readonly #listed = new Map<ObjectId, number>()
   readonly #indexed = new Map<ObjectId, IndexedPack>()
+  /** Pieces of files that were found damaged, and the packs in which they are. */
+  readonly #damaged = new Map<ObjectId, ObjectId>()
 
   constructor(repository: Repository, request: CheckRequest, signal: AbortSignal) {
     this.#repository = repository
@@ -92,6 +94,7 @@ class Check {
     this.#checkPacks()
     const trees = await this.#checkTrees(snapshots)
     const { packsRead, bytesRead } = await this.#readPacks()
+    await this.#nameDamaged(snapshots)
     const problems = [...this.#problems].sort((left, right) => (left.id < right.id ? -1 : left.id > right.id ? 1 : 0))
     return { problems, snapshots: snapshots.length, trees, packs: this.#listed.size, packsRead, bytesRead }
   }
@@ -213,7 +216,8 @@ class Check {
           bytesRead += content.byteLength
           const objects = this.#indexed.get(packId)?.objects
           const job = { packId, content, ...(objects === undefined ? {} : { objects }) }
-          const { why } = await pool.run(job, [content])
+          const { why, damaged } = await pool.run(job, [content])
+          for (const { kind, id } of damaged) if (kind === 'data') this.#damaged.set(id, packId)
           for (const reason of why) {
             this.#report({ id: packId, code: 'PACK_DAMAGED', message: `pack ${packId.slice(0, 8)}: ${reason}` })
           }
@@ -227,6 +231,27 @@ class Check {
       await pool.close()
     }
     return { packsRead, bytesRead }
+  }
+
+  /** Says what damaged pieces cost. Damaged trees were met when they were read. */
+  async #nameDamaged(snapshots: readonly Snapshot[]): Promise<void> {
+    if (this.#damaged.size === 0) return
+    const isDamaged = (id: ObjectId) => {
+      const packId = this.#damaged.get(id)
+      // The same piece may be whole in another pack, from which it is read.
+      return packId !== undefined && this.#repository.table.locate('data', id)?.packId === packId
+    }
+    const roots = snapshots.map(({ id, tree }) => ({ id: tree, path: `${id.slice(0, 8)}:/` as ByteString }))
+    const tree = (_: ObjectId, nodes: readonly TreeNode[], directory: ByteString) => {
+      for (const { name, content } of nodes) {
+        const id = content?.find(isDamaged)
+        if (id === undefined) continue
+        const path = joinShown(directory, name)
+        const message = `a piece of ${printable(path)} (${id.slice(0, 8)}) is damaged`
+        this.#report({ id, code: 'OBJECT_DAMAGED', message, path })
+      }
+    }
+    await visitTrees(this.#repository, roots, { tree, problem: () => undefined }, this.#signal)
   }
 
   #choosePacks(): ObjectId[] {
