@@ -5,3 +5,26 @@ export * from './records.ts'
 export * from './repository-target.ts'
 export * from './sealed-layer.ts'
 export * from './store-form.ts'
+export { type CompactPolicy, type CompactReport, compact } from './compact.ts'
+export {
+  ContainerRoot,
+  type ForkRequest,
+  type MountRequest,
+  type OpenOptions,
+  type RollbackRequest,
+} from './container-root.ts'
+export { type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
+export { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
+export * from './home.ts'
+export * from './init.ts'
+export { chooseLayers } from './layer-choice.ts'
+export { type LiveUser, liveUsers } from './live-users.ts'
+export * from './node-state.ts'
+export {
+  type Quiescence,
+  SolidifyIncompleteError,
+  type SolidifyReport,
+  type SolidifyRequest,
+} from './solidify.ts'
+export { type LayerStatus, type RootStatus } from './status.ts'
+export { diffVersions, type VersionDifference } from './version-diff.ts'

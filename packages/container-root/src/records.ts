@@ -73,9 +73,13 @@ export const VersionRecord = z.strictObject({
 })
 export type VersionRecord = z.infer<typeof VersionRecord>
 
-/** `mounted/<node id>.json` of a home: what a node uses, so that nobody removes it. */
+/** `mounted/<id>.json` of a home: what a node uses, so that nobody removes it. */
 export const MountedRecord = z.strictObject({
   format: z.literal(1),
+  /** `mount`: under the upper of a node. `work`: read for a while; it counts for a day. */
+  purpose: z.enum(['mount', 'work']),
+  /** The node's for a mount, else one of its own. */
+  id: RecordId,
   nodeId: RecordId,
   nodeName: Line,
   /** The version that lies under the node's upper. */
@@ -137,6 +141,8 @@ export const SolidifyRecord = z.strictObject({
   /** The version that was published. */
   version: VersionNumber.exactOptional(),
   wasMounted: z.boolean(),
+  /** The upper was given back to the container, while nobody could say whether the version is there. */
+  ranOn: z.boolean(),
 })
 export type SolidifyRecord = z.infer<typeof SolidifyRecord>
 

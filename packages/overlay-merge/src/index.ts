@@ -1,6 +1,8 @@
 export * from './check.ts'
 export type { CloneMethod } from './clone.ts'
+export { type CloneLayerRequest, cloneLayer } from './clone-layer.ts'
 export { type Comparison, compareTrees, OpenTree, ResolvedTree, type TreeDifference } from './compare.ts'
+export { compareStacks } from './compare-stacks.ts'
 export * from './deref.ts'
 export * from './diff.ts'
 export {

@@ -514,7 +514,8 @@ function changesOf(plan: SealedPlan): Map<EntryPath, LinePlace[]> {
   return changes
 }
 
-function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {
+/** Makes files with several names in a clone: one copy each, and links to it. */
+export function linkGroups(context: CloneContext, groups: readonly EntryPath[][]): void {
   for (const paths of groups) {
     const [first, ...others] = paths.sort()
     if (first === undefined) continue

@@ -10,9 +10,10 @@ export class LocalTarget implements Target {
   readonly #path: HostPath
   #place: TargetPlace | undefined
 
-  constructor(path: HostPath) {
+  /** `description` is what index and journal are kept for; another one than the path for a target that moves about. */
+  constructor(path: HostPath, description: string = printable(path)) {
     this.#path = path
-    this.description = printable(path)
+    this.description = description
   }
 
   get delivery(): { readonly mode: 'direct'; readonly rootFd: number; readonly stageFd: number } {

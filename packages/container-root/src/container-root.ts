@@ -1,0 +1,362 @@
+import { EventEmitter } from 'node:events'
+import { cloneLayer } from '@lsync/overlay-merge'
+import { bytesOf, type HostPath, randomHex, textOf } from '@lsync/posix'
+import type { Sync } from '@lsync/sync'
+import { type CompactPolicy, type CompactReport, compact } from './compact.ts'
+import {
+  configOf,
+  ensureLease,
+  giveLeaseBack,
+  mountBase,
+  type RootContext,
+  type RootEvents,
+  startFrom,
+  UnsavedChangesError,
+  UpperStaleError,
+  withLayersInUse,
+} from './context.ts'
+import { FileLeases } from './file-lease.ts'
+import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
+import { Home } from './home.ts'
+import type { Leases } from './lease.ts'
+import { findMount, unmountRoot } from './mount.ts'
+import { type NodeRoot, NodeState, RootBusyError, RootNameTakenError, RootUnknownError } from './node-state.ts'
+import type { NodeRootRecord, VersionRecord } from './records.ts'
+import { openUpperSync, recoverSolidify, type SolidifyReport, type SolidifyRequest, solidify } from './solidify.ts'
+import { type RootStatus, statusOf } from './status.ts'
+import { diffVersions, type VersionDifference } from './version-diff.ts'
+
+export interface OpenOptions {
+  /** The state of this node. Default `defaultNodeState()`. */
+  readonly state?: NodeState
+  /** Who keeps the right to write. Default: files in the home. */
+  readonly leases?: (home: Home) => Leases
+}
+
+export interface MountRequest {
+  /** Give up changes that are in no version, and begin with the newest one. */
+  readonly discard?: boolean
+  /** Take the lease over from a node that is silent, or by force. */
+  readonly takeover?: 'expired' | 'force'
+  readonly signal?: AbortSignal
+}
+
+export interface RollbackRequest {
+  /** Number or tag. */
+  readonly to: number | string
+  readonly message?: string
+  /** Give up changes that are in no version. */
+  readonly discard?: boolean
+  readonly signal?: AbortSignal
+}
+
+export interface ForkRequest {
+  /** The home to make. */
+  readonly home: HostPath
+  /** Number or tag; default the newest. */
+  readonly version?: number | string
+  readonly signal?: AbortSignal
+}
+
+/**
+ * One root on this node: the same verbs as `lsync root`. Operations of one root come one after the other, also those of several
+ * processes (`ROOT_BUSY`); those of different roots do not wait for each other.
+ */
+export class ContainerRoot {
+  readonly events: EventEmitter<RootEvents>
+  readonly #context: RootContext
+  #sync: Sync | undefined
+
+  private constructor(context: RootContext) {
+    this.#context = context
+    this.events = context.events
+  }
+
+  /**
+   * Opens a root under a name of this node; `close` it. The first time the node begins with the newest version, and nothing
+   * is mounted or claimed.
+   * @throws {HomeMissingError}, {RootNameTakenError} if the name is that of another root here
+   */
+  static async open(homePath: HostPath, name: string, options: OpenOptions = {}): Promise<ContainerRoot> {
+    const state = options.state ?? NodeState.open()
+    const home = Home.open(homePath)
+    let root: NodeRoot | undefined
+    try {
+      root = state.openRoot(name, { create: true })
+      const context: RootContext = {
+        name,
+        home,
+        node: state.node,
+        root,
+        leases: options.leases?.(home) ?? new FileLeases(home.leaseDirectory),
+        events: new EventEmitter<RootEvents>(),
+        lease: undefined,
+      }
+      if (root.readConfig() === undefined) root.writeConfig(firstConfig(name, home))
+      const config = configOf(context)
+      if (config.rootId !== home.record.id) throw new RootNameTakenError(name, config.home)
+      return new ContainerRoot(context)
+    } catch (error) {
+      root?.close()
+      home.close()
+      throw error
+    }
+  }
+
+  /** Opens a root that this node knows already by its name alone. @throws {RootUnknownError} */
+  static openKnown(name: string, options: OpenOptions = {}): Promise<ContainerRoot> {
+    const state = options.state ?? NodeState.open()
+    const root = state.openRoot(name)
+    const config = root.readConfig()
+    root.close()
+    if (config === undefined) throw new RootUnknownError(name, state.path)
+    return ContainerRoot.open(homePathOf(config), name, { ...options, state })
+  }
+
+  get name(): string {
+    return this.#context.name
+  }
+
+  get home(): Home {
+    return this.#context.home
+  }
+
+  /** Where the root is mounted. */
+  get mergedPath(): HostPath {
+    return this.#context.root.mergedPath
+  }
+
+  /** Ends what runs, without changing anything: a mounted root stays mounted, and the lease stands. */
+  async close(): Promise<void> {
+    await this.#sync?.stop()
+    await this.#context.lease?.pause()
+    this.#context.root.close()
+    this.#context.home.close()
+  }
+
+  /** What is known without claiming, waiting or changing anything. */
+  status(): Promise<RootStatus> {
+    return statusOf(this.#context, this.#sync)
+  }
+
+  /**
+   * Finishes or takes back what was interrupted. Every operation does so first.
+   * @throws {RootBusyError} if another process is at work
+   */
+  recover(): Promise<'nothing' | 'finished' | 'taken back'> {
+    return this.#context.root.locked(async () => recoverSolidify(this.#context))
+  }
+
+  /**
+   * Mounts the root for writing: claims the lease, takes the newest version if there are no changes here, and makes sure that the
+   * layers stay. Mounted already is fine.
+   * @throws {LeaseHeldError}, {UpperStaleError}, {LayerMissingError}
+   */
+  mount(request: MountRequest = {}): Promise<NodeRootRecord['base']> {
+    return this.#exclusive(async () => {
+      const { root, home } = this.#context
+      await ensureLease(this.#context, request)
+      const head = home.head()
+      const config = configOf(this.#context)
+      const isCurrent = head.number === config.base.version || head.number === config.liveVersion
+      if (findMount(root) === undefined && (!isCurrent || request.discard === true)) {
+        if (root.hasChanges() && request.discard !== true) {
+          throw new UpperStaleError(root.upperPath, config.base.version, head.number)
+        }
+        this.#abandonUpper(config)
+        startFrom(this.#context, head, config)
+      }
+      mountBase(this.#context)
+      return configOf(this.#context).base
+    })
+  }
+
+  /**
+   * Unmounts the root. Without changes the lease is given back, so that any node may go on; with changes it is kept, since they are
+   * in no version yet.
+   * @throws {RootBusyError} naming who uses it
+   */
+  unmount(): Promise<{ readonly hasChanges: boolean }> {
+    return this.#exclusive(async () => {
+      const { root, home, node } = this.#context
+      unmountRoot(root)
+      await this.#sync?.stop()
+      this.#sync = undefined
+      const hasChanges = root.hasChanges()
+      if (!hasChanges) {
+        home.forgetMounted(node.id)
+        await giveLeaseBack(this.#context)
+      }
+      return { hasChanges }
+    })
+  }
+
+  /** Follows the upper from now on, so that a solidify has little left to carry. @throws {LeaseHeldError} */
+  startSync(options: { readonly signal?: AbortSignal } = {}): Promise<Sync> {
+    return this.#exclusive(async () => {
+      const lease = await ensureLease(this.#context, options)
+      lease.keepAlive()
+      this.#sync ??= await openUpperSync(this.#context, configOf(this.#context), { ...options, once: false })
+      return this.#sync
+    })
+  }
+
+  /** Makes a version of what the root holds now. @throws {SolidifyIncompleteError}, {LeaseLostError}, {RootBusyError} */
+  solidify(request: SolidifyRequest = {}): Promise<SolidifyReport> {
+    return this.#exclusive(async () => {
+      const wasFollowing = this.#sync !== undefined
+      const running = this.#sync
+      if (request.live !== true) this.#sync = undefined
+      try {
+        return await solidify(this.#context, request, running)
+      } finally {
+        if (wasFollowing) {
+          this.#sync ??= await openUpperSync(this.#context, configOf(this.#context), { once: false })
+        }
+      }
+    })
+  }
+
+  /** All versions that count, oldest first. */
+  versions(): VersionRecord[] {
+    return this.#context.home.versions()
+  }
+
+  /** Every name that two versions do not show alike, in path order; see `diffVersions`. @throws {VersionUnknownError} */
+  diff(
+    from: number | string,
+    to: number | string,
+    options: { readonly content?: boolean; readonly signal?: AbortSignal } = {},
+  ): Promise<VersionDifference[]> {
+    const { home } = this.#context
+    return diffVersions(this.#context, home.version(from), home.version(to), options)
+  }
+
+  /**
+   * Publishes the layers of an earlier version as the newest one, and begins with it. The versions between stay. The root must
+   * not be mounted.
+   * @throws {UnsavedChangesError}, {VersionUnknownError}, {RootBusyError}
+   */
+  rollback(request: RollbackRequest): Promise<VersionRecord> {
+    return this.#exclusive(async () => {
+      const { root, home, node } = this.#context
+      if (findMount(root) !== undefined) throw new RootBusyError(root.mergedPath, 'it is mounted')
+      const version = home.version(request.to)
+      if (root.hasChanges() && request.discard !== true) throw new UnsavedChangesError(root.upperPath)
+      const lease = await ensureLease(this.#context, request)
+      const published = await home.publishVersion(
+        {
+          parent: home.head().number,
+          layers: version.layers,
+          madeBy: 'rollback',
+          sameAs: version.number,
+          nodeId: node.id,
+          nodeName: node.name,
+          ...(request.message === undefined ? {} : { message: request.message }),
+        },
+        lease,
+      )
+      this.#abandonUpper(configOf(this.#context))
+      startFrom(this.#context, published)
+      return published
+    })
+  }
+
+  /** Makes a second root that begins as a version of this one. Its layers are clones, by the cheapest way that works. */
+  async fork(request: ForkRequest): Promise<Home> {
+    const { home, node } = this.#context
+    const version = request.version === undefined ? home.head() : home.version(request.version)
+    const { namespace, id: rootId } = home.record
+    const record = {
+      format: 1,
+      id: randomHex(16),
+      createdAtMs: Date.now(),
+      namespace,
+      forkedFrom: { rootId, version: version.number },
+    } as const
+    return withLayersInUse(this.#context, version.number, version.layers, (layers) =>
+      Home.create(request.home, record, async (fork) => {
+        const ids: string[] = []
+        for (const layer of layers) {
+          const id = randomHex(16)
+          await fork.withScratch(0, id, async (path) => {
+            const tree = `${path}/tree` as HostPath
+            const from = `${home.layerPath(layer.id)}/tree` as HostPath
+            await cloneLayer({ from, to: tree, namespace, sharesInodes: true })
+            const { isBottom } = layer
+            fork.adoptTree(tree, {
+              format: 1,
+              id,
+              form: 'tree',
+              isBottom,
+              covers: [id],
+              madeBy: 'fork',
+              createdAtMs: Date.now(),
+            })
+          })
+          ids.push(id)
+        }
+        fork.publishFirst({ layers: ids, madeBy: 'fork', nodeId: node.id, nodeName: node.name })
+      }),
+    )
+  }
+
+  /** Folds layers of a version into one; see `compact`. Waits for nothing, and nothing waits for it. */
+  compact(policy: CompactPolicy = {}): Promise<CompactReport> {
+    return compact(this.#context, policy)
+  }
+
+  /** Removes old versions and layers that nobody needs, in the home and of the replicas here. */
+  async gc(policy: GcPolicy = {}): Promise<GcReport & { readonly replicas: readonly string[] }> {
+    const report = await collectGarbage(this.#context.home, policy)
+    const replicas = await this.#dropReplicas(policy.dryRun === true)
+    return { ...report, replicas }
+  }
+
+  /** A replica of a layer that the home has no more, or that is not in the base of this node, is of no use. */
+  #dropReplicas(dryRun: boolean): Promise<string[]> {
+    return this.#exclusive(async () => {
+      const { root, home } = this.#context
+      const present = new Set(home.layers().map(({ id }) => id))
+      const { base } = configOf(this.#context)
+      const isMounted = findMount(root) !== undefined
+      const useless = root.replicas().filter((id) => !present.has(id) && !(isMounted && base.layers.includes(id)))
+      if (!dryRun) for (const id of useless) root.removeReplica(id)
+      return useless
+    })
+  }
+
+  /** The copy of an upper that is given up. */
+  #abandonUpper({ upperId, incomingEpoch }: NodeRootRecord): void {
+    const { home } = this.#context
+    for (const epoch of home.incomingEpochs(upperId)) {
+      if (epoch <= incomingEpoch) home.removeIncoming(epoch, upperId)
+    }
+  }
+
+  #exclusive<T>(use: () => Promise<T>): Promise<T> {
+    return this.#context.root.locked(async () => {
+      recoverSolidify(this.#context)
+      return await use()
+    })
+  }
+}
+
+/** A node begins with the newest version; nothing of it is its own yet. */
+function firstConfig(name: string, home: Home): NodeRootRecord {
+  const { number, layers } = home.head()
+  return {
+    format: 1,
+    name,
+    home: textOf(home.path),
+    rootId: home.record.id,
+    base: { version: number, layers },
+    upperId: randomHex(16),
+    incomingEpoch: 0,
+    seenEpoch: 0,
+  }
+}
+
+function homePathOf({ home }: NodeRootRecord): HostPath {
+  return bytesOf(home) as HostPath
+}

@@ -1,0 +1,220 @@
+import type { EventEmitter } from 'node:events'
+import { close, LsyncError, printable, randomHex } from '@lsync/posix'
+import type { Home } from './home.ts'
+import { type Lease, LeaseLostError, type Leases } from './lease.ts'
+import { copyRootMeta, findMount, mountRoot, withLayers } from './mount.ts'
+import type { NodeRoot } from './node-state.ts'
+import type { LayerRecord, NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
+
+/** The upper has changes on a version that is not the newest one any more: another node has published since. */
+export class UpperStaleError extends LsyncError {
+  constructor(path: string, base: number, head: number) {
+    super(
+      'UPPER_STALE',
+      `${printable(path)} has changes on version ${base}, but the newest version is ${head}, which knows nothing of them`,
+      { path, hint: 'save what is needed from the upper, then go on from the newest version with --discard' },
+    )
+  }
+}
+
+/** What is asked for would lose changes that are in no version. */
+export class UnsavedChangesError extends LsyncError {
+  constructor(path: string) {
+    super('CHANGES_UNSAVED', `${printable(path)} has changes that are in no version`, {
+      path,
+      hint: 'solidify first, or give them up with --discard',
+    })
+  }
+}
+
+/** Steps of an operation, as they are reached. */
+export interface RootEvents {
+  step: [{ readonly verb: string; readonly step: string; readonly elapsedMs: number }]
+  /** Something went wrong that did not end the operation. */
+  problem: [{ readonly verb: string; readonly error: Error }]
+}
+
+/** One root on one node, with all that its operations need. */
+export interface RootContext {
+  readonly name: string
+  readonly home: Home
+  readonly node: NodeRecord
+  readonly root: NodeRoot
+  readonly leases: Leases
+  readonly events: EventEmitter<RootEvents>
+  /** The lease that this process has, kept between operations. */
+  lease: Lease | undefined
+}
+
+/** How the node calls itself when it claims a lease: readable, and unlike any other. */
+export function leaseNameOf({ name, id }: NodeRecord): string {
+  return `${name}-${id.slice(0, 12)}`
+}
+
+/** The configuration of the root, which is there once the root was opened. */
+export function configOf({ root, name }: RootContext): NodeRootRecord {
+  const config = root.readConfig()
+  if (config === undefined) throw new Error(`the root ${name} was opened without a configuration`)
+  return config
+}
+
+/**
+ * The right to write the root: the one that this process or this node has already, or a new claim. The copy of the upper moves
+ * along to the new epoch's directory.
+ * @throws {LeaseHeldError} if another node has it; {LeaseLostError} if it was lost while the upper has changes
+ */
+export async function ensureLease(
+  context: RootContext,
+  options: { readonly signal?: AbortSignal | undefined; readonly takeover?: 'expired' | 'force' | undefined } = {},
+): Promise<Lease> {
+  const { root, leases, node, home } = context
+  const config = configOf(context)
+  const lease = (await standing(context, config)) ?? (await claim())
+  context.lease = lease
+  if (config.lease?.epoch === lease.epoch && config.incomingEpoch === lease.epoch) return lease
+  home.moveIncoming(config.upperId, config.incomingEpoch, lease.epoch)
+  const { epoch, token } = lease.claim
+  root.writeConfig({ ...config, lease: { epoch, token }, incomingEpoch: epoch, seenEpoch: epoch })
+  return lease
+
+  function claim(): Promise<Lease> {
+    const request = { node: leaseNameOf(node), seenEpoch: config.seenEpoch, signal: options.signal }
+    if (options.takeover === undefined) return leases.acquire(request)
+    return leases.takeover({ ...request, force: options.takeover === 'force' })
+  }
+}
+
+async function standing(context: RootContext, config: NodeRootRecord): Promise<Lease | undefined> {
+  if (context.lease !== undefined && !context.lease.signal.aborted) {
+    await context.lease.heartbeat()
+    return context.lease
+  }
+  if (config.lease === undefined) return undefined
+  try {
+    return await context.leases.resume(config.lease)
+  } catch (error) {
+    // What another node published since knows nothing of the changes in this upper.
+    if (!(error instanceof LeaseLostError) || context.root.hasChanges()) throw error
+    return undefined
+  }
+}
+
+/** Gives the right to write back, to whoever claims it first or to one node. */
+export async function giveLeaseBack(context: RootContext, to?: string): Promise<void> {
+  const config = configOf(context)
+  const lease = context.lease ?? (config.lease === undefined ? undefined : await context.leases.resume(config.lease))
+  context.lease = undefined
+  if (lease !== undefined) await lease.release({ to })
+  const { lease: _, ...rest } = config
+  context.root.writeConfig(rest)
+}
+
+/** A layer that lies on this node costs less than one that is read over a network, also if there are some more. */
+const LOCAL_COST = 1
+const STORE_COST = 3
+
+/** The layers that this node mounts for a version's list: replicas where it has them, and as few as possible. */
+export function layersFor({ home, root }: RootContext, list: readonly string[]): readonly LayerRecord[] {
+  const local = new Set(root.replicas())
+  return home.requireLayers(list, ({ id }) => (local.has(id) ? LOCAL_COST : STORE_COST))
+}
+
+/** Opens the nearest copy of a layer: an fd of its root directory, to be closed. */
+export function openLayer({ home, root }: RootContext, { id }: LayerRecord): number {
+  return root.openReplica(id) ?? home.openLayerTree(id)
+}
+
+/** Makes an empty upper for a list of layers: it looks like their root. */
+export function makeUpperOn(context: RootContext, list: readonly string[]): void {
+  const [top] = layersFor(context, list)
+  const fd = openLayer(context, top as LayerRecord)
+  try {
+    context.root.makeUpper((upper) => copyRootMeta(fd, upper, context.home.record.namespace))
+  } finally {
+    close(fd)
+  }
+}
+
+/** Goes on from a version with an empty upper. There must be no changes, or they are given up. */
+export function startFrom(context: RootContext, version: VersionRecord, config = configOf(context)): NodeRootRecord {
+  const { root } = context
+  const { liveVersion: _, ...rest } = config
+  const next: NodeRootRecord = {
+    ...rest,
+    base: { version: version.number, layers: version.layers },
+    upperId: randomHex(16),
+  }
+  root.discardUpper()
+  root.clearIndex()
+  // Without an upper, whatever happens next makes a new one for the base that it finds.
+  root.writeConfig(next)
+  makeUpperOn(context, next.base.layers)
+  return next
+}
+
+/** Mounts the root on the layers of its base, after saying on the store that it uses them. */
+export function mountBase(context: RootContext): void {
+  const { root, home, node } = context
+  if (findMount(root) !== undefined) return
+  const config = configOf(context)
+  if (!root.has('upper')) makeUpperOn(context, config.base.layers)
+  const layers = recordUse(context, config)
+  withLayers(
+    layers.map((layer) => () => openLayer(context, layer)),
+    (fds) => mountRoot(root, fds, home.record.namespace),
+  )
+  context.events.emit('step', { verb: 'mount', step: `mounted on ${node.name}`, elapsedMs: 0 })
+}
+
+/** Says which layers this node needs; a `gc` that did not see it in time gives them back. */
+function recordUse(context: RootContext, { base, incomingEpoch }: NodeRootRecord): readonly LayerRecord[] {
+  const { home, node } = context
+  for (;;) {
+    const layers = layersFor(context, base.layers)
+    const ids = layers.map(({ id }) => id)
+    home.recordMounted({
+      format: 1,
+      purpose: 'mount',
+      id: node.id,
+      nodeId: node.id,
+      nodeName: node.name,
+      version: base.version,
+      layers: ids,
+      epoch: incomingEpoch,
+      sinceMs: Date.now(),
+    })
+    const again = layersFor(context, base.layers).map(({ id }) => id)
+    if (again.join() === ids.join()) return layers
+  }
+}
+
+/** Reads layers of a version's list while no `gc` removes them: their paths, top first. */
+export async function withLayersInUse<T>(
+  { home, node }: Pick<RootContext, 'home' | 'node'>,
+  version: number,
+  list: readonly string[],
+  use: (layers: readonly LayerRecord[]) => Promise<T>,
+): Promise<T> {
+  const id = randomHex(16)
+  try {
+    for (;;) {
+      const layers = home.requireLayers(list)
+      const ids = layers.map((layer) => layer.id)
+      const { id: nodeId, name: nodeName } = node
+      home.recordMounted({
+        format: 1,
+        purpose: 'work',
+        id,
+        nodeId,
+        nodeName,
+        version,
+        layers: ids,
+        epoch: 0,
+        sinceMs: Date.now(),
+      })
+      if (home.requireLayers(list).every((layer, i) => layer.id === ids[i])) return await use(layers)
+    }
+  } finally {
+    home.forgetMounted(id)
+  }
+}

@@ -1,0 +1,135 @@
+import { MARKS, type Namespace, readXattrs, writeMeta } from '@lsync/overlay-merge'
+import {
+  type ByteString,
+  close,
+  errnoOf,
+  type HostPath,
+  type MountOptions,
+  mountOverlay,
+  O_DIRECTORY,
+  O_NOFOLLOW,
+  O_PATH,
+  O_RDONLY,
+  openat,
+  openRoot,
+  readMountInfo,
+  statFd,
+  syncFileSystem,
+  unmount,
+  upperUse,
+  withFd,
+} from '@lsync/posix'
+import { liveUsers } from './live-users.ts'
+import { type NodeRoot, RootBusyError } from './node-state.ts'
+
+/**
+ * How roots are mounted. An index would keep a part of the upper in the work directory, where it would not become part of a
+ * layer, so there is none. `volatile` never: what was synced must be there after a power cut.
+ */
+const BEST: Readonly<Record<Namespace, MountOptions>> = {
+  trusted: { redirect_dir: 'on', metacopy: 'on', xino: 'auto', index: 'off' },
+  user: { userxattr: true, xino: 'auto', index: 'off' },
+}
+/** What kernels before 4.19 or 4.17 do not know, or a mount refuses, in the order in which it can be done without. */
+const DISPENSABLE = ['metacopy', 'xino', 'redirect_dir'] as const
+
+/** The overlay of a root as it is mounted. */
+export interface MountedOverlay {
+  readonly device: number
+  /** The options that it was mounted with, as the kernel shows them. */
+  readonly options: readonly string[]
+}
+
+/** The mount on a root's `merged`; `undefined` where there is none. */
+export function findMount({ mergedPath }: NodeRoot): MountedOverlay | undefined {
+  const mount = readMountInfo().findLast(({ target, type }) => target === mergedPath && type === 'overlay')
+  if (mount === undefined) return undefined
+  const isLayer = (name: string) => /^(?:lowerdir|datadir)\+?$|^(?:upper|work)dir$/.test(name)
+  const options = mount.superOptions.flatMap(({ name, value }) =>
+    isLayer(name) ? [] : [value === undefined ? name : `${name}=${value}`],
+  )
+  return { device: mount.device, options: [...mount.options, ...options] }
+}
+
+/** Mounts the upper of a root on layers, top first (fds, which the caller closes). */
+export function mountRoot(root: NodeRoot, lowers: readonly number[], namespace: Namespace): MountOptions {
+  // A plain stack of two layers is needed where the kernel wants one lower at least, and one is always there.
+  root.makeWork()
+  const upper = openat(root.fd, 'upper' as ByteString, O_PATH | O_DIRECTORY | O_NOFOLLOW)
+  return withFd(upper, () =>
+    withFd(openat(root.fd, 'work' as ByteString, O_PATH | O_DIRECTORY | O_NOFOLLOW), (work) => {
+      let options: MountOptions = BEST[namespace]
+      for (const dispensable of [...DISPENSABLE, undefined]) {
+        try {
+          mountOverlay({ lowers, upper, work, options }, root.mergedPath)
+          return options
+        } catch (cause) {
+          if (errnoOf(cause) !== 'EINVAL' || dispensable === undefined) throw cause
+          options = Object.fromEntries(Object.entries(options).filter(([name]) => name !== dispensable))
+        }
+      }
+      throw new Error('unreachable')
+    }),
+  )
+}
+
+/**
+ * Unmounts a root, and makes sure that nobody anywhere has it mounted any more. What was written is on the disk then.
+ * @throws {RootBusyError} naming the processes that use it
+ */
+export function unmountRoot(root: NodeRoot): void {
+  const mounted = findMount(root)
+  if (mounted === undefined) {
+    assertUnused(root)
+    return
+  }
+  // Seen before it is gone: a container in a mount namespace of its own would keep it alive.
+  const users = liveUsers(mounted.device)
+  if (users.length > 0) throw busy(root, users)
+  withFd(openRoot(root.mergedPath), (fd) => syncFileSystem(fd, root.mergedPath))
+  try {
+    unmount(root.mergedPath)
+  } catch (cause) {
+    if (errnoOf(cause) !== 'EBUSY') throw cause
+    throw busy(root, liveUsers(mounted.device))
+  }
+  assertUnused(root)
+}
+
+function busy(root: NodeRoot, users: ReturnType<typeof liveUsers>): RootBusyError {
+  const named = users.slice(0, 5).map(({ pid, command, by }) => `${command} (${pid}) by its ${by}`)
+  const more = users.length > named.length ? ` and ${users.length - named.length} more` : ''
+  return new RootBusyError(root.mergedPath, `${named.join(', ') || 'something in the kernel'}${more} uses it`)
+}
+
+/** No overlay anywhere has this root's upper, not even one that was lazily unmounted. */
+export function assertUnused(root: NodeRoot): void {
+  if (root.has('upper') && upperUse(root.upperPath) === 'in use') {
+    throw new RootBusyError(root.upperPath, 'an overlay that is mounted elsewhere has it as its upper')
+  }
+}
+
+/** Gives an empty upper the metadata of the root directory that it will hide: owner, mode, attributes, times. */
+export function copyRootMeta(from: number, to: number, namespace: Namespace): void {
+  const stat = statFd(from)
+  const { prefix, escape } = MARKS[namespace]
+  const xattrs = readXattrs(from, '', (name) => !name.startsWith(prefix) || name.startsWith(escape))
+  const { permissions: mode, uid, gid, atimeNs, mtimeNs } = stat
+  writeMeta(to, '', 'directory', { mode, uid, gid, atimeNs, mtimeNs, xattrs }, {})
+}
+
+/** Opens directories as the layers of a mount, and closes them afterwards. */
+export function withLayers<T>(open: readonly (() => number)[], use: (fds: readonly number[]) => T): T {
+  const fds: number[] = []
+  try {
+    for (const one of open) fds.push(one())
+    return use(fds)
+  } finally {
+    for (const fd of fds) close(fd)
+  }
+}
+
+/** Opens a directory that the caller made. */
+export function openDirectoryAt(path: HostPath): number {
+  return openRoot(path, O_RDONLY | O_NOFOLLOW)
+}

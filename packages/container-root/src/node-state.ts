@@ -1,0 +1,302 @@
+import { mkdirSync } from 'node:fs'
+import { hostname } from 'node:os'
+import { removeTree } from '@lsync/overlay-merge'
+import {
+  type ByteString,
+  bytesOf,
+  close,
+  fsync,
+  type HostPath,
+  LsyncError,
+  makeDirectory,
+  O_DIRECTORY,
+  O_NOFOLLOW,
+  O_RDONLY,
+  openat,
+  openRoot,
+  printable,
+  randomHex,
+  readDirents,
+  realPath,
+  rename,
+  statFd,
+  tryLock,
+  tryStatAt,
+  withFd,
+} from '@lsync/posix'
+import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
+import { NodeRecord, NodeRootRecord, RootName, SolidifyRecord } from './records.ts'
+
+/** Nothing is known of a root of this name on this node. */
+export class RootUnknownError extends LsyncError {
+  constructor(name: string, state: string) {
+    super('ROOT_UNKNOWN', `there is no root ${printable(name)} in ${printable(state)}`, {
+      path: state,
+      hint: 'name its home with --home, or another state with --state',
+    })
+  }
+}
+
+/** A root of this name is on this node already, and of another home. */
+export class RootNameTakenError extends LsyncError {
+  constructor(name: string, home: string) {
+    super('ROOT_NAME_TAKEN', `the root ${printable(name)} of this node has its home in ${printable(home)}`, {
+      path: home,
+      hint: 'choose another name, or another --state',
+    })
+  }
+}
+
+/** Another process works on the same root. */
+export class RootBusyError extends LsyncError {
+  constructor(path: string, why = 'another lsync works on it') {
+    super('ROOT_BUSY', `${printable(path)} is in use: ${why}`, { path, hint: 'wait for it to end' })
+  }
+}
+
+/** The state of a node cannot be used: others could write it. */
+export class StateUntrustedError extends LsyncError {
+  constructor(path: string) {
+    super('STATE_UNTRUSTED', `${printable(path)} does not belong to this user alone`, {
+      path,
+      hint: 'give it to the user that lsync runs as, with mode 0700, once it is known who wrote what is in it',
+    })
+  }
+}
+
+const NODE_JSON = 'node.json' as ByteString
+const CONFIG_JSON = 'config.json' as ByteString
+const SOLIDIFY_JSON = 'solidify.json' as ByteString
+const ROOTS = 'roots' as ByteString
+const JOURNAL = 'journal' as ByteString
+const DIRECTORY_FLAGS = O_RDONLY | O_DIRECTORY | O_NOFOLLOW
+
+/** Where the state of a node is: `LSYNC_STATE`, or /var/lib/lsync. */
+export function defaultNodeState(): HostPath {
+  return bytesOf(process.env['LSYNC_STATE'] ?? '/var/lib/lsync') as HostPath
+}
+
+/** The state of a node, by docs/format.md, "The state of a node". */
+export class NodeState {
+  readonly path: HostPath
+  readonly node: NodeRecord
+
+  private constructor(path: HostPath, node: NodeRecord) {
+    this.path = path
+    this.node = node
+  }
+
+  /** Opens the state, and makes it with an id of its own where it is missing. @throws {StateUntrustedError} */
+  static open(path: HostPath = defaultNodeState()): NodeState {
+    mkdirSync(Buffer.from(path, 'latin1'), { recursive: true, mode: 0o700 })
+    const real = realPath(path)
+    return withFd(openRoot(real), (fd) => {
+      assertTrusted(fd, real)
+      ensureDirectory(fd, ROOTS)
+      const place = { fd, path: real }
+      createRecord(place, NODE_JSON, NodeRecord.parse({ format: 1, id: randomHex(16), name: hostname().slice(0, 200) }))
+      return new NodeState(real, readRecord(place, NODE_JSON, NodeRecord) as NodeRecord)
+    })
+  }
+
+  /** The names of the roots on this node, sorted. */
+  rootNames(): string[] {
+    const names: string[] = []
+    withFd(openRoot(`${this.path}/roots` as HostPath), (fd) => readDirents(fd, (name) => names.push(name)))
+    return names.filter((name) => RootName.safeParse(name).success).sort()
+  }
+
+  /**
+   * A root on this node; close it.
+   * @throws {RootUnknownError} where there is none of this name, and `create` does not make one
+   */
+  openRoot(name: string, options: { readonly create?: boolean } = {}): NodeRoot {
+    if (!RootName.safeParse(name).success) throw new RootUnknownError(name, this.path)
+    const path = `${this.path}/roots/${name}` as HostPath
+    return withFd(openRoot(`${this.path}/roots` as HostPath), (rootsFd) => {
+      if (tryStatAt(rootsFd, name as ByteString) === undefined) {
+        if (options.create !== true) throw new RootUnknownError(name, this.path)
+        ensureDirectory(rootsFd, name as ByteString)
+      }
+      const fd = openat(rootsFd, name as ByteString, DIRECTORY_FLAGS)
+      try {
+        assertTrusted(fd, path)
+        for (const directory of ['merged', 'replicas', JOURNAL, 'index']) ensureDirectory(fd, directory as ByteString)
+        return new NodeRoot(path, fd)
+      } catch (error) {
+        close(fd)
+        throw error
+      }
+    })
+  }
+}
+
+/** What a node has of one root: its records, upper, replicas. */
+export class NodeRoot {
+  readonly path: HostPath
+  readonly fd: number
+  #lockFd: number | undefined
+
+  constructor(path: HostPath, fd: number) {
+    this.path = path
+    this.fd = fd
+  }
+
+  /** Runs `use` while no other process works on this root. @throws {RootBusyError} */
+  async locked<T>(use: () => Promise<T>): Promise<T> {
+    if (this.#lockFd !== undefined) throw new RootBusyError(this.path, 'this process is at work on it')
+    const fd = openat(this.fd, '.' as ByteString, O_RDONLY | O_DIRECTORY)
+    this.#lockFd = fd
+    try {
+      if (!tryLock(fd, 'exclusive', this.path)) throw new RootBusyError(this.path)
+      return await use()
+    } finally {
+      this.#lockFd = undefined
+      close(fd)
+    }
+  }
+
+  close(): void {
+    close(this.fd)
+  }
+
+  get upperPath(): HostPath {
+    return `${this.path}/upper` as HostPath
+  }
+
+  get mergedPath(): HostPath {
+    return `${this.path}/merged` as HostPath
+  }
+
+  /** For the sync of the upper. */
+  get indexPath(): HostPath {
+    return `${this.path}/index` as HostPath
+  }
+
+  readConfig(): NodeRootRecord | undefined {
+    return readRecord(this.#place, CONFIG_JSON, NodeRootRecord)
+  }
+
+  writeConfig(config: NodeRootRecord): void {
+    replaceRecord(this.#place, CONFIG_JSON, NodeRootRecord.parse(config))
+  }
+
+  readSolidify(): SolidifyRecord | undefined {
+    return this.#inJournal((place) => readRecord(place, SOLIDIFY_JSON, SolidifyRecord))
+  }
+
+  writeSolidify(record: SolidifyRecord): void {
+    this.#inJournal((place) => replaceRecord(place, SOLIDIFY_JSON, SolidifyRecord.parse(record)))
+  }
+
+  removeSolidify(): void {
+    this.#inJournal((place) => removeRecord(place, SOLIDIFY_JSON))
+  }
+
+  /** Whether something lies in this root's directory under the name. */
+  has(name: string): boolean {
+    return tryStatAt(this.fd, name as ByteString) !== undefined
+  }
+
+  /** Whether the upper holds any name. */
+  hasChanges(): boolean {
+    if (!this.has('upper')) return false
+    let count = 0
+    withFd(openat(this.fd, 'upper' as ByteString, DIRECTORY_FLAGS), (fd) => readDirents(fd, () => count++))
+    return count > 0
+  }
+
+  /** Makes `upper` of what `fill` makes in a directory, durably; whatever was left of an earlier attempt goes. */
+  makeUpper(fill: (fd: number) => void): void {
+    const next = 'upper.next' as ByteString
+    removeTree(this.fd, next)
+    makeDirectory(this.fd, next, 0o700)
+    withFd(openat(this.fd, next, DIRECTORY_FLAGS), (fd) => {
+      fill(fd)
+      fsync(fd, this.path)
+    })
+    rename(this.fd, next, this.fd, 'upper' as ByteString)
+    this.makeWork()
+    fsync(this.fd, this.path)
+  }
+
+  /** An empty work directory: what an earlier mount left in it means nothing to the next one. */
+  makeWork(): void {
+    removeTree(this.fd, 'work' as ByteString)
+    makeDirectory(this.fd, 'work' as ByteString, 0o700)
+  }
+
+  /** The upper becomes the local replica of the layer that was made of it. May be repeated. */
+  keepReplica(id: string): void {
+    withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (replicas) => {
+      if (tryStatAt(replicas, id as ByteString) !== undefined || !this.has('upper')) return
+      rename(this.fd, 'upper' as ByteString, replicas, id as ByteString)
+      fsync(replicas, this.path)
+      fsync(this.fd, this.path)
+    })
+  }
+
+  /** The ids of the layers that this node has a replica of. */
+  replicas(): string[] {
+    const ids: string[] = []
+    withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (fd) =>
+      readDirents(fd, (name) => (/^[0-9a-f]{32}$/.test(name) ? ids.push(name) : 0)),
+    )
+    return ids.sort()
+  }
+
+  /** The local replica of a layer: an fd to be closed. `undefined` where there is none. */
+  openReplica(id: string): number | undefined {
+    return withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (fd) =>
+      tryStatAt(fd, id as ByteString) === undefined ? undefined : openat(fd, id as ByteString, DIRECTORY_FLAGS),
+    )
+  }
+
+  removeReplica(id: string): void {
+    withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (fd) => {
+      if (tryStatAt(fd, id as ByteString) === undefined) return
+      const gone = `gone-${id}` as ByteString
+      // Out of sight first: half a replica must not be mounted.
+      rename(fd, id as ByteString, fd, gone)
+      fsync(fd, this.path)
+      removeTree(fd, gone)
+    })
+  }
+
+  /** Forgets what the sync of the upper knew: the next upper begins anew. */
+  clearIndex(): void {
+    removeTree(this.fd, 'index' as ByteString)
+    ensureDirectory(this.fd, 'index' as ByteString)
+  }
+
+  /** Removes the upper with all that is in it. */
+  discardUpper(): void {
+    if (this.has('upper')) {
+      removeTree(this.fd, 'upper.gone' as ByteString)
+      rename(this.fd, 'upper' as ByteString, this.fd, 'upper.gone' as ByteString)
+      fsync(this.fd, this.path)
+    }
+    removeTree(this.fd, 'upper.gone' as ByteString)
+  }
+
+  get #place(): RecordPlace {
+    return { fd: this.fd, path: this.path }
+  }
+
+  #inJournal<T>(use: (place: RecordPlace) => T): T {
+    return withFd(openat(this.fd, JOURNAL, DIRECTORY_FLAGS), (fd) =>
+      use({ fd, path: `${this.path}/${JOURNAL}` as HostPath }),
+    )
+  }
+}
+
+function assertTrusted(fd: number, path: string): void {
+  const stat = statFd(fd)
+  if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) throw new StateUntrustedError(path)
+}
+
+function ensureDirectory(fd: number, name: ByteString): void {
+  if (tryStatAt(fd, name) !== undefined) return
+  makeDirectory(fd, name, 0o700)
+  fsync(fd, name)
+}

@@ -1,0 +1,353 @@
+import { cloneLayer } from '@lsync/overlay-merge'
+import { bytesOf, close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
+import { type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
+import { configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
+import { findMount, openDirectoryAt, unmountRoot } from './mount.ts'
+import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
+
+/** Some of the upper could not be carried to the store. Nothing was published. */
+export class SolidifyIncompleteError extends LsyncError {
+  constructor(path: string, report: FlushReport) {
+    const [failure] = report.failures
+    const why =
+      failure === undefined
+        ? 'files are still being written'
+        : `${printable(failure.path)}${report.failures.length > 1 ? ` and ${report.failures.length - 1} more` : ''}: ${failure.message}`
+    super('SOLIDIFY_INCOMPLETE', `${printable(path)} is not whole on the store: ${why}`, {
+      path,
+      hint: 'see `lsync root status`; put right what is named, then solidify again',
+    })
+  }
+}
+
+/** Brings a container to rest, and back: a stop and a start hook, or the freezer of its cgroup. */
+export interface Quiescence {
+  begin(signal?: AbortSignal): Promise<void>
+  /** Also after a failure, if `begin` was called. */
+  end(): Promise<void>
+}
+
+export interface SolidifyRequest {
+  /** The container keeps its upper and goes on; it rests only for the end of the barrier. */
+  readonly live?: boolean
+  readonly message?: string
+  readonly tags?: readonly string[]
+  /** Without it a container must not be running (unless `live`: then the version is of no single moment). */
+  readonly quiescence?: Quiescence
+  readonly signal?: AbortSignal
+}
+
+export interface SolidifyReport {
+  readonly version: VersionRecord
+  readonly layerId: string
+  /** From the moment at which the container was asked to rest until it was told to go on. */
+  readonly restMs: number
+  readonly elapsedMs: number
+  readonly isMounted: boolean
+}
+
+/** The copy of an upper has one name for the sync's index, in whatever epoch's directory it lies. */
+export function incomingTarget(context: RootContext, { incomingEpoch, upperId }: NodeRootRecord): LocalTarget {
+  const place = context.home.makeIncoming(incomingEpoch, upperId)
+  return new LocalTarget(`${place}/tree` as HostPath, `incoming ${upperId}`)
+}
+
+/** Follows the upper (or, with `once`, compares it when asked to flush) and keeps its copy on the store. */
+export function openUpperSync(
+  context: RootContext,
+  config: NodeRootRecord,
+  options: { readonly once: boolean; readonly signal?: AbortSignal | undefined },
+): Promise<Sync> {
+  return openSync({
+    source: context.root.upperPath,
+    targets: [incomingTarget(context, config)],
+    stateDir: context.root.indexPath,
+    namespace: context.home.record.namespace,
+    // The directory is made for this copy alone.
+    adopt: true,
+    once: options.once,
+    ...(options.signal === undefined ? {} : { signal: options.signal }),
+  })
+}
+
+/**
+ * Makes a version of what the upper holds. Stopped: the synced copy becomes the layer and the upper its local replica, each by
+ * one rename. Live: the copy is cloned. Killed anywhere, the next command on the root (`recoverSolidify`) brings the state
+ * before or the one after. The caller holds the root's lock.
+ */
+export async function solidify(
+  context: RootContext,
+  request: SolidifyRequest,
+  running?: Sync,
+): Promise<SolidifyReport> {
+  const run = new Solidify(context, request)
+  return request.live === true ? await run.live(running) : await run.stopped(running)
+}
+
+class Solidify {
+  readonly #context: RootContext
+  readonly #request: SolidifyRequest
+  readonly #startMs = performance.now()
+  #restsSinceMs: number | undefined
+  #restMs = 0
+
+  constructor(context: RootContext, request: SolidifyRequest) {
+    this.#context = context
+    this.#request = request
+  }
+
+  async stopped(running: Sync | undefined): Promise<SolidifyReport> {
+    const { root } = this.#context
+    const lease = await ensureLease(this.#context, this.#request)
+    const config = configOf(this.#context)
+    if (!root.has('upper')) makeUpperOn(this.#context, config.base.layers)
+    const wasMounted = findMount(root) !== undefined
+    const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
+    let journal = this.#journal(config, lease.epoch, config.upperId, wasMounted)
+    try {
+      // Most of it travels while the container still runs.
+      if (wasMounted) await sync.flush()
+      this.#step('copied')
+      root.writeSolidify(journal)
+      await this.#rest()
+      if (wasMounted) unmountRoot(root)
+      this.#step('stopped')
+      await this.#barrier(sync, config)
+      await sync.stop()
+      this.#step('synced')
+      journal = { ...journal, step: 'promoting' }
+      root.writeSolidify(journal)
+      const version = await this.#publish(journal, config.upperId)
+      this.#step('published')
+      finishPublished(this.#context, { ...journal, version: version.number })
+      if (wasMounted) mountBase(this.#context)
+      await this.#goOn()
+      this.#step('mounted')
+      return this.#report(version, config.upperId)
+    } catch (error) {
+      await sync.stop().catch((problem: unknown) => this.#tell(problem))
+      await this.#giveBack(journal)
+      throw error
+    }
+  }
+
+  async live(running: Sync | undefined): Promise<SolidifyReport> {
+    const { root, home } = this.#context
+    const lease = await ensureLease(this.#context, this.#request)
+    const config = configOf(this.#context)
+    const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
+    const layerId = randomHex(16)
+    const journal = this.#journal(config, lease.epoch, layerId, true)
+    try {
+      await sync.flush()
+      this.#step('copied')
+      root.writeSolidify(journal)
+      // Nothing is carried over while the copy is cloned.
+      sync.pause()
+      await this.#rest()
+      await this.#barrier(sync, config)
+      await this.#goOn()
+      this.#step('synced')
+      const version = await home.withScratch(lease.epoch, layerId, async (path, name) => {
+        await cloneLayer({
+          from: `${home.path}/incoming/${config.incomingEpoch}/${config.upperId}/tree` as HostPath,
+          to: `${path}/tree` as HostPath,
+          namespace: home.record.namespace,
+          sharesInodes: false,
+          ...(this.#request.signal === undefined ? {} : { signal: this.#request.signal }),
+        })
+        this.#step('cloned')
+        root.writeSolidify({ ...journal, step: 'promoting' })
+        return this.#publish(journal, name)
+      })
+      this.#step('published')
+      root.writeConfig({ ...config, liveVersion: version.number })
+      root.removeSolidify()
+      return this.#report(version, layerId)
+    } catch (error) {
+      await this.#goOn().catch((problem: unknown) => this.#tell(problem))
+      recoverSolidify(this.#context)
+      throw error
+    } finally {
+      if (running === undefined) await sync.stop()
+      else sync.resume()
+    }
+  }
+
+  #journal(config: NodeRootRecord, epoch: number, layerId: string, wasMounted: boolean): SolidifyRecord {
+    const { message, tags, live = false } = this.#request
+    return {
+      format: 1,
+      step: 'syncing',
+      isLive: live,
+      layerId,
+      nextUpperId: randomHex(16),
+      epoch,
+      parent: this.#context.home.head().number,
+      layers: [layerId, ...config.base.layers],
+      createdAtMs: Date.now(),
+      ...(message === undefined ? {} : { message }),
+      ...(tags === undefined ? {} : { tags: [...tags] }),
+      wasMounted,
+      ranOn: false,
+    }
+  }
+
+  /** All of the upper is durable on the store, and the store says so. */
+  async #barrier(sync: Sync, config: NodeRootRecord): Promise<void> {
+    const { home, root } = this.#context
+    const report = await sync.flush({ sweep: true })
+    if (report.failures.length > 0) throw new SolidifyIncompleteError(root.upperPath, report)
+    if (!report.isSettled && this.#request.live !== true) throw new SolidifyIncompleteError(root.upperPath, report)
+    const place = home.makeIncoming(config.incomingEpoch, config.upperId)
+    const fd = openDirectoryAt(place)
+    try {
+      const held = TargetPlace.peek(fd, bytesOf('tree'), `${place}/tree` as HostPath)
+      const [sent] = report.checkpoints
+      if (sent === undefined || held?.root !== sent.root || held.sequence < sent.sequence) {
+        throw new SolidifyIncompleteError(root.upperPath, report)
+      }
+    } finally {
+      close(fd)
+    }
+  }
+
+  async #publish(journal: SolidifyRecord, name: string): Promise<VersionRecord> {
+    const { home, node, root } = this.#context
+    const lease = await ensureLease(this.#context, this.#request)
+    if (lease.epoch !== journal.epoch) throw new Error('the lease changed while a version was made under it')
+    await lease.check()
+    const layer: LayerRecord = {
+      format: 1,
+      id: journal.layerId,
+      form: 'tree',
+      isBottom: false,
+      covers: [journal.layerId],
+      madeBy: journal.isLive ? 'live' : 'solidify',
+      createdAtMs: journal.createdAtMs,
+    }
+    home.promote(journal.epoch, name, layer)
+    const version = await home.publishVersion(
+      {
+        parent: journal.parent,
+        layers: journal.layers,
+        madeBy: journal.isLive ? 'live' : 'solidify',
+        nodeId: node.id,
+        nodeName: node.name,
+        ...(journal.message === undefined ? {} : { message: journal.message }),
+        ...(journal.tags === undefined ? {} : { tags: journal.tags }),
+      },
+      lease,
+    )
+    root.writeSolidify({ ...journal, step: 'published', version: version.number })
+    return version
+  }
+
+  async #rest(): Promise<void> {
+    const { quiescence, signal } = this.#request
+    this.#restsSinceMs = performance.now()
+    await quiescence?.begin(signal)
+  }
+
+  async #goOn(): Promise<void> {
+    if (this.#restsSinceMs === undefined) return
+    this.#restMs = performance.now() - this.#restsSinceMs
+    this.#restsSinceMs = undefined
+    await this.#request.quiescence?.end()
+  }
+
+  /** After a failure: either it was published all the same, or everything is as it was. The container runs again. */
+  async #giveBack(journal: SolidifyRecord): Promise<void> {
+    const { root } = this.#context
+    try {
+      recoverSolidify(this.#context)
+    } catch (error) {
+      // Nobody can say now whether the version is there. The container need not wait for that.
+      this.#tell(error)
+      const now = root.readSolidify()
+      if (now !== undefined) root.writeSolidify({ ...now, ranOn: true })
+    }
+    try {
+      if (journal.wasMounted) mountBase(this.#context)
+      await this.#goOn()
+    } catch (error) {
+      this.#tell(error)
+    }
+  }
+
+  #step(step: string): void {
+    this.#context.events.emit('step', { verb: 'solidify', step, elapsedMs: performance.now() - this.#startMs })
+  }
+
+  #tell(problem: unknown): void {
+    const error = problem instanceof Error ? problem : new Error(String(problem))
+    this.#context.events.emit('problem', { verb: 'solidify', error })
+  }
+
+  #report(version: VersionRecord, layerId: string): SolidifyReport {
+    return {
+      version,
+      layerId,
+      restMs: this.#restMs,
+      elapsedMs: performance.now() - this.#startMs,
+      isMounted: findMount(this.#context.root) !== undefined,
+    }
+  }
+}
+
+/**
+ * Finishes or takes back what an interrupted solidify left. If a version names its layer, it happened; else the layer is the
+ * copy of the upper again. May be interrupted and repeated. The caller holds the root's lock.
+ */
+export function recoverSolidify(context: RootContext): 'nothing' | 'finished' | 'taken back' {
+  const { root, home } = context
+  const journal = root.readSolidify()
+  if (journal === undefined) return 'nothing'
+  const version = home.versions().find(({ layers }) => layers[0] === journal.layerId)
+  if (version !== undefined) {
+    const { number } = version
+    if (journal.isLive) {
+      root.writeConfig({ ...configOf(context), liveVersion: number })
+      root.removeSolidify()
+    } else if (journal.ranOn) finishAsLive(context, { ...journal, version: number })
+    else finishPublished(context, { ...journal, version: number })
+    return 'finished'
+  }
+  if (journal.isLive) {
+    home.trashLayer(journal.layerId)
+    home.removeIncoming(journal.epoch, `.clone-${journal.layerId}`)
+  } else if (journal.step !== 'syncing') home.demote(journal.epoch, journal.layerId)
+  root.removeSolidify()
+  return 'taken back'
+}
+
+/** The upper becomes the replica of its layer, and a new one takes its place. Each step may be repeated. */
+function finishPublished(context: RootContext, journal: SolidifyRecord & { version: number }): void {
+  const { root, home } = context
+  const config = configOf(context)
+  if (config.upperId === journal.layerId) {
+    root.keepReplica(journal.layerId)
+    const { liveVersion: _, ...rest } = config
+    root.writeConfig({
+      ...rest,
+      base: { version: journal.version, layers: journal.layers },
+      upperId: journal.nextUpperId,
+    })
+  }
+  if (!root.has('upper')) makeUpperOn(context, journal.layers)
+  root.clearIndex()
+  home.forgetSyncState(journal.layerId)
+  root.removeSolidify()
+}
+
+/** The container went on with its upper, so that one is more than the layer: it stays on its base, and is copied anew. */
+function finishAsLive(context: RootContext, journal: SolidifyRecord & { version: number }): void {
+  const { root, home } = context
+  const config = configOf(context)
+  if (config.upperId === journal.layerId) {
+    root.writeConfig({ ...config, upperId: journal.nextUpperId, liveVersion: journal.version })
+  }
+  root.clearIndex()
+  home.forgetSyncState(journal.layerId)
+  root.removeSolidify()
+}
