@@ -5,6 +5,7 @@ export * from './records.ts'
 export * from './repository-target.ts'
 export * from './sealed-layer.ts'
 export * from './store-form.ts'
+export * from './cgroup.ts'
 export { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 export {
   ContainerRoot,
@@ -14,17 +15,25 @@ export {
   type RollbackRequest,
 } from './container-root.ts'
 export { type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
+export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
+export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
 export { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 export * from './home.ts'
+export * from './hooks.ts'
 export * from './init.ts'
+export * from './layer-cache.ts'
 export { chooseLayers } from './layer-choice.ts'
+export * from './lease.ts'
 export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './node-state.ts'
+export * from './records.ts'
+export * from './sealed-layer.ts'
 export {
   type Quiescence,
   SolidifyIncompleteError,
   type SolidifyReport,
   type SolidifyRequest,
 } from './solidify.ts'
-export { type LayerStatus, type RootStatus } from './status.ts'
+export type { LayerStatus, RootStatus } from './status.ts'
+export * from './store-form.ts'
 export { diffVersions, type VersionDifference } from './version-diff.ts'
