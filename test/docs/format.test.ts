@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import {
+  CachedLayer,
   LayerRecord,
   LeaseClaim,
   MountedRecord,
@@ -55,6 +56,7 @@ test.each(written)('docs/format.md explains each field of %s, and no other', (na
 
 test.each(
   Object.entries({
+    CachedLayer,
     LayerRecord,
     LeaseClaim,
     MountedRecord,
