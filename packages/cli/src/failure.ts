@@ -45,7 +45,15 @@ export interface Failure {
   readonly fields: Readonly<Record<string, unknown>>
 }
 
-const BUSY = new Set(['TARGET_BUSY', 'LAYER_BUSY', 'LAYOUT_BUSY', 'SYNC_RUNNING', 'REPOSITORY_LOCKED'])
+const BUSY = new Set([
+  'TARGET_BUSY',
+  'LAYER_BUSY',
+  'LAYOUT_BUSY',
+  'SYNC_RUNNING',
+  'REPOSITORY_LOCKED',
+  'ROOT_BUSY',
+  'LEASE_HELD',
+])
 const USAGE = new Set([
   'USAGE',
   'REQUEST_INVALID',

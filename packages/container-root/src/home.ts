@@ -40,7 +40,10 @@ export class HomeMissingError extends LsyncError {
 /** A home that is to be made is there already. */
 export class HomeExistsError extends LsyncError {
   constructor(path: string) {
-    super('HOME_EXISTS', `${printable(path)} exists already`, { path, hint: 'name a directory that does not exist yet' })
+    super('HOME_EXISTS', `${printable(path)} exists already`, {
+      path,
+      hint: 'name a directory that does not exist yet',
+    })
   }
 }
 

@@ -56,7 +56,8 @@ export async function initHome(request: InitRequest): Promise<Home> {
   return Home.create(request.home, record, async (home) => {
     const layers: string[] = []
     // From the bottom up.
-    for (const base of request.bases.toReversed()) layers.unshift(...(await importBase(home, request, base, layers.length)))
+    for (const base of request.bases.toReversed())
+      layers.unshift(...(await importBase(home, request, base, layers.length)))
     home.publishFirst({ layers, madeBy: 'init', nodeId: node.id, nodeName: node.name })
   })
 }

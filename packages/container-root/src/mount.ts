@@ -1,4 +1,4 @@
-import { MARKS, type Namespace, readXattrs, writeMeta } from '@lsync/overlay-merge'
+import { isMark, MARKS, type Namespace, readXattrs, writeMeta } from '@lsync/overlay-merge'
 import {
   type ByteString,
   close,
@@ -112,8 +112,7 @@ export function assertUnused(root: NodeRoot): void {
 /** Gives an empty upper the metadata of the root directory that it will hide: owner, mode, attributes, times. */
 export function copyRootMeta(from: number, to: number, namespace: Namespace): void {
   const stat = statFd(from)
-  const { prefix, escape } = MARKS[namespace]
-  const xattrs = readXattrs(from, '', (name) => !name.startsWith(prefix) || name.startsWith(escape))
+  const xattrs = readXattrs(from, '', (name) => !isMark(name, MARKS[namespace]))
   const { permissions: mode, uid, gid, atimeNs, mtimeNs } = stat
   writeMeta(to, '', 'directory', { mode, uid, gid, atimeNs, mtimeNs, xattrs }, {})
 }

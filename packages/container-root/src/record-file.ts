@@ -36,7 +36,11 @@ const NEW_PREFIX = '.new-'
  * The record `name` in a directory; `undefined` where there is none.
  * @throws {RecordDamagedError}, {RecordNewerError}, and {RecordDamagedError} for what is no regular file
  */
-export function readRecord<T extends z.ZodType>(place: RecordPlace, name: ByteString, shape: T): z.infer<T> | undefined {
+export function readRecord<T extends z.ZodType>(
+  place: RecordPlace,
+  name: ByteString,
+  shape: T,
+): z.infer<T> | undefined {
   const path = `${place.path}/${name}` as HostPath
   let fd: number
   try {

@@ -66,6 +66,8 @@ export function openUpperSync(
     // The directory is made for this copy alone.
     adopt: true,
     once: options.once,
+    // A container waits for it.
+    heedsPressure: !options.once,
     ...(options.signal === undefined ? {} : { signal: options.signal }),
   })
 }
@@ -106,7 +108,7 @@ class Solidify {
     let journal = this.#journal(config, lease.epoch, config.upperId, wasMounted)
     try {
       // Most of it travels while the container still runs.
-      if (wasMounted) await sync.flush()
+      if (wasMounted) await sync.flush({ rounds: 1 })
       this.#step('copied')
       root.writeSolidify(journal)
       await this.#rest()
@@ -139,7 +141,7 @@ class Solidify {
     const layerId = randomHex(16)
     const journal = this.#journal(config, lease.epoch, layerId, true)
     try {
-      await sync.flush()
+      await sync.flush({ rounds: 1 })
       this.#step('copied')
       root.writeSolidify(journal)
       // Nothing is carried over while the copy is cloned.

@@ -28,7 +28,12 @@ export interface RootStatus {
   readonly head?: number
   /** Top first; absent where the store does not answer or lacks some. */
   readonly layers?: readonly LayerStatus[]
-  readonly lease?: { readonly epoch: number; readonly node: string; readonly isOurs: boolean; readonly isReleased: boolean }
+  readonly lease?: {
+    readonly epoch: number
+    readonly node: string
+    readonly isOurs: boolean
+    readonly isReleased: boolean
+  }
   readonly nodes?: readonly { readonly node: string; readonly version: number }[]
   /** What an interrupted operation left, to be recovered by the next one. */
   readonly unfinished?: 'solidify'
@@ -56,7 +61,9 @@ export async function statusOf(context: RootContext, sync: Sync | undefined): Pr
   const layers = await attempt('layers', () => layersOf(context, config.base.layers))
   const state = await attempt('lease', () => leases.read())
   const nodes = await attempt('nodes', () =>
-    home.mounted().flatMap(({ purpose, nodeName, version }) => (purpose === 'mount' ? { node: nodeName, version } : [])),
+    home
+      .mounted()
+      .flatMap(({ purpose, nodeName, version }) => (purpose === 'mount' ? { node: nodeName, version } : [])),
   )
   return {
     name,
