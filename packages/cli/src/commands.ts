@@ -63,6 +63,14 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: 'be the other end of a sync, over standard input and output',
     load: () => import('./commands/serve.ts'),
   },
+  root: {
+    summary: 'keep the root of a container on a store: versions, mounts, rollback',
+    load: () => import('./commands/root.ts'),
+  },
+  solidify: {
+    summary: 'make a version of what a root holds now',
+    load: () => import('./commands/solidify.ts'),
+  },
   image: {
     summary: 'turn container images into layers, and layers into images',
     afterInterrupt: AGAIN,

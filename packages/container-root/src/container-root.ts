@@ -117,6 +117,11 @@ export class ContainerRoot {
     return this.#context.name
   }
 
+  /** The name of this node. */
+  get nodeName(): string {
+    return this.#context.node.name
+  }
+
   get home(): Home {
     return this.#context.home
   }
@@ -258,6 +263,8 @@ export class ContainerRoot {
       )
       this.#abandonUpper(configOf(this.#context))
       startFrom(this.#context, published)
+      // The new upper is empty, so nothing is lost with what lay under the old one.
+      home.forgetMounted(node.id)
       return published
     })
   }

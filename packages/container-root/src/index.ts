@@ -26,10 +26,10 @@ export { chooseLayers } from './layer-choice.ts'
 export * from './lease.ts'
 export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './node-state.ts'
+export * from './quiescence.ts'
 export * from './records.ts'
 export * from './sealed-layer.ts'
 export {
-  type Quiescence,
   SolidifyIncompleteError,
   type SolidifyReport,
   type SolidifyRequest,

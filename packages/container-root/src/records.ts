@@ -143,6 +143,8 @@ export const SolidifyRecord = z.strictObject({
   wasMounted: z.boolean(),
   /** The upper was given back to the container, while nobody could say whether the version is there. */
   ranOn: z.boolean(),
+  /** A cgroup that is frozen meanwhile, and thawed by whoever recovers. */
+  cgroup: z.string().min(1).max(4096).exactOptional(),
 })
 export type SolidifyRecord = z.infer<typeof SolidifyRecord>
 

@@ -1,8 +1,10 @@
 import { cloneLayer } from '@lsync/overlay-merge'
 import { bytesOf, close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
 import { type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
+import { thawCgroup } from './cgroup.ts'
 import { configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
 import { findMount, openDirectoryAt, unmountRoot } from './mount.ts'
+import type { Quiescence } from './quiescence.ts'
 import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
 
 /** Some of the upper could not be carried to the store. Nothing was published. */
@@ -18,13 +20,6 @@ export class SolidifyIncompleteError extends LsyncError {
       hint: 'see `lsync root status`; put right what is named, then solidify again',
     })
   }
-}
-
-/** Brings a container to rest, and back: a stop and a start hook, or the freezer of its cgroup. */
-export interface Quiescence {
-  begin(signal?: AbortSignal): Promise<void>
-  /** Also after a failure, if `begin` was called. */
-  end(): Promise<void>
 }
 
 export interface SolidifyRequest {
@@ -177,7 +172,7 @@ class Solidify {
   }
 
   #journal(config: NodeRootRecord, epoch: number, layerId: string, wasMounted: boolean): SolidifyRecord {
-    const { message, tags, live = false } = this.#request
+    const { message, tags, live = false, quiescence } = this.#request
     return {
       format: 1,
       step: 'syncing',
@@ -192,6 +187,7 @@ class Solidify {
       ...(tags === undefined ? {} : { tags: [...tags] }),
       wasMounted,
       ranOn: false,
+      ...(quiescence?.cgroup === undefined ? {} : { cgroup: quiescence.cgroup }),
     }
   }
 
@@ -305,6 +301,7 @@ export function recoverSolidify(context: RootContext): 'nothing' | 'finished' | 
   const { root, home } = context
   const journal = root.readSolidify()
   if (journal === undefined) return 'nothing'
+  if (journal.cgroup !== undefined) thawCgroup(journal.cgroup)
   const version = home.versions().find(({ layers }) => layers[0] === journal.layerId)
   if (version !== undefined) {
     const { number } = version

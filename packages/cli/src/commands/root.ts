@@ -1,0 +1,298 @@
+import {
+  type ContainerRoot,
+  initHome,
+  type LayerStatus,
+  type RootStatus,
+  type VersionRecord,
+} from '@lsync/container-root'
+import { type HostPath, printable, textOf } from '@lsync/posix'
+import { type Command, Option } from 'commander'
+import { examples } from '../examples.ts'
+import { UsageError } from '../failure.ts'
+import { addDryRunOption, addYesOption, countArgument, given, pathArgument, pathsArgument } from '../options.ts'
+import { durationOf } from '../progress-line.ts'
+import { addStateOption, type StateOption, stateOf, withKnownRoot } from '../roots.ts'
+import type { Session } from '../session.ts'
+
+type Definer = (command: Command, session: Session) => void
+
+export function define(command: Command, session: Session): void {
+  command.addHelpText(
+    'before',
+    examples('lsync root init lab --home /store/lab --base /srv/rootfs', 'lsync root mount lab --home /store/lab'),
+  )
+  const add = (name: string, summary: string, definer: Definer) =>
+    definer(command.command(name).description(summary), session)
+  add('init', 'make a home of a directory, a tar or an OCI layout', defineInit)
+  add('mount', 'mount a root on this node, for writing', defineMount)
+  add('unmount', 'unmount a root', defineUnmount)
+  add('sync', 'follow a root and carry its changes to the store, until interrupted', defineSync)
+  add('status', 'say where the roots of this node stand', defineStatus)
+  add('versions', 'list the versions of a root', defineVersions)
+  add('diff', 'show what differs between two versions', defineDiff)
+  add('rollback', 'make an earlier version the newest one', defineRollback)
+  add('fork', 'make a second root of a version', defineFork)
+  add('compact', 'fold layers of the newest version into one', defineCompact)
+  add('gc', 'remove old versions, and layers that nobody needs', defineGc)
+}
+
+function named(command: Command): Command {
+  return addStateOption(command.argument('<name>', 'the root, as this node calls it'))
+}
+
+const defineInit: Definer = (command, session) => {
+  named(command)
+    .requiredOption('--home <dir>', 'the home to make on the store', pathArgument)
+    .addOption(
+      new Option('--base <path>', 'a directory, a tar or an OCI layout; again for what lies below it')
+        .argParser(pathsArgument)
+        .makeOptionMandatory(),
+    )
+    .action(async (name: string, options: StateOption & { home: HostPath; base: HostPath[] }) => {
+      const { home: path, base: bases } = options
+      const { node } = stateOf(options)
+      const home = await initHome({ home: path, bases, node, signal: session.signal })
+      home.close()
+      await withKnownRoot(name, options, session, async (root) => {
+        session.output.data(
+          () => ({ type: 'init', name, home: textOf(path), rootId: root.home.record.id, version: 1 }),
+          () => `made ${printable(path)}, version 1`,
+        )
+        session.output.note(`next: lsync root mount ${name}`)
+      })
+    })
+}
+
+const defineMount: Definer = (command, session) => {
+  named(command)
+    .option('--home <dir>', 'the home of the root, the first time on this node', pathArgument)
+    .option('--discard', 'give up changes that are in no version, and begin with the newest one')
+    .option('--takeover', 'take the lease over from a node that is silent; waits until it is known to be')
+    .option('--force', 'take the lease over at once: the other node is surely dead')
+    .action(
+      async (
+        name: string,
+        options: StateOption & { home?: HostPath; discard?: true; takeover?: true; force?: true },
+      ) => {
+        const { discard, takeover, force } = options
+        const from = force === true ? 'force' : takeover === true ? 'expired' : undefined
+        await withKnownRoot(name, options, session, async (root) => {
+          const { version } = await root.mount({ signal: session.signal, ...given({ discard, takeover: from }) })
+          session.output.data(
+            () => ({ type: 'mount', name, path: textOf(root.mergedPath), version }),
+            () => `version ${version} on ${printable(root.mergedPath)}`,
+          )
+        })
+      },
+    )
+}
+
+const defineUnmount: Definer = (command, session) => {
+  named(command).action((name: string, options: StateOption) =>
+    withKnownRoot(name, options, session, async (root) => {
+      const { hasChanges } = await root.unmount()
+      session.output.data(
+        () => ({ type: 'unmount', name, hasChanges }),
+        () => (hasChanges ? 'unmounted; it has changes that are in no version' : 'unmounted'),
+      )
+      if (hasChanges) session.output.note(`next: lsync solidify ${name}`)
+    }),
+  )
+}
+
+const defineSync: Definer = (command, session) => {
+  named(command).action((name: string, options: StateOption) =>
+    withKnownRoot(name, options, session, async (root) => {
+      const { output, signal } = session
+      const sync = await root.startSync({ signal })
+      sync.events.on('checkpoint', (checkpoint) =>
+        output.data(
+          () => ({ type: 'checkpoint', ...checkpoint }),
+          () => undefined,
+        ),
+      )
+      sync.events.on('problem', ({ error }) => {
+        output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
+      })
+      output.note(`following ${printable(root.mergedPath)}`)
+      await new Promise<void>((resolve) => signal.addEventListener('abort', () => resolve(), { once: true }))
+    }),
+  )
+}
+
+const defineStatus: Definer = (command, session) => {
+  addStateOption(command.argument('[name]', 'the root; default: all on this node')).action(
+    async (name: string | undefined, options: StateOption) => {
+      for (const one of name === undefined ? stateOf(options).rootNames() : [name]) {
+        await withKnownRoot(one, options, session, async (root) => {
+          const status = await root.status()
+          session.output.data(
+            () => ({ type: 'status', ...status }),
+            () => statusText(status),
+          )
+          if (status.errors.length > 0) session.foundProblems()
+        })
+      }
+    },
+  )
+}
+
+function statusText(status: RootStatus): string {
+  const { name, home, isMounted, hasChanges, version, head, liveVersion, layers, lease, unfinished, errors } = status
+  const holder = lease === undefined ? 'nobody' : lease.isReleased ? 'nobody' : lease.isOurs ? 'this node' : lease.node
+  return [
+    `${name}: ${isMounted ? 'mounted' : 'not mounted'}, version ${version}${hasChanges ? ' with changes' : ''}`,
+    `  home     ${home}`,
+    `  newest   ${head ?? 'unknown'}${liveVersion === undefined ? '' : ` (of this upper: ${liveVersion})`}`,
+    `  lease    ${holder}${lease === undefined ? '' : `, epoch ${lease.epoch}`}`,
+    ...(layers ?? []).map((layer, i) => `  ${i === 0 ? 'layers  ' : '        '} ${layerText(layer)}`),
+    ...(unfinished === undefined
+      ? []
+      : [`  an interrupted ${unfinished} is finished or taken back by the next command`]),
+    ...errors.map(({ what, message }) => `  unknown  ${what}: ${message}`),
+  ].join('\n')
+}
+
+function layerText({ id, form, isBottom, madeBy, covers, isLocal }: LayerStatus): string {
+  const about = [
+    isBottom ? 'bottom' : undefined,
+    form === 'erofs' ? 'sealed' : undefined,
+    isLocal ? 'local' : undefined,
+  ]
+  const of = covers > 1 ? `${madeBy} of ${covers}` : madeBy
+  return `${id.slice(0, 12)}  ${[of, ...about.filter((word) => word !== undefined)].join(', ')}`
+}
+
+const defineVersions: Definer = (command, session) => {
+  named(command).action((name: string, options: StateOption) =>
+    withKnownRoot(name, options, session, async (root) => {
+      for (const version of root.versions()) {
+        session.output.data(
+          () => ({ type: 'version', ...version }),
+          () => versionText(version),
+        )
+      }
+    }),
+  )
+}
+
+function versionText({ number, createdAtMs, madeBy, sameAs, nodeName, tags = [], message }: VersionRecord): string {
+  const when = new Date(createdAtMs).toISOString().slice(0, 19).replace('T', ' ')
+  const how = sameAs === undefined ? madeBy : `${madeBy} to ${sameAs}`
+  const said = [...tags.map((tag) => `[${tag}]`), message ?? ''].join(' ').trim()
+  return `${String(number).padStart(4)}  ${when}  ${how.padEnd(14)}  ${nodeName}${said === '' ? '' : `  ${said}`}`
+}
+
+const LETTERS = { added: 'A', removed: 'D', type: 'T', modified: 'M', metadata: 'm' } as const
+
+const defineDiff: Definer = (command, session) => {
+  named(command)
+    .argument('<from>', 'a version: number or tag')
+    .argument('[to]', 'another one; default the newest')
+    .option('--content', 'compare the bytes of files of equal size, too')
+    .action((name: string, from: string, to: string | undefined, options: StateOption & { content?: true }) =>
+      withKnownRoot(name, options, session, async (root) => {
+        const found = await root.diff(from, to ?? root.home.head().number, {
+          signal: session.signal,
+          ...given({ content: options.content }),
+        })
+        for (const { path, change, what } of found) {
+          session.output.data(
+            () => ({ type: 'difference', path: textOf(path), change, what }),
+            () => `${LETTERS[change]} ${printable(path) || '.'}${what.length > 0 ? `  (${what.join(', ')})` : ''}`,
+          )
+        }
+      }),
+    )
+}
+
+const defineRollback: Definer = (command, session) => {
+  addYesOption(named(command))
+    .requiredOption('--to <version>', 'number or tag')
+    .option('--message <text>', 'what to say of it')
+    .option('--discard', 'give up changes that are in no version')
+    .action(
+      async (name: string, options: StateOption & { to: string; message?: string; discard?: true; yes?: true }) => {
+        const { to, message, discard } = options
+        if (discard === true) await session.confirm(`this gives up the changes of ${name}`, options, 'solidify first')
+        await withKnownRoot(name, options, session, async (root) => {
+          const version = await root.rollback({ to, signal: session.signal, ...given({ message, discard }) })
+          session.output.data(
+            () => ({ type: 'rollback', version }),
+            () => `version ${version.number} is version ${version.sameAs}`,
+          )
+          session.output.note(`next: lsync root mount ${name}`)
+        })
+      },
+    )
+}
+
+const defineFork: Definer = (command, session) => {
+  named(command)
+    .requiredOption('--to-home <dir>', 'the home to make', pathArgument)
+    .option('--version-of <version>', 'number or tag; default the newest')
+    .action((name: string, options: StateOption & { toHome: HostPath; versionOf?: string }) =>
+      withKnownRoot(name, options, session, async (root) => {
+        const { toHome: home, versionOf: version } = options
+        const fork = await root.fork({ home, signal: session.signal, ...given({ version }) })
+        const { record } = fork
+        fork.close()
+        session.output.data(
+          () => ({ type: 'fork', home: textOf(home), rootId: record.id, from: record.forkedFrom }),
+          () => `made ${printable(home)} of version ${record.forkedFrom?.version}`,
+        )
+      }),
+    )
+}
+
+const defineCompact: Definer = (command, session) => {
+  addDryRunOption(named(command))
+    .option('--max-layers <count>', 'fold only if there are more; default 8', countArgument)
+    .option('--into-bottom', 'fold the base as well')
+    .option('--version-of <version>', 'number or tag; default the newest')
+    .action(
+      (
+        name: string,
+        options: StateOption & { maxLayers?: number; intoBottom?: true; versionOf?: string; dryRun?: true },
+      ) =>
+        withKnownRoot(name, options, session, async (root) => {
+          const { maxLayers, intoBottom, versionOf: version, dryRun } = options
+          const report = await root.compact({
+            signal: session.signal,
+            ...given({ maxLayers, intoBottom, version, dryRun }),
+          })
+          session.output.data(
+            () => ({ type: 'compact', ...report }),
+            () => compactText(report, dryRun === true),
+          )
+        }),
+    )
+}
+
+function compactText(
+  { folded, before, after, elapsedMs }: Awaited<ReturnType<ContainerRoot['compact']>>,
+  dryRun: boolean,
+): string {
+  if (folded.length < 2) return `${before.length} layers; nothing to fold`
+  if (dryRun) return `would fold ${folded.length} of ${before.length} layers`
+  return `folded ${folded.length} layers in ${durationOf(elapsedMs)}; ${after.length} are left`
+}
+
+const defineGc: Definer = (command, session) => {
+  addYesOption(addDryRunOption(named(command)))
+    .option('--keep <count>', 'how many of the newest versions stay; default 10', countArgument)
+    .action(async (name: string, options: StateOption & { keep?: number; dryRun?: true; yes?: true }) => {
+      const { keep, dryRun } = options
+      if (keep === 0) throw new UsageError('the newest version always stays', 'keep at least 1')
+      await session.confirm(`this removes old versions of ${name}`, options)
+      await withKnownRoot(name, options, session, async (root) => {
+        const report = await root.gc({ signal: session.signal, ...given({ keep, dryRun }) })
+        const { versions, layers } = report
+        session.output.data(
+          () => ({ type: 'gc', ...report }),
+          () =>
+            `${dryRun === true ? 'would remove' : 'removed'} ${versions.length} versions and ${layers.length} layers`,
+        )
+      })
+    })
+}
