@@ -12,6 +12,7 @@ import {
   O_RDONLY,
   openat,
   openRoot,
+  overlayUsers,
   readMountInfo,
   statFd,
   syncFileSystem,
@@ -74,39 +75,43 @@ export function mountRoot(root: NodeRoot, lowers: readonly number[], namespace: 
 }
 
 /**
- * Unmounts a root, and makes sure that nobody anywhere has it mounted any more. What was written is on the disk then.
+ * Unmounts a root, and makes sure that no process anywhere uses it any more. What was written is on the disk then. Mount namespaces
+ * that only have a copy of the mount (each one that is made gets one) keep nobody waiting: who has one and uses it is found.
  * @throws {RootBusyError} naming the processes that use it
  */
 export function unmountRoot(root: NodeRoot): void {
   const mounted = findMount(root)
-  if (mounted === undefined) {
-    assertUnused(root)
-    return
-  }
-  // Seen before it is gone: a container in a mount namespace of its own would keep it alive.
-  const users = liveUsers(mounted.device)
-  if (users.length > 0) throw busy(root, users)
-  withFd(openRoot(root.mergedPath), (fd) => syncFileSystem(fd, root.mergedPath))
-  try {
-    unmount(root.mergedPath)
-  } catch (cause) {
-    if (errnoOf(cause) !== 'EBUSY') throw cause
-    throw busy(root, liveUsers(mounted.device))
+  if (mounted !== undefined) {
+    // Before it is gone: a container in a mount namespace of its own would go on without it.
+    assertNoUsers(root, mounted.device)
+    withFd(openRoot(root.mergedPath), (fd) => syncFileSystem(fd, root.mergedPath))
+    try {
+      unmount(root.mergedPath)
+    } catch (cause) {
+      if (errnoOf(cause) !== 'EBUSY') throw cause
+      assertNoUsers(root, mounted.device)
+      throw new RootBusyError(root.mergedPath, 'something in the kernel uses it')
+    }
   }
   assertUnused(root)
 }
 
-function busy(root: NodeRoot, users: ReturnType<typeof liveUsers>): RootBusyError {
-  const named = users.slice(0, 5).map(({ pid, command, by }) => `${command} (${pid}) by its ${by}`)
-  const more = users.length > named.length ? ` and ${users.length - named.length} more` : ''
-  return new RootBusyError(root.mergedPath, `${named.join(', ') || 'something in the kernel'}${more} uses it`)
+/** No process uses an overlay that has this root's upper, in whatever mount namespace. */
+function assertUnused(root: NodeRoot): void {
+  if (!root.has('upper') || upperUse(root.upperPath) !== 'in use') return
+  for (const { role, pid, target } of overlayUsers(root.upperPath).uses) {
+    if (role !== 'upper') continue
+    const mount = readMountInfo(pid).findLast((one) => one.target === target)
+    if (mount !== undefined) assertNoUsers(root, mount.device)
+  }
 }
 
-/** No overlay anywhere has this root's upper, not even one that was lazily unmounted. */
-export function assertUnused(root: NodeRoot): void {
-  if (root.has('upper') && upperUse(root.upperPath) === 'in use') {
-    throw new RootBusyError(root.upperPath, 'an overlay that is mounted elsewhere has it as its upper')
-  }
+function assertNoUsers(root: NodeRoot, device: number): void {
+  const users = liveUsers(device).filter(({ by }) => by !== 'mount namespace')
+  if (users.length === 0) return
+  const named = users.slice(0, 5).map(({ pid, command, by }) => `${command} (${pid}) by its ${by}`)
+  const more = users.length > named.length ? ` and ${users.length - named.length} more` : ''
+  throw new RootBusyError(root.mergedPath, `${named.join(', ')}${more}`)
 }
 
 /** Gives an empty upper the metadata of the root directory that it will hide: owner, mode, attributes, times. */

@@ -135,23 +135,29 @@ export class NodeState {
 export class NodeRoot {
   readonly path: HostPath
   readonly fd: number
-  #lockFd: number | undefined
+  #last: Promise<unknown> = Promise.resolve()
 
   constructor(path: HostPath, fd: number) {
     this.path = path
     this.fd = fd
   }
 
-  /** Runs `use` while no other process works on this root. @throws {RootBusyError} */
-  async locked<T>(use: () => Promise<T>): Promise<T> {
-    if (this.#lockFd !== undefined) throw new RootBusyError(this.path, 'this process is at work on it')
+  /**
+   * Runs `use` when what this object was asked for before is done, and while no other process works on this root.
+   * @throws {RootBusyError}
+   */
+  locked<T>(use: () => Promise<T>): Promise<T> {
+    const result = this.#last.then(() => this.#withLock(use))
+    this.#last = result.catch(() => undefined)
+    return result
+  }
+
+  async #withLock<T>(use: () => Promise<T>): Promise<T> {
     const fd = openat(this.fd, '.' as ByteString, O_RDONLY | O_DIRECTORY)
-    this.#lockFd = fd
     try {
       if (!tryLock(fd, 'exclusive', this.path)) throw new RootBusyError(this.path)
       return await use()
     } finally {
-      this.#lockFd = undefined
       close(fd)
     }
   }

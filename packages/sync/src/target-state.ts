@@ -161,9 +161,15 @@ export class TargetPlace {
         throw new TargetGoneError(path, 'was synced before and does not know it: it may not be mounted')
       }
       const beside = openBeside(path, rootFd, parentFd)
-      if (beside !== undefined) return new TargetPlace(rootFd, beside.fd, beside.stageFd, beside.path, false, find)
-      const inside = openInside(path, rootFd)
-      return new TargetPlace(rootFd, inside.fd, inside.stageFd, inside.path, true, find)
+      const { fd, stageFd, path: statePath } = beside ?? openInside(path, rootFd)
+      try {
+        return new TargetPlace(rootFd, fd, stageFd, statePath, beside === undefined, find)
+      } catch (error) {
+        // Left open, its lock would keep this very process from trying again.
+        close(stageFd)
+        close(fd)
+        throw error
+      }
     } catch (error) {
       close(rootFd)
       throw error
