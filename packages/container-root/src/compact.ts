@@ -63,13 +63,17 @@ export async function compact(context: RootContext, policy: CompactPolicy = {}):
   })
 }
 
-/** All deltas, once there are more layers than the policy allows; with the bottom if it says so. */
+/** The longest run of deltas that are trees, once there are more layers than the policy allows; with the bottom if it says so. */
 function rangeToFold(layers: readonly LayerRecord[], policy: CompactPolicy): readonly [from: number, to: number] {
   const { maxLayers = MAX_LAYERS, intoBottom = false } = policy
   if (layers.length <= maxLayers) return [0, 0]
-  if (intoBottom) return [0, layers.length]
-  const bottoms = layers.filter(({ isBottom }) => isBottom).length
-  return [0, layers.length - bottoms]
+  let best: readonly [number, number] = [0, 0]
+  let from = 0
+  for (const [i, { form, isBottom }] of layers.entries()) {
+    if (form !== 'tree' || (isBottom && !intoBottom)) from = i + 1
+    else if (i + 1 - from > best[1] - best[0]) best = [from, i + 1]
+  }
+  return best
 }
 
 async function fold(

@@ -1,10 +1,11 @@
 import type { EventEmitter } from 'node:events'
-import { close, LsyncError, printable, randomHex } from '@lsync/posix'
+import { close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
 import type { Home } from './home.ts'
 import { type Lease, LeaseLostError, type Leases } from './lease.ts'
 import { copyRootMeta, findMount, mountRoot, withLayers } from './mount.ts'
 import type { NodeRoot } from './node-state.ts'
 import type { LayerRecord, NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
+import { openSealed } from './sealed-layer.ts'
 
 /** The upper has changes on a version that is not the newest one any more: another node has published since. */
 export class UpperStaleError extends LsyncError {
@@ -120,8 +121,10 @@ export function layersFor({ home, root }: RootContext, list: readonly string[]):
 }
 
 /** Opens the nearest copy of a layer: an fd of its root directory, to be closed. */
-export function openLayer({ home, root }: RootContext, { id }: LayerRecord): number {
-  return root.openReplica(id) ?? home.openLayerTree(id)
+export function openLayer({ home, root }: RootContext, { id, form }: LayerRecord): number {
+  const replica = root.openReplica(id)
+  if (replica !== undefined) return replica
+  return form === 'erofs' ? openSealed(`${home.layerPath(id)}/layer.erofs` as HostPath) : home.openLayerTree(id)
 }
 
 /** Makes an empty upper for a list of layers: it looks like their root. */
