@@ -1,6 +1,7 @@
 import { spawnSync } from 'node:child_process'
 import {
   type ByteString,
+  DT_DIR,
   fileSystemOf,
   type HostPath,
   isMooseFs,
@@ -9,12 +10,18 @@ import {
   MAGIC_BTRFS,
   mountOf,
   O_CREAT,
+  O_DIRECTORY,
   O_EXCL,
   O_NOFOLLOW,
+  O_RDONLY,
   O_RDWR,
   openat,
+  openBeneath,
   pathOfFd,
+  readDirents,
+  S_IFLNK,
   snapshotSubvolume,
+  statAt,
   statFd,
   textOf,
   tryClone,
@@ -23,6 +30,8 @@ import {
   writeAt,
 } from '@lsync/posix'
 import type { CloneMethod } from './clone.ts'
+import { ACL_ACCESS, ACL_DEFAULT, inheritsAcls, readMeta, writeMeta } from './encodings/inode.ts'
+import { type EntryPath, join, ROOT } from './model/path.ts'
 
 /** The named way to clone does not work here. */
 export class CloneImpossibleError extends LsyncError {
@@ -101,7 +110,46 @@ export function snapshotTree(method: 'moosefs' | 'btrfs', fromFd: number, toFd: 
   if (error !== undefined || status !== 0) {
     throw new CloneImpossibleError(method, (error?.message ?? stderr).trim() || `mfsmakesnapshot ended with ${status}`)
   }
+  withFd(openat(toFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW), (cloneFd) => undoInheritance(fromFd, cloneFd))
 }
+
+/**
+ * A MooseFS snapshot gives what lies in a directory with the setgid bit its group, and what lies in one with a default ACL that ACL,
+ * as if it were new (seen on 3.0). Where the source has such a directory, what lies in it gets its own again. Looks at
+ * directories alone, and at the files of those.
+ */
+function undoInheritance(sourceFd: number, cloneFd: number): void {
+  writeMeta(cloneFd, '', 'directory', readMeta(sourceFd, '', statFd(sourceFd)), AS_IT_WAS)
+  const pending: EntryPath[] = [ROOT]
+  for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
+    const at: EntryPath = path
+    withFd(openBeneath(sourceFd, at, O_DIRECTORY | O_NOFOLLOW), (from) => {
+      const inherited = (statFd(from).mode & S_ISGID) !== 0 || inheritsAcls(from)
+      const names: ByteString[] = []
+      readDirents(from, (name, type) => {
+        if (type === DT_DIR) pending.push(join(at, name))
+        if (inherited) names.push(name)
+      })
+      if (!inherited) return
+      withFd(openBeneath(cloneFd, at, O_DIRECTORY | O_NOFOLLOW), (to) => {
+        for (const name of names) {
+          const stat = statAt(from, name)
+          const kind = stat.isDirectory
+            ? 'directory'
+            : stat.isFile
+              ? 'file'
+              : stat.type === S_IFLNK
+                ? 'symlink'
+                : 'special'
+          writeMeta(to, name, kind, readMeta(from, name, stat), AS_IT_WAS)
+        }
+      })
+    })
+  }
+}
+
+const S_ISGID = 0o2000
+const AS_IT_WAS = { removeOthers: (name: string) => name === ACL_ACCESS || name === ACL_DEFAULT } as const
 
 /** Whether a directory is on a file system where each call takes a trip over a network. */
 export function isRemote(fd: number): boolean {
