@@ -46,8 +46,10 @@ export async function collectGarbage(home: Home, policy: GcPolicy = {}): Promise
     signal?.throwIfAborted()
     home.trashLayer(id)
   }
+  // In this order: another gc may take something away right now that it has to look at yet.
+  const gone = home.trashNames()
   const back = restoreNeeded(home)
-  home.emptyTrash()
+  home.emptyTrash(gone)
   return { versions: drop, layers: layers.filter((id) => !back.includes(id)), restored: [...restored, ...back] }
 }
 

@@ -26,6 +26,7 @@ import type { Lease } from './lease.ts'
 import { LeaseLostError } from './lease.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
 import { LayerRecord, MountedRecord, RecordDamagedError, RootRecord, VersionRecord } from './records.ts'
+import { sweepGone, throwAway } from './throw-away.ts'
 
 /** What is named as a home is none: nothing is there, or `init` did not come to its end. */
 export class HomeMissingError extends LsyncError {
@@ -381,28 +382,23 @@ export class Home {
 
   /** Removes what lies in `incoming/<epoch>/<name>`: first it loses its name, then its content. */
   removeIncoming(epoch: number, name: string): void {
-    this.#in('trash', (trash) => {
-      try {
-        this.#inEpoch(epoch, (fd) => move(fd, name as ByteString, trash.fd, `incoming-${name}` as ByteString))
-      } catch (cause) {
-        if (errnoOf(cause) !== 'ENOENT') throw cause
-      }
-      removeTree(trash.fd, `incoming-${name}` as ByteString)
-    })
+    try {
+      this.#in('trash', (trash) => this.#inEpoch(epoch, (fd) => throwAway(fd, name as ByteString, trash.fd)))
+    } catch (cause) {
+      if (errnoOf(cause) !== 'ENOENT') throw cause
+    }
   }
 
   /** A tree that is being made for a layer: `use` gets a directory in `incoming/<epoch>`, which is gone afterwards. */
   async withScratch<T>(epoch: number, id: string, use: (path: HostPath, name: string) => Promise<T>): Promise<T> {
     const name = `.clone-${id}`
     this.makeIncomingParent(epoch)
-    this.#inEpoch(epoch, (fd) => {
-      removeTree(fd, name as ByteString)
-      makeDirectory(fd, name as ByteString, 0o700)
-    })
+    this.removeIncoming(epoch, name)
+    this.#inEpoch(epoch, (fd) => makeDirectory(fd, name as ByteString, 0o700))
     try {
       return await use(`${this.path}/incoming/${epoch}/${name}` as HostPath, name)
     } finally {
-      this.#inEpoch(epoch, (fd) => removeTree(fd, name as ByteString))
+      this.removeIncoming(epoch, name)
     }
   }
 
@@ -449,12 +445,21 @@ export class Home {
     )
   }
 
-  /** Removes what is in the trash. */
-  emptyTrash(): void {
+  /** The names in the trash: what was taken out of sight so far. */
+  trashNames(): string[] {
+    return this.#in('trash', ({ fd }) => namesIn(fd))
+  }
+
+  /**
+   * Removes what had these names in the trash. Whoever asks has looked whether somebody needs them after it had listed them: what
+   * came there later, another one is about to look at.
+   */
+  emptyTrash(names: readonly string[]): void {
     this.#in('trash', ({ fd }) => {
-      for (const name of namesIn(fd)) {
-        if (TRASHED_VERSION.test(name) || TRASHED_LAYER.test(name) || name.startsWith('incoming-')) removeTree(fd, name)
+      for (const name of names) {
+        if (TRASHED_VERSION.test(name) || TRASHED_LAYER.test(name)) throwAway(fd, name as ByteString)
       }
+      sweepGone(fd)
       fsync(fd)
     })
   }

@@ -1,6 +1,5 @@
 import { mkdirSync } from 'node:fs'
 import { hostname } from 'node:os'
-import { removeTree } from '@lsync/overlay-merge'
 import {
   type ByteString,
   bytesOf,
@@ -26,6 +25,7 @@ import {
 } from '@lsync/posix'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
 import { NodeRecord, NodeRootRecord, RootName, SolidifyRecord } from './records.ts'
+import { sweepGone, throwAway } from './throw-away.ts'
 
 /** Nothing is known of a root of this name on this node. */
 export class RootUnknownError extends LsyncError {
@@ -156,6 +156,8 @@ export class NodeRoot {
     const fd = openat(this.fd, '.' as ByteString, O_RDONLY | O_DIRECTORY)
     try {
       if (!tryLock(fd, 'exclusive', this.path)) throw new RootBusyError(this.path)
+      sweepGone(this.fd)
+      withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), sweepGone)
       return await use()
     } finally {
       close(fd)
@@ -215,7 +217,7 @@ export class NodeRoot {
   /** Makes `upper` of what `fill` makes in a directory, durably; whatever was left of an earlier attempt goes. */
   makeUpper(fill: (fd: number) => void): void {
     const next = 'upper.next' as ByteString
-    removeTree(this.fd, next)
+    throwAway(this.fd, next)
     makeDirectory(this.fd, next, 0o700)
     withFd(openat(this.fd, next, DIRECTORY_FLAGS), (fd) => {
       fill(fd)
@@ -228,7 +230,7 @@ export class NodeRoot {
 
   /** An empty work directory: what an earlier mount left in it means nothing to the next one. */
   makeWork(): void {
-    removeTree(this.fd, 'work' as ByteString)
+    throwAway(this.fd, 'work' as ByteString)
     makeDirectory(this.fd, 'work' as ByteString, 0o700)
   }
 
@@ -260,29 +262,19 @@ export class NodeRoot {
 
   removeReplica(id: string): void {
     withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (fd) => {
-      if (tryStatAt(fd, id as ByteString) === undefined) return
-      const gone = `gone-${id}` as ByteString
-      // Out of sight first: half a replica must not be mounted.
-      rename(fd, id as ByteString, fd, gone)
-      fsync(fd, this.path)
-      removeTree(fd, gone)
+      throwAway(fd, id as ByteString)
     })
   }
 
   /** Forgets what the sync of the upper knew: the next upper begins anew. */
   clearIndex(): void {
-    removeTree(this.fd, 'index' as ByteString)
+    throwAway(this.fd, 'index' as ByteString)
     ensureDirectory(this.fd, 'index' as ByteString)
   }
 
   /** Removes the upper with all that is in it. */
   discardUpper(): void {
-    if (this.has('upper')) {
-      removeTree(this.fd, 'upper.gone' as ByteString)
-      rename(this.fd, 'upper' as ByteString, this.fd, 'upper.gone' as ByteString)
-      fsync(this.fd, this.path)
-    }
-    removeTree(this.fd, 'upper.gone' as ByteString)
+    throwAway(this.fd, 'upper' as ByteString)
   }
 
   get #place(): RecordPlace {
