@@ -1,4 +1,4 @@
-import { readdirSync, readFileSync } from 'node:fs'
+import { readdirSync, readFileSync, readlinkSync } from 'node:fs'
 import { AT_FDCWD, type ByteString, errnoOf, O_PATH, openat, readMountInfo, statFd, withFd } from '@lsync/posix'
 
 /** A process that holds a mounted file system: it cannot be unmounted, or lives on, as long as it does. */
@@ -16,12 +16,22 @@ export interface LiveUser {
  */
 export function liveUsers(device: number): LiveUser[] {
   const users: LiveUser[] = []
-  const own = mountIdsOf(process.pid, device)
+  // Most processes share one mount namespace, whose mounts can be many.
+  const byNamespace = new Map<string, ReadonlySet<number>>()
+  const mountIds = (pid: number) => {
+    const namespace = readlinkSync(`/proc/${pid}/ns/mnt`)
+    const known = byNamespace.get(namespace)
+    if (known !== undefined) return known
+    const ids = mountIdsOf(pid, device)
+    byNamespace.set(namespace, ids)
+    return ids
+  }
+  const own = mountIds(process.pid)
   for (const name of readdirSync('/proc')) {
     const pid = Number(name)
     if (!Number.isInteger(pid) || pid === process.pid) continue
     try {
-      const by = useOf(pid, device, own)
+      const by = useOf(pid, mountIds(pid), own)
       if (by !== undefined) users.push({ pid, command: readFileSync(`/proc/${pid}/comm`, 'utf8').trim(), by })
     } catch (cause) {
       // Gone meanwhile, a kernel thread, or of another user.
@@ -31,8 +41,7 @@ export function liveUsers(device: number): LiveUser[] {
   return users
 }
 
-function useOf(pid: number, device: number, own: ReadonlySet<number>): LiveUser['by'] | undefined {
-  const ids = mountIdsOf(pid, device)
+function useOf(pid: number, ids: ReadonlySet<number>, own: ReadonlySet<number>): LiveUser['by'] | undefined {
   if (ids.size === 0) return undefined
   if (ids.has(mountIdAt(`/proc/${pid}/root`))) return 'root'
   if (ids.has(mountIdAt(`/proc/${pid}/cwd`))) return 'working directory'
