@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import {
   CachedLayer,
+  HooksRecord,
   LayerRecord,
   LeaseClaim,
   MountedRecord,
@@ -9,6 +10,7 @@ import {
   NodeRootRecord,
   RootRecord,
   SolidifyRecord,
+  SwitchRecord,
   VersionRecord,
 } from '@lsync/container-root'
 import { expect, test } from 'vitest'
@@ -57,6 +59,7 @@ test.each(written)('docs/format.md explains each field of %s, and no other', (na
 test.each(
   Object.entries({
     CachedLayer,
+    HooksRecord,
     LayerRecord,
     LeaseClaim,
     MountedRecord,
@@ -64,6 +67,7 @@ test.each(
     NodeRootRecord,
     RootRecord,
     SolidifyRecord,
+    SwitchRecord,
     VersionRecord,
   }),
 )('docs/format.md explains each field of %s, and no other', (name, shape) => {

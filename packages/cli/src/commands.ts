@@ -12,6 +12,7 @@ export interface CommandEntry {
 
 const RECOVER = '`lsync recover DIR` finishes or rolls back what had begun on DIR'
 const AGAIN = 'run it again'
+const FINISHES = 'run it again: what had begun on the root is finished or taken back first'
 
 /** Every command by name, in the order of the help. */
 export const commands: Readonly<Record<string, CommandEntry>> = {
@@ -54,6 +55,12 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     afterInterrupt: 'start it again: it goes on from the last checkpoint',
     load: () => import('./commands/sync.ts'),
   },
+  switch: {
+    summary: 'move a container to another node, and back if it fails',
+    afterInterrupt: '`lsync switch NAME --resume` settles what had begun',
+    load: () => import('./commands/switch.ts'),
+  },
+  hooks: { summary: "say how a root's container is stopped and started", load: () => import('./commands/hooks.ts') },
   snapshot: {
     summary: "keep versions of directories in a repository of restic's format",
     afterInterrupt: 'run it again: what is there already is not stored or restored once more',
@@ -65,10 +72,12 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
   },
   root: {
     summary: 'keep the root of a container on a store: versions, mounts, rollback',
+    afterInterrupt: FINISHES,
     load: () => import('./commands/root.ts'),
   },
   solidify: {
     summary: 'make a version of what a root holds now',
+    afterInterrupt: FINISHES,
     load: () => import('./commands/solidify.ts'),
   },
   image: {

@@ -31,6 +31,13 @@ export function countArgument(text: string): number {
   return Number(text)
 }
 
+/** A time such as `1s` or `200ms`, in ms. */
+export function timeArgument(text: string): number {
+  const [, count, unit] = /^(\d{1,7})(ms|s|m)?$/.exec(text) ?? []
+  if (count === undefined) throw new InvalidArgumentError('Expected a time such as 1s or 200ms.')
+  return Number(count) * (unit === 'ms' ? 1 : unit === 'm' ? 60_000 : 1000)
+}
+
 /** `--upper`, `--lower`, `--data`, `--namespace`. */
 export function addLayerOptions(command: Command): Command {
   return addNamespaceOption(

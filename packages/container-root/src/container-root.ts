@@ -18,10 +18,10 @@ import {
 import { FileLeases } from './file-lease.ts'
 import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 import { Home } from './home.ts'
-import type { Leases } from './lease.ts'
+import { type Lease, LeaseLostError, type Leases } from './lease.ts'
 import { findMount, unmountRoot } from './mount.ts'
 import { type NodeRoot, NodeState, RootBusyError, RootNameTakenError, RootUnknownError } from './node-state.ts'
-import type { NodeRootRecord, VersionRecord } from './records.ts'
+import type { NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
 import { openUpperSync, recoverSolidify, type SolidifyReport, type SolidifyRequest, solidify } from './solidify.ts'
 import { type RootStatus, statusOf } from './status.ts'
 import { diffVersions, type VersionDifference } from './version-diff.ts'
@@ -131,6 +131,60 @@ export class ContainerRoot {
     return this.#context.root.mergedPath
   }
 
+  /** This node. */
+  get node(): NodeRecord {
+    return this.#context.node
+  }
+
+  /** Who keeps the right to write this root. */
+  get leases(): Leases {
+    return this.#context.leases
+  }
+
+  /** Keeps the lease that this node has alive until `close`. Gives the lease. @throws {LeaseHeldError}, {LeaseLostError} */
+  keepLease(): Promise<Lease> {
+    return this.#exclusive(async () => {
+      const lease = await ensureLease(this.#context)
+      lease.keepAlive()
+      return lease
+    })
+  }
+
+  /**
+   * Unmounts the root and hands the right to write to another node (`leaseNameOf`), or to whoever claims it first. Changes that are in
+   * no version are given up with `discard`.
+   * @throws {UnsavedChangesError}, {RootBusyError}
+   */
+  handOver(options: { readonly to?: string; readonly discard?: boolean } = {}): Promise<void> {
+    return this.#exclusive(async () => {
+      const { root, home, node } = this.#context
+      unmountRoot(root)
+      await this.#sync?.stop()
+      this.#sync = undefined
+      if (root.hasChanges()) {
+        if (options.discard !== true) throw new UnsavedChangesError(root.upperPath)
+        const config = configOf(this.#context)
+        this.#abandonUpper(config)
+        startFrom(this.#context, home.version(config.base.version), config)
+      }
+      home.forgetMounted(node.id)
+      try {
+        await giveLeaseBack(this.#context, options.to)
+      } catch (error) {
+        // Another node has it already.
+        if (options.discard !== true || !(error instanceof LeaseLostError)) throw error
+        this.#context.lease = undefined
+        const { lease: _, ...rest } = configOf(this.#context)
+        root.writeConfig(rest)
+      }
+    })
+  }
+
+  /** What this node keeps of the root: upper, replicas, records. */
+  get statePath(): HostPath {
+    return this.#context.root.path
+  }
+
   /** Ends what runs, without changing anything: a mounted root stays mounted, and the lease stands. */
   async close(): Promise<void> {
     await this.#sync?.stop()
@@ -215,7 +269,7 @@ export class ContainerRoot {
       try {
         return await solidify(this.#context, request, running)
       } finally {
-        if (wasFollowing) {
+        if (wasFollowing && findMount(this.#context.root) !== undefined) {
           this.#sync ??= await openUpperSync(this.#context, configOf(this.#context), { once: false })
         }
       }

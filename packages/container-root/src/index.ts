@@ -14,7 +14,7 @@ export {
   type OpenOptions,
   type RollbackRequest,
 } from './container-root.ts'
-export { type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
+export { leaseNameOf, type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
 export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
 export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
 export { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
@@ -28,6 +28,7 @@ export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './node-state.ts'
 export * from './quiescence.ts'
 export * from './records.ts'
+export * from './root-hooks.ts'
 export * from './sealed-layer.ts'
 export {
   SolidifyIncompleteError,
@@ -36,4 +37,9 @@ export {
 } from './solidify.ts'
 export type { LayerStatus, RootStatus } from './status.ts'
 export * from './store-form.ts'
+export * from './switch.ts'
+export * from './switch-errors.ts'
+export * from './switch-peer.ts'
+export * from './switch-record.ts'
+export * from './switch-side.ts'
 export { diffVersions, type VersionDifference } from './version-diff.ts'

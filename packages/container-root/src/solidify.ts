@@ -29,6 +29,8 @@ export interface SolidifyRequest {
   readonly tags?: readonly string[]
   /** Without it a container must not be running (unless `live`: then the version is of no single moment). */
   readonly quiescence?: Quiescence
+  /** After a success mount the root again and end the rest. Default true; not for a container that goes on elsewhere. */
+  readonly goesOn?: boolean
   readonly signal?: AbortSignal
 }
 
@@ -117,9 +119,11 @@ class Solidify {
       const version = await this.#publish(journal, config.upperId)
       this.#step('published')
       finishPublished(this.#context, { ...journal, version: version.number })
-      if (wasMounted) mountBase(this.#context)
-      await this.#goOn()
-      this.#step('mounted')
+      if (this.#request.goesOn !== false) {
+        if (wasMounted) mountBase(this.#context)
+        await this.#goOn()
+        this.#step('mounted')
+      }
       return this.#report(version, config.upperId)
     } catch (error) {
       await sync.stop().catch((problem: unknown) => this.#tell(problem))

@@ -1,7 +1,7 @@
 export type { RemoteAddress } from './address.ts'
 export type { Connection } from './connection.ts'
 export * from './errors.ts'
-export { serveCommand, spawnRemote } from './remote-command.ts'
+export { remoteCommand, serveCommand, spawnRemote } from './remote-command.ts'
 export * from './sftp-client.ts'
 export { SshConnections, type SshOptions } from './ssh-connection.ts'
 export { ConnectError } from './ssh-errors.ts'

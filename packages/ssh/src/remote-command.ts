@@ -22,7 +22,12 @@ const EXIT_WAIT_MS = 5000
 
 /** A command line for the other side's shell that starts lsync there. */
 export function serveCommand(lsync: string): string {
-  return `${shellQuoted(lsync)} serve --stdio --root /`
+  return remoteCommand([lsync, 'serve', '--stdio', '--root', '/'])
+}
+
+/** A command line for the other side's shell of these words, whatever is in them. */
+export function remoteCommand(words: readonly string[]): string {
+  return words.map(shellQuoted).join(' ')
 }
 
 function shellQuoted(word: string): string {

@@ -20,7 +20,7 @@ import {
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { EXIT, UsageError } from '../failure.ts'
-import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument } from '../options.ts'
+import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument, timeArgument } from '../options.ts'
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { addKeepOptions, type KeepOptions, rulesOf } from './snapshot/keep.ts'
@@ -361,12 +361,6 @@ function statusText(status: SyncStatus): string {
 
 function listArgument(text: string, before: string[] | undefined): string[] {
   return [...(before ?? []), text]
-}
-
-function timeArgument(text: string): number {
-  const [, count, unit] = /^(\d{1,7})(ms|s|m)?$/.exec(text) ?? []
-  if (count === undefined) throw new InvalidArgumentError('Expected a time such as 1s or 200ms.')
-  return Number(count) * (unit === 'ms' ? 1 : unit === 'm' ? 60_000 : 1000)
 }
 
 function sizeArgument(text: string): number {

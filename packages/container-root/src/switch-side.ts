@@ -1,0 +1,332 @@
+import { setTimeout as delay } from 'node:timers/promises'
+import { probe } from '@lsync/posix'
+import type { Sync } from '@lsync/sync'
+import { z } from 'zod'
+import type { ContainerRoot } from './container-root.ts'
+import { leaseNameOf } from './context.ts'
+import { type HookName, type HookReport, runHook } from './hooks.ts'
+import { isFreeFor, LeaseHeldError, LeaseLostError } from './lease.ts'
+import { readHooks } from './root-hooks.ts'
+import { SwitchTooSlowError, SwitchUnknownError } from './switch-errors.ts'
+import { readSwitch, SwitchPhase, type SwitchRecord, writeSwitch } from './switch-record.ts'
+
+/** What one end says of itself before anything is changed. */
+export const SideCheck = z.object({
+  nodeId: z.string(),
+  name: z.string(),
+  lease: z.string(),
+  rootId: z.string(),
+  head: z.number(),
+  isMounted: z.boolean(),
+  hasChanges: z.boolean(),
+  hooks: z.array(z.string()),
+  /** Why this node could not be the target; absent if it could. */
+  obstacle: z.string().optional(),
+})
+export type SideCheck = z.infer<typeof SideCheck>
+
+/** One pass over what had changed while the container ran. */
+export const PreCopyRound = z.object({ durationMs: z.number(), files: z.number(), bytes: z.number() })
+export type PreCopyRound = z.infer<typeof PreCopyRound>
+
+export const StopReport = z.object({
+  version: z.number(),
+  /** From the moment before the stop hook until now. */
+  sinceStopMs: z.number(),
+  /** The steps in it, in the order in which they came. */
+  steps: z.array(z.object({ step: z.string(), durationMs: z.number() })),
+  files: z.number(),
+  bytes: z.number(),
+})
+export type StopReport = z.infer<typeof StopReport>
+
+export const HookOutcome = z.object({ durationMs: z.number(), runs: z.number(), output: z.string() })
+export type HookOutcome = z.infer<typeof HookOutcome>
+
+/** Where the container is after an end has settled what was left open. */
+export const Settlement = z.object({ runsOn: z.enum(['source', 'target']), phase: SwitchPhase })
+export type Settlement = z.infer<typeof Settlement>
+
+const MOST_ROUNDS = 12
+/** A round that takes this much of the one before it shows that more rounds would not help. */
+const NO_LONGER_SHRINKS = 0.8
+const PATIENT_ROUNDS = 3
+const SETTLE_LOOK_MS = 500
+/** So many durations of a lease are waited for the other end to say what became of it. */
+const SETTLE_DURATIONS = 20
+
+/**
+ * One node's part in a switch. Each step may be asked for by whoever drives the switch; `settle` needs nobody: from the record
+ * in the home and the lease each node finds out by itself what is left to do, so that the container runs in one place.
+ */
+export class SwitchSide {
+  readonly #root: ContainerRoot
+  #sync: Sync | undefined
+
+  constructor(root: ContainerRoot) {
+    this.#root = root
+  }
+
+  async check(): Promise<SideCheck> {
+    const root = this.#root
+    await root.recover()
+    const { isMounted, hasChanges } = await root.status()
+    const { canBeOverlayUpper: upper } = probe(root.statePath)
+    const state = await root.leases.read()
+    const lease = leaseNameOf(root.node)
+    const holder = state === undefined || isFreeFor(state, lease) ? undefined : state.claim.node
+    const obstacle = !upper.ok
+      ? `its state cannot be an upper: ${upper.unknown ?? upper.missing.join(', ')}`
+      : isMounted
+        ? 'the root is mounted there'
+        : hasChanges
+          ? 'it has changes that are in no version'
+          : undefined
+    if (isMounted && holder !== undefined && holder !== lease) {
+      throw new LeaseHeldError(root.home.path, state, 'another node may write it')
+    }
+    return {
+      nodeId: root.node.id,
+      name: root.node.name,
+      lease,
+      rootId: root.home.record.id,
+      head: root.home.head().number,
+      isMounted,
+      hasChanges,
+      hooks: Object.keys(readHooks(root)),
+      ...(obstacle === undefined ? {} : { obstacle }),
+    }
+  }
+
+  /** Runs a hook of this node; `undefined` where it has none. @throws {HookFailedError}, {HookTimeoutError} */
+  async hook(name: HookName, reason: string, signal?: AbortSignal): Promise<HookOutcome | undefined> {
+    const report = await this.#hook(name, reason, signal)
+    return report === undefined
+      ? undefined
+      : { durationMs: report.durationMs, runs: report.runs, output: report.output }
+  }
+
+  /**
+   * Carries over what changed, again and again, while the container runs, until the last round fits into the time that it may stand still.
+   * @throws {SwitchTooSlowError} if it never does
+   */
+  async preCopy(maxDowntimeMs: number, signal?: AbortSignal): Promise<PreCopyRound[]> {
+    this.#sync ??= await this.#root.startSync(signal === undefined ? {} : { signal })
+    const rounds: PreCopyRound[] = []
+    for (;;) {
+      signal?.throwIfAborted()
+      const before = this.#counts()
+      const startMs = performance.now()
+      await this.#sync.flush()
+      const after = this.#counts()
+      const round = {
+        durationMs: performance.now() - startMs,
+        files: after.files - before.files,
+        bytes: after.bytes - before.bytes,
+      }
+      rounds.push(round)
+      // What piled up during this round is what the next one carries: it takes about as long as the changes are many.
+      if (round.durationMs <= maxDowntimeMs) return rounds
+      const previous = rounds.at(-2)
+      const shrinks = previous === undefined || round.durationMs < previous.durationMs * NO_LONGER_SHRINKS
+      if (rounds.length >= MOST_ROUNDS || (rounds.length >= PATIENT_ROUNDS && !shrinks)) {
+        throw new SwitchTooSlowError(this.#root.name, round.durationMs, maxDowntimeMs)
+      }
+    }
+  }
+
+  /**
+   * Stops the container and publishes what it had written. If that fails it runs again here.
+   * @throws {HookFailedError}, {SolidifyIncompleteError} and what `solidify` throws
+   */
+  async stop(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>, signal?: AbortSignal): Promise<StopReport> {
+    const root = this.#root
+    const lease = await root.keepLease()
+    this.#write({ ...record, phase: 'stopping', epoch: lease.epoch, updatedAtMs: Date.now() })
+    const before = this.#counts()
+    const steps: { step: string; atMs: number }[] = []
+    const onStep = ({ step }: { step: string }) => void steps.push({ step, atMs: performance.now() })
+    let stopMs = performance.now()
+    root.events.on('step', onStep)
+    try {
+      const { version } = await root.solidify({
+        message: `switch from ${record.from.name} to ${record.to.name}`.slice(0, 1000),
+        goesOn: false,
+        quiescence: {
+          begin: async () => {
+            stopMs = performance.now()
+            await this.#hook('stop', 'switch', signal)
+            steps.push({ step: 'hook', atMs: performance.now() })
+          },
+          end: async () => void (await this.#hook('start', 'rollback')),
+        },
+        ...(signal && { signal }),
+      })
+      await lease.check()
+      this.#write({ ...record, phase: 'published', epoch: lease.epoch, updatedAtMs: Date.now() })
+      const after = this.#counts()
+      return {
+        version: version.number,
+        sinceStopMs: performance.now() - stopMs,
+        steps: durationsOf(steps, stopMs),
+        files: after.files - before.files,
+        bytes: after.bytes - before.bytes,
+      }
+    } catch (error) {
+      await this.#undone(record)
+      throw error
+    } finally {
+      root.events.off('step', onStep)
+      this.#sync = undefined
+    }
+  }
+
+  /** Hands the right to write to the target. */
+  async pass(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+    const lease = await this.#root.keepLease()
+    this.#write({ ...record, phase: 'passed', epoch: lease.epoch, updatedAtMs: Date.now() })
+    await this.#root.handOver({ to: record.to.lease })
+  }
+
+  /** Takes the right to write and mounts the version that was published. */
+  async mount(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+    await this.#root.mount()
+    const lease = await this.#root.keepLease()
+    this.#write({ ...record, phase: 'mounted', epoch: lease.epoch, updatedAtMs: Date.now() })
+  }
+
+  /** From here on the container belongs to this node. @throws {LeaseLostError} if another node took it over */
+  async commit(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+    const lease = await this.#root.keepLease()
+    await lease.check()
+    this.#write({ ...record, phase: 'committed', epoch: lease.epoch, updatedAtMs: Date.now() })
+    // A node that stood still between the two was taken for dead.
+    await lease.check()
+  }
+
+  /** The target's way back: the container there is stopped, what it wrote there is given up, and the source may have the root again. */
+  async undo(): Promise<void> {
+    const record = this.#record()
+    await this.#hook('stop', 'rollback')
+    await this.#root.handOver({ to: record.from.lease, discard: true })
+  }
+
+  /**
+   * Settles a switch that nobody drives any more, from what is on the store: the source brings its container back unless the
+   * target has it; the target commits if its container is well, and gives the root back if not. `id`: only that switch.
+   * @throws {SwitchUnknownError}; {LeaseHeldError} while the other end is alive and has said nothing for very long
+   */
+  async settle({ id, signal }: { readonly id?: string; readonly signal?: AbortSignal } = {}): Promise<Settlement> {
+    const me = leaseNameOf(this.#root.node)
+    const startMs = performance.now()
+    for (;;) {
+      signal?.throwIfAborted()
+      const record = this.#record()
+      // Nothing is written of a switch that fails before its first step.
+      if (id !== undefined && record.id !== id) return { runsOn: 'source', phase: 'undone' }
+      const state = await this.#root.leases.read(signal)
+      const settled = settledIn(record, state?.claim)
+      const isMine = state?.claim.node === me && !state.isReleased
+      if (settled?.runsOn !== 'target' && record.to.lease === me && !isMine) await this.#leave()
+      if (settled !== undefined) return settled
+      if (record.to.lease === me) {
+        return isMine ? await this.#settleAsTarget(record) : { runsOn: 'source', phase: record.phase }
+      } else if (record.from.lease !== me) throw new SwitchUnknownError(this.#root.name)
+      else if (await this.#settleAsSource(record, signal)) return { runsOn: 'source', phase: 'undone' }
+      if (performance.now() - startMs > SETTLE_DURATIONS * this.#root.leases.durationMs) {
+        throw new LeaseHeldError(
+          this.#root.home.path,
+          state,
+          'it is alive, and neither commits nor gives the root back',
+        )
+      }
+      await delay(SETTLE_LOOK_MS, undefined, { ...(signal && { signal }) })
+    }
+  }
+
+  /** A target that lost the root while its container was about to start: that one must not run beside the other. */
+  async #leave(): Promise<void> {
+    const { isMounted, hasChanges } = await this.#root.status()
+    if (!isMounted && !hasChanges) return
+    await this.#hook('stop', 'rollback')
+    await this.#root.handOver({ discard: true })
+  }
+
+  async #settleAsTarget(record: SwitchRecord): Promise<Settlement> {
+    try {
+      await this.#root.mount()
+      await this.#hook('start', 'switch')
+      await this.#hook('health', 'switch')
+    } catch (error) {
+      if (error instanceof LeaseLostError) throw error
+      await this.undo()
+      return { runsOn: 'source', phase: record.phase }
+    }
+    await this.commit(record)
+    return { runsOn: 'target', phase: 'committed' }
+  }
+
+  /** Whether the container runs here again; `false` while the target has the root. */
+  async #settleAsSource(record: SwitchRecord, signal: AbortSignal | undefined): Promise<boolean> {
+    const state = await this.#root.leases.read(signal)
+    const me = leaseNameOf(this.#root.node)
+    const isMine = state !== undefined && state.claim.node === me && !state.isReleased
+    try {
+      const takeover = isMine || isFreeFor(state, me) ? undefined : ('expired' as const)
+      await this.#root.mount({ ...(takeover && { takeover }), ...(signal && { signal }) })
+    } catch (error) {
+      if (error instanceof LeaseHeldError) return false
+      throw error
+    }
+    await this.#hook('start', 'rollback')
+    await this.#undone(record)
+    return true
+  }
+
+  async #undone(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+    const lease = await this.#root.keepLease()
+    this.#write({ ...record, phase: 'undone', epoch: lease.epoch, updatedAtMs: Date.now() })
+  }
+
+  #record(): SwitchRecord {
+    const record = readSwitch(this.#root.home)
+    if (record === undefined) throw new SwitchUnknownError(this.#root.name)
+    return record
+  }
+
+  #write({ format, id, from, to, phase, epoch, updatedAtMs }: SwitchRecord): void {
+    writeSwitch(this.#root.home, { format, id, from, to, phase, epoch, updatedAtMs })
+  }
+
+  #hook(name: HookName, reason: string, signal?: AbortSignal): Promise<HookReport | undefined> {
+    const root = this.#root
+    const context = { root: root.name, merged: root.mergedPath, node: root.node.name, reason }
+    return runHook(readHooks(root), name, context, signal)
+  }
+
+  #counts(): { readonly files: number; readonly bytes: number } {
+    const [target] = this.#sync?.status.targets ?? []
+    return { files: target?.files ?? 0, bytes: target?.bytes ?? 0 }
+  }
+}
+
+/** What the record itself says, if it is over. A commit that a later claim has overtaken is none. */
+function settledIn(
+  { phase, epoch, from }: SwitchRecord,
+  claim: { readonly epoch: number; readonly node: string } | undefined,
+): Settlement | undefined {
+  if (phase === 'undone') return { runsOn: 'source', phase }
+  if (phase !== 'committed') return undefined
+  const isOvertaken = claim !== undefined && claim.epoch > epoch && claim.node === from.lease
+  return isOvertaken ? undefined : { runsOn: 'target', phase }
+}
+
+function durationsOf(steps: readonly { step: string; atMs: number }[], startMs: number) {
+  let lastMs = startMs
+  return steps.flatMap(({ step, atMs }) => {
+    if (atMs < startMs) return []
+    const durationMs = atMs - lastMs
+    lastMs = atMs
+    return [{ step, durationMs }]
+  })
+}
