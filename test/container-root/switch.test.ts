@@ -180,10 +180,8 @@ describe.skipIf(!canMountImages())('switching a root', () => {
     ['one', 'solidify:stopped', 'one'],
     ['one', 'solidify:synced', 'one'],
     ['one', 'solidify:published', 'one'],
-    ['one', 'stop', 'one'],
     ['one', 'pass', 'one'],
     ['two', 'mount', 'one'],
-    ['two', 'hook start', 'one'],
     ['two', 'hook health', 'one'],
     ['two', 'commit', 'two'],
   ])('SIGKILL of node %s at %s: one container, on node %s, with all that was published', async (victim, at, place) => {
