@@ -88,6 +88,7 @@ const Response = z.object({
 })
 const LINE_CHARS = 1 << 20
 const PING_MS = 5000
+const CLOSE_MS = 2000
 /** A silence of this long means that the connection is lost: longer than any call that keeps an end from answering. */
 const SILENCE_MS = 60_000
 
@@ -130,8 +131,12 @@ export class RemotePeer implements SwitchPeer {
     this.#failure ??= new ConnectionLostError('it was closed')
     this.#connection.writable.end()
     // It ends by itself once its input has; whoever does not is cut off.
-    const ended = new Promise<void>((resolve) => this.#connection.readable.once('close', resolve))
-    await Promise.race([ended, delay(2000, undefined, { ref: false })])
+    if (!this.#connection.readable.closed) {
+      const closed = new AbortController()
+      const ended = new Promise<void>((resolve) => this.#connection.readable.once('close', resolve))
+      await Promise.race([ended, delay(CLOSE_MS, undefined, { signal: closed.signal }).catch(() => undefined)])
+      closed.abort()
+    }
     this.#connection.destroy()
   }
 
