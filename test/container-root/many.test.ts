@@ -13,7 +13,7 @@ const canRun = needs('a mount', canMountImages())
 const disk = useFileSystem('tmpfs')
 
 test.skipIf(!canRun)(
-  'one process serves a hundred roots, and keeps nothing of them',
+  'one process has a hundred roots mounted, makes versions of ten at once, and keeps nothing of them',
   async () => {
     const at = disk.current.fresh()
     mkdirSync(`${at}/base`)
@@ -30,14 +30,13 @@ test.skipIf(!canRun)(
     try {
       await Promise.all(roots.map((root) => root.mount()))
       for (const [i, { mergedPath }] of roots.entries()) appendFileSync(`${mergedPath}/file`, ` ${i}`)
-      // A few at a time, as an agent would: each brings a sync of its own for a moment.
-      for (let i = 0; i < roots.length; i += 25)
-        await Promise.all(roots.slice(i, i + 25).map((root) => root.solidify()))
+      await Promise.all(roots.slice(0, 10).map((root) => root.solidify()))
       expect(state.rootNames()).toHaveLength(100)
       for (const [i, root] of roots.entries()) {
-        expect(root.versions().map(({ number }) => number)).toEqual([1, 2])
+        expect(root.versions()).toHaveLength(i < 10 ? 2 : 1)
         expect(readFileSync(`${root.mergedPath}/file`, 'utf8')).toBe(`base ${i}`)
-        expect(await root.status()).toMatchObject({ isMounted: true, hasChanges: false, head: 2, errors: [] })
+        const hasChanges = i >= 10
+        expect(await root.status()).toMatchObject({ isMounted: true, hasChanges, head: i < 10 ? 2 : 1, errors: [] })
       }
     } finally {
       for (const root of roots) {
