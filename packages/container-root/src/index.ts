@@ -1,10 +1,3 @@
-export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
-export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
-export * from './lease.ts'
-export * from './records.ts'
-export * from './repository-target.ts'
-export * from './sealed-layer.ts'
-export * from './store-form.ts'
 export * from './cgroup.ts'
 export { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 export {
@@ -28,15 +21,17 @@ export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './node-state.ts'
 export * from './quiescence.ts'
 export * from './records.ts'
+export * from './repository-target.ts'
 export * from './root-hooks.ts'
 export * from './sealed-layer.ts'
-export {
+export * from './store-form.ts'
+
   SolidifyIncompleteError,
   type SolidifyReport,
   type SolidifyRequest,
 } from './solidify.ts'
+
 export type { LayerStatus, RootStatus } from './status.ts'
-export * from './store-form.ts'
 export * from './switch.ts'
 export * from './switch-errors.ts'
 export * from './switch-peer.ts'
