@@ -24,14 +24,13 @@ export * from './records.ts'
 export * from './repository-target.ts'
 export * from './root-hooks.ts'
 export * from './sealed-layer.ts'
-export * from './store-form.ts'
-
+export {
   SolidifyIncompleteError,
   type SolidifyReport,
   type SolidifyRequest,
 } from './solidify.ts'
-
 export type { LayerStatus, RootStatus } from './status.ts'
+export * from './store-form.ts'
 export * from './switch.ts'
 export * from './switch-errors.ts'
 export * from './switch-peer.ts'
