@@ -13,7 +13,7 @@ const canRun = needs('a mount', canMountImages())
 const disk = useFileSystem('tmpfs')
 
 test.skipIf(!canRun)(
-  'one process has a hundred roots mounted, makes versions of ten at once, and keeps nothing of them',
+  'one process has a hundred roots mounted, makes versions of all, ten at once, and keeps nothing of them',
   async () => {
     const at = disk.current.fresh()
     mkdirSync(`${at}/base`)
@@ -30,13 +30,12 @@ test.skipIf(!canRun)(
     try {
       await Promise.all(roots.map((root) => root.mount()))
       for (const [i, { mergedPath }] of roots.entries()) appendFileSync(`${mergedPath}/file`, ` ${i}`)
-      await Promise.all(roots.slice(0, 10).map((root) => root.solidify()))
+      for (let i = 0; i < 100; i += 10) await Promise.all(roots.slice(i, i + 10).map((root) => root.solidify()))
       expect(state.rootNames()).toHaveLength(100)
       for (const [i, root] of roots.entries()) {
-        expect(root.versions()).toHaveLength(i < 10 ? 2 : 1)
+        expect(root.versions()).toHaveLength(2)
         expect(readFileSync(`${root.mergedPath}/file`, 'utf8')).toBe(`base ${i}`)
-        const hasChanges = i >= 10
-        expect(await root.status()).toMatchObject({ isMounted: true, hasChanges, head: i < 10 ? 2 : 1, errors: [] })
+        expect(await root.status()).toMatchObject({ isMounted: true, hasChanges: false, head: 2, errors: [] })
       }
     } finally {
       for (const root of roots) {

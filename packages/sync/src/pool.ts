@@ -22,6 +22,7 @@ interface Member {
   task: Task | undefined
   readonly closing: Map<number, () => void>
   rested: (() => void) | undefined
+  isDead: boolean
 }
 
 interface Task {
@@ -73,17 +74,22 @@ class WorkerPool {
   async close(session: number): Promise<void> {
     if (!this.#sessions.delete(session)) return
     await Promise.all(
-      this.#members.map(
-        (member) =>
-          new Promise<void>((resolve) => {
-            member.worker.ref()
-            member.closing.set(session, resolve)
-            member.worker.postMessage({ close: session } satisfies ToWorker)
-          }),
-      ),
+      // One that has died closes nothing any more, and holds nothing either.
+      this.#members
+        .filter(({ isDead }) => !isDead)
+        .map(
+          (member) =>
+            new Promise<void>((resolve) => {
+              member.worker.ref()
+              member.closing.set(session, resolve)
+              member.worker.postMessage({ close: session } satisfies ToWorker)
+            }),
+        ),
     )
-    if (this.#sessions.size === 0) {
+    // Another session that is being closed still waits for the answers of these threads: the last one ends them.
+    if (this.#sessions.size === 0 && this.#members.every(({ closing }) => closing.size === 0)) {
       this.#most = WIDTH
+      this.#failure = undefined
       await Promise.all(this.#members.splice(0).map(({ worker }) => worker.terminate()))
     }
   }
@@ -140,7 +146,15 @@ class WorkerPool {
     const worker = new Worker(new URL('./sync-worker.ts', import.meta.url))
     const credit = new Int32Array(new SharedArrayBuffer(4))
     credit[0] = CREDIT_BYTES
-    const member: Member = { lane, worker, credit, task: undefined, closing: new Map(), rested: undefined }
+    const member: Member = {
+      lane,
+      worker,
+      credit,
+      task: undefined,
+      closing: new Map(),
+      rested: undefined,
+      isDead: false,
+    }
     worker.on('message', (message: FromWorker) => this.#receive(member, message))
     worker.on('error', (error) => this.#fail(member, error))
     worker.on('exit', (code) => this.#fail(member, new Error(`a worker ended with code ${code}`)))
@@ -178,7 +192,7 @@ class WorkerPool {
     if ('closed' in message) {
       member.closing.get(message.closed)?.()
       member.closing.delete(message.closed)
-      if (member.closing.size === 0 && member.task === undefined) member.worker.unref()
+      release(member)
       return
     }
     const { task } = member
@@ -195,7 +209,7 @@ class WorkerPool {
       return
     }
     member.task = undefined
-    member.worker.unref()
+    release(member)
     if ('error' in message) task.reject(unpacked(message.error))
     else {
       const { result } = message
@@ -207,10 +221,18 @@ class WorkerPool {
   #fail(failed: Member, error: unknown): void {
     // Those that were told to end are no members any more.
     if (!this.#members.includes(failed)) return
+    failed.isDead = true
+    for (const resolve of failed.closing.values()) resolve()
+    failed.closing.clear()
     this.#failure = error
     for (const { task } of this.#members) task?.reject(error)
     for (const task of this.#queue.splice(0)) task.reject(error)
   }
+}
+
+/** The process may end when nobody waits for this thread any more. */
+function release({ worker, task, closing }: Member): void {
+  if (task === undefined && closing.size === 0) worker.unref()
 }
 
 function isRemote(delivery: SessionInit['delivery']): boolean {
