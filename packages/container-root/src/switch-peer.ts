@@ -104,7 +104,10 @@ export class RemotePeer implements SwitchPeer {
   constructor(connection: Connection) {
     this.#connection = connection
     void this.#read()
-    connection.writable.on('error', (error: Error) => this.#fail(new ConnectionLostError(error.message)))
+    // A program that ends at once tells why by its end, which may come after the first write that it did not read.
+    connection.writable.on('error', async ({ message }: Error) =>
+      this.#fail((await connection.explain()) ?? new ConnectionLostError(message)),
+    )
     this.#pinger = setInterval(() => {
       if (performance.now() - this.#heardMs > SILENCE_MS) {
         this.#fail(new ConnectionLostError(`nothing came for ${SILENCE_MS / 1000} s`))
