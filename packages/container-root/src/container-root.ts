@@ -208,8 +208,8 @@ export class ContainerRoot {
 
   /**
    * Mounts the root for writing: claims the lease, takes the newest version if there are no changes here, and makes sure that the
-   * layers stay. Mounted already is fine.
-   * @throws {LeaseHeldError}, {UpperStaleError}, {LayerMissingError}
+   * layers stay. Mounted already is fine, on the newest version.
+   * @throws {LeaseHeldError}, {UpperStaleError}, {LayerMissingError}, {RootBusyError} if it is mounted on an older one and used
    */
   mount(request: MountRequest = {}): Promise<NodeRootRecord['base']> {
     return this.#exclusive(async () => {
@@ -218,10 +218,17 @@ export class ContainerRoot {
       const head = home.head()
       const config = configOf(this.#context)
       const isCurrent = head.number === config.base.version || head.number === config.liveVersion
-      if (findMount(root) === undefined && (!isCurrent || request.discard === true)) {
-        if (root.hasChanges() && request.discard !== true) {
+      if (!isCurrent || (findMount(root) === undefined && request.discard === true)) {
+        const assertNothingLost = () => {
+          if (request.discard === true || !root.hasChanges()) return
           throw new UpperStaleError(root.upperPath, config.base.version, head.number)
         }
+        assertNothingLost()
+        unmountRoot(root)
+        await this.#sync?.stop()
+        this.#sync = undefined
+        // Until then a container could write.
+        assertNothingLost()
         this.#abandonUpper(config)
         startFrom(this.#context, head, config)
       }

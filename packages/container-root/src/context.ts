@@ -7,13 +7,13 @@ import type { NodeRoot } from './node-state.ts'
 import type { LayerRecord, NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
 import { openSealed } from './sealed-layer.ts'
 
-/** The upper has changes on a version that is not the newest one any more: another node has published since. */
+/** The upper lies on a version that is not the newest one any more: another node has published since. */
 export class UpperStaleError extends LsyncError {
   constructor(path: string, base: number, head: number) {
     super(
       'UPPER_STALE',
-      `${printable(path)} has changes on version ${base}, but the newest version is ${head}, which knows nothing of them`,
-      { path, hint: 'save what is needed from the upper, then go on from the newest version with --discard' },
+      `${printable(path)} lies on version ${base}, but the newest version is ${head}, which knows nothing of what is in it`,
+      { path, hint: 'save what is needed from it, then go on from the newest version: `lsync root mount --discard`' },
     )
   }
 }
@@ -57,6 +57,16 @@ export function configOf({ root, name }: RootContext): NodeRootRecord {
   const config = root.readConfig()
   if (config === undefined) throw new Error(`the root ${name} was opened without a configuration`)
   return config
+}
+
+/**
+ * Makes sure that what is published next stands on the newest version: a lease alone does not say that nobody has published
+ * between two that this node had.
+ * @throws {UpperStaleError}
+ */
+export function assertCurrent({ home, root }: RootContext, { base, liveVersion }: NodeRootRecord): void {
+  const { number } = home.head()
+  if (number !== base.version && number !== liveVersion) throw new UpperStaleError(root.upperPath, base.version, number)
 }
 
 /**

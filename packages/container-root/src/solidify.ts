@@ -2,7 +2,7 @@ import { cloneLayer } from '@lsync/overlay-merge'
 import { bytesOf, close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
 import { type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
 import { thawCgroup } from './cgroup.ts'
-import { configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
+import { assertCurrent, configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
 import { findMount, openDirectoryAt, unmountRoot } from './mount.ts'
 import type { Quiescence } from './quiescence.ts'
 import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
@@ -99,6 +99,7 @@ class Solidify {
     const { root } = this.#context
     const lease = await ensureLease(this.#context, this.#request)
     const config = configOf(this.#context)
+    assertCurrent(this.#context, config)
     if (!root.has('upper')) makeUpperOn(this.#context, config.base.layers)
     const wasMounted = findMount(root) !== undefined
     const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
@@ -136,6 +137,7 @@ class Solidify {
     const { root, home } = this.#context
     const lease = await ensureLease(this.#context, this.#request)
     const config = configOf(this.#context)
+    assertCurrent(this.#context, config)
     const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
     const layerId = randomHex(16)
     const journal = this.#journal(config, lease.epoch, layerId, true)

@@ -1,0 +1,43 @@
+import { existsSync, readFileSync, writeFileSync } from 'node:fs'
+import { ContainerRoot } from '@lsync/container-root'
+import { describe, expect, test } from 'vitest'
+import { dir, file } from '../support/build.ts'
+import { useFileSystem } from '../support/image.ts'
+import { canMountImages } from '../support/ready.ts'
+import { makeSite, type Site, withRoot } from './roots.ts'
+
+describe.skipIf(!canMountImages())('two nodes that want to write one root', () => {
+  const disk = useFileSystem('ext4')
+
+  const setUp = (): Promise<Site> => {
+    const at = disk.current.fresh()
+    return makeSite(at, at, dir({ etc: dir({ hostname: file('lab') }) }))
+  }
+
+  /** Another node takes the root away from the first, publishes a version with a file in it, and leaves. */
+  const takeAway = (site: Site, name: string) =>
+    withRoot(site, 'two', async (other) => {
+      await other.mount({ takeover: 'force' })
+      writeFileSync(`${other.mergedPath}/${name}`, 'two')
+      await other.solidify()
+      await other.unmount()
+    })
+
+  test('a root that stayed mounted on an old version is no ground for the next one', async () => {
+    const site = await setUp()
+    const first = await ContainerRoot.open(site.home, 'lab', { state: site.node('one') })
+    await first.mount()
+    await first.close()
+    await takeAway(site, 'by-two')
+    // Nothing was written here, so that the lease may be claimed anew; what lies under the upper is old all the same.
+    await withRoot(site, 'one', async (root) => {
+      await expect(root.solidify()).rejects.toMatchObject({ code: 'UPPER_STALE' })
+      await expect(root.solidify({ live: true })).rejects.toMatchObject({ code: 'UPPER_STALE' })
+      expect(root.versions()).toHaveLength(2)
+      await root.mount()
+      expect(readFileSync(`${root.mergedPath}/by-two`, 'utf8')).toBe('two')
+      await root.solidify()
+      expect(existsSync(`${root.mergedPath}/by-two`)).toBe(true)
+    })
+  })
+})
