@@ -40,4 +40,20 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       expect(existsSync(`${root.mergedPath}/by-two`)).toBe(true)
     })
   })
+
+  test('a node whose changes were overtaken is refused, and may give them up', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async (root) => {
+      await root.mount()
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      await takeAway(site, 'by-two')
+      await expect(root.solidify()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+      await expect(root.mount()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+      expect(readFileSync(`${root.mergedPath}/by-one`, 'utf8')).toBe('one')
+      await root.mount({ discard: true })
+      expect(readFileSync(`${root.mergedPath}/by-two`, 'utf8')).toBe('two')
+      expect(existsSync(`${root.mergedPath}/by-one`)).toBe(false)
+      await root.solidify()
+    })
+  })
 })

@@ -72,15 +72,20 @@ export function assertCurrent({ home, root }: RootContext, { base, liveVersion }
 /**
  * The right to write the root: the one that this process or this node has already, or a new claim. The copy of the upper moves
  * along to the new epoch's directory.
- * @throws {LeaseHeldError} if another node has it; {LeaseLostError} if it was lost while the upper has changes
+ * @throws {LeaseHeldError} if another node has it; {LeaseLostError} if it was lost while the upper has changes, which
+ * `discard` gives up
  */
 export async function ensureLease(
   context: RootContext,
-  options: { readonly signal?: AbortSignal | undefined; readonly takeover?: 'expired' | 'force' | undefined } = {},
+  options: {
+    readonly signal?: AbortSignal | undefined
+    readonly takeover?: 'expired' | 'force' | undefined
+    readonly discard?: boolean | undefined
+  } = {},
 ): Promise<Lease> {
   const { root, leases, node, home } = context
   const config = configOf(context)
-  const lease = (await standing(context, config)) ?? (await claim())
+  const lease = (await standing(context, config, options.discard === true)) ?? (await claim())
   context.lease = lease
   if (config.lease?.epoch === lease.epoch && config.incomingEpoch === lease.epoch) return lease
   home.moveIncoming(config.upperId, config.incomingEpoch, lease.epoch)
@@ -95,17 +100,23 @@ export async function ensureLease(
   }
 }
 
-async function standing(context: RootContext, config: NodeRootRecord): Promise<Lease | undefined> {
-  if (context.lease !== undefined && !context.lease.signal.aborted) {
-    await context.lease.heartbeat()
-    return context.lease
+async function standing(context: RootContext, config: NodeRootRecord, discard: boolean): Promise<Lease | undefined> {
+  const { lease, leases, root } = context
+  if (lease !== undefined && !lease.signal.aborted) {
+    try {
+      await lease.heartbeat()
+      return lease
+    } catch (error) {
+      if (!(error instanceof LeaseLostError) || !discard) throw error
+      return undefined
+    }
   }
   if (config.lease === undefined) return undefined
   try {
-    return await context.leases.resume(config.lease)
+    return await leases.resume(config.lease)
   } catch (error) {
     // What another node published since knows nothing of the changes in this upper.
-    if (!(error instanceof LeaseLostError) || context.root.hasChanges()) throw error
+    if (!(error instanceof LeaseLostError) || (root.hasChanges() && !discard)) throw error
     return undefined
   }
 }

@@ -100,7 +100,7 @@ export class LeaseLostError extends LsyncError {
   constructor(where: string, epoch: number, why: string) {
     super('LEASE_LOST', `epoch ${epoch} of ${printable(where)} may not write any more: ${why}`, {
       path: where,
-      hint: 'stop the container on this node; what it wrote since is in its upper and was not published',
+      hint: 'stop the container on this node, save what it wrote since from its upper, then `lsync root mount --discard`',
     })
   }
 }
