@@ -56,4 +56,18 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       await root.solidify()
     })
   })
+
+  test('a sync that follows goes on when a solidify is refused, and the refusal is what is told', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async (root) => {
+      await root.mount()
+      await root.startSync()
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      await takeAway(site, 'by-two')
+      await expect(root.solidify()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+      await root.mount({ discard: true })
+      await root.startSync()
+      await root.solidify()
+    })
+  })
 })

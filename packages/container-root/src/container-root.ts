@@ -270,17 +270,27 @@ export class ContainerRoot {
   /** Makes a version of what the root holds now. @throws {SolidifyIncompleteError}, {LeaseLostError}, {RootBusyError} */
   solidify(request: SolidifyRequest = {}): Promise<SolidifyReport> {
     return this.#exclusive(async () => {
-      const wasFollowing = this.#sync !== undefined
       const running = this.#sync
-      if (request.live !== true) this.#sync = undefined
       try {
         return await solidify(this.#context, request, running)
       } finally {
-        if (wasFollowing && findMount(this.#context.root) !== undefined) {
-          this.#sync ??= await openUpperSync(this.#context, configOf(this.#context), { once: false })
-        }
+        if (running !== undefined && request.live !== true) await this.#followAgain(running)
       }
     })
+  }
+
+  /** A sync ends with the upper that it follows. What goes wrong here takes nothing back of what was done, and is told. */
+  async #followAgain(ended: Sync): Promise<void> {
+    this.#sync = undefined
+    try {
+      // Where nothing was begun it runs still, and has the target.
+      await ended.stop()
+      if (findMount(this.#context.root) === undefined) return
+      this.#sync = await openUpperSync(this.#context, configOf(this.#context), { once: false })
+    } catch (cause) {
+      const error = cause instanceof Error ? cause : new Error(String(cause))
+      this.events.emit('problem', { verb: 'solidify', error })
+    }
   }
 
   /** All versions that count, oldest first. */

@@ -102,8 +102,8 @@ class Solidify {
     assertCurrent(this.#context, config)
     if (!root.has('upper')) makeUpperOn(this.#context, config.base.layers)
     const wasMounted = findMount(root) !== undefined
-    const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
     let journal = this.#journal(config, lease.epoch, config.upperId, wasMounted)
+    const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
     try {
       // Most of it travels while the container still runs.
       if (wasMounted) await sync.flush({ rounds: 1 })
@@ -138,9 +138,9 @@ class Solidify {
     const lease = await ensureLease(this.#context, this.#request)
     const config = configOf(this.#context)
     assertCurrent(this.#context, config)
-    const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
     const layerId = randomHex(16)
     const journal = this.#journal(config, lease.epoch, layerId, true)
+    const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
     try {
       await sync.flush({ rounds: 1 })
       this.#step('copied')
