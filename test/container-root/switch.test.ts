@@ -1,4 +1,5 @@
 import { type ChildProcess, spawn } from 'node:child_process'
+import { EventEmitter } from 'node:events'
 import { existsSync, readFileSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
@@ -6,9 +7,12 @@ import {
   ContainerRoot,
   FileLeases,
   type Hooks,
+  type LeaseClaim,
+  LeaseUnreachableError,
   LocalPeer,
   RemotePeer,
   readSwitch,
+  type SwitchEvents,
   type SwitchFailedError,
   SwitchSide,
   switchRoot,
@@ -172,6 +176,56 @@ describe.skipIf(!canMountImages())('switching a root', () => {
     const again = await lab.open('one')
     writeHooks(again, hooksOf(lab.at, 'one'))
     await again.close()
+  })
+
+  /** A source whose store does not answer once, when `hiccup` was called. */
+  async function withHiccup<T>(
+    lab: Lab,
+    use: (source: LocalPeer, target: LocalPeer, root: ContainerRoot, hiccup: () => void) => Promise<T>,
+  ): Promise<T> {
+    let isDue = false
+    class ShakyLeases extends FileLeases {
+      override async assertNewest(claim: LeaseClaim): Promise<void> {
+        const fails = isDue
+        isDue = false
+        if (fails) throw new LeaseUnreachableError('the store', new Error('no answer'))
+        await super.assertNewest(claim)
+      }
+    }
+    // Heartbeats come so rarely that none takes the failure.
+    const leases = ({ leaseDirectory }: { leaseDirectory: string }) => new ShakyLeases(leaseDirectory)
+    const root = await ContainerRoot.open(lab.site.home, 'lab', { state: lab.site.node('one'), leases })
+    const target = await lab.open('two')
+    try {
+      const hiccup = () => {
+        isDue = true
+      }
+      return await use(new LocalPeer(new SwitchSide(root)), new LocalPeer(new SwitchSide(target)), root, hiccup)
+    } finally {
+      await root.close()
+      await target.close()
+    }
+  }
+
+  test('a store that fails once when the last changes are published already stops no container for good', async () => {
+    const lab = await setUp()
+    const failed = withHiccup(lab, (source, target, root, hiccup) => {
+      root.events.on('step', ({ verb, step }) => (verb === 'solidify' && step === 'published' ? hiccup() : undefined))
+      return switchRoot({ name: 'lab', source, target })
+    })
+    await expect(failed).rejects.toMatchObject({ code: 'SWITCH_FAILED', runsOn: 'source' })
+    expect(lab.runsOn()).toEqual(['one'])
+  })
+
+  test('a store that fails once before the container is stopped leaves it where it is, and says so', async () => {
+    const lab = await setUp()
+    const failed = withHiccup(lab, (source, target, _root, hiccup) => {
+      const events = new EventEmitter<SwitchEvents>()
+      events.on('phase', ({ phase }) => (phase === 'pre-copy' ? hiccup() : undefined))
+      return switchRoot({ name: 'lab', source, target, events })
+    })
+    await expect(failed).rejects.toMatchObject({ code: 'SWITCH_FAILED', runsOn: 'source' })
+    expect(lab.runsOn()).toEqual(['one'])
   })
 
   // Where it is killed, and where the container runs once the killed node has settled what it had begun.

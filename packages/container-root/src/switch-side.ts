@@ -136,7 +136,7 @@ export class SwitchSide {
   }
 
   /**
-   * Stops the container and publishes what it had written. If that fails it runs again here.
+   * Stops the container and publishes what it had written. If that fails it runs again here, or will when it is settled.
    * @throws {HookFailedError}, {SolidifyIncompleteError} and what `solidify` throws
    */
   async stop(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>, signal?: AbortSignal): Promise<StopReport> {
@@ -147,6 +147,7 @@ export class SwitchSide {
     const steps: { step: string; atMs: number }[] = []
     const onStep = ({ step }: { step: string }) => void steps.push({ step, atMs: performance.now() })
     let stopMs = performance.now()
+    let isPublished = false
     root.events.on('step', onStep)
     try {
       const { version } = await root.solidify({
@@ -162,6 +163,7 @@ export class SwitchSide {
         },
         ...(signal && { signal }),
       })
+      isPublished = true
       await lease.check()
       this.#write({ ...record, phase: 'published', epoch: lease.epoch, updatedAtMs: Date.now() })
       const after = this.#counts()
@@ -173,7 +175,8 @@ export class SwitchSide {
         bytes: after.bytes - before.bytes,
       }
     } catch (error) {
-      await this.#undone(record)
+      // A solidify that fails starts it again; after one that did not, nobody has, and `settle` is to find that out.
+      if (!isPublished) await this.#undone(record)
       throw error
     } finally {
       root.events.off('step', onStep)
@@ -221,9 +224,9 @@ export class SwitchSide {
     const startMs = performance.now()
     for (;;) {
       signal?.throwIfAborted()
-      const record = this.#record()
       // Nothing is written of a switch that fails before its first step.
-      if (id !== undefined && record.id !== id) return { runsOn: 'source', phase: 'undone' }
+      if (id !== undefined && readSwitch(this.#root.home)?.id !== id) return { runsOn: 'source', phase: 'undone' }
+      const record = this.#record()
       const state = await this.#root.leases.read(signal)
       const settled = settledIn(record, state?.claim)
       const isMine = state?.claim.node === me && !state.isReleased
