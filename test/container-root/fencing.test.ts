@@ -1,5 +1,5 @@
 import { existsSync, readFileSync, writeFileSync } from 'node:fs'
-import { ContainerRoot } from '@lsync/container-root'
+import { ContainerRoot, collectGarbage, FileLeases, type LeaseClaim } from '@lsync/container-root'
 import { describe, expect, test } from 'vitest'
 import { dir, file } from '../support/build.ts'
 import { useFileSystem } from '../support/image.ts'
@@ -69,5 +69,38 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       await root.startSync()
       await root.solidify()
     })
+  })
+
+  test('a gc in the middle of a rollback takes none of the layers that it goes back to', async () => {
+    const site = await setUp()
+    let atCheck: (() => Promise<unknown>) | undefined
+    class WatchedLeases extends FileLeases {
+      override async assertNewest(claim: LeaseClaim): Promise<void> {
+        await super.assertNewest(claim)
+        await atCheck?.()
+      }
+    }
+    const root = await ContainerRoot.open(site.home, 'lab', {
+      state: site.node('one'),
+      leases: ({ leaseDirectory }) => new WatchedLeases(leaseDirectory),
+    })
+    try {
+      await root.mount()
+      // Each live version replaces the layer of the one before, so nothing but version 2 has this one.
+      for (const text of ['then', 'now']) {
+        writeFileSync(`${root.mergedPath}/text`, text)
+        await root.solidify({ live: true })
+      }
+      await root.unmount()
+      atCheck = () => collectGarbage(root.home, { keep: 1 })
+      const { number } = await root.rollback({ to: 2, discard: true })
+      atCheck = undefined
+      expect(root.home.head().number).toBe(number)
+      await root.mount()
+      expect(readFileSync(`${root.mergedPath}/text`, 'utf8')).toBe('then')
+    } finally {
+      await root.unmount().catch(() => undefined)
+      await root.close()
+    }
   })
 })

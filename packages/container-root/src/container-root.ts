@@ -319,19 +319,22 @@ export class ContainerRoot {
       if (findMount(root) !== undefined) throw new RootBusyError(root.mergedPath, 'it is mounted')
       const version = home.version(request.to)
       if (root.hasChanges() && request.discard !== true) throw new UnsavedChangesError(root.upperPath)
-      const lease = await ensureLease(this.#context, request)
-      const published = await home.publishVersion(
-        {
-          parent: home.head().number,
-          layers: version.layers,
-          madeBy: 'rollback',
-          sameAs: version.number,
-          nodeId: node.id,
-          nodeName: node.name,
-          ...(request.message === undefined ? {} : { message: request.message }),
-        },
-        lease,
-      )
+      // Until a version names them again, a gc could take its layers.
+      const published = await withLayersInUse(this.#context, version.number, version.layers, async () => {
+        const lease = await ensureLease(this.#context, request)
+        return home.publishVersion(
+          {
+            parent: home.head().number,
+            layers: version.layers,
+            madeBy: 'rollback',
+            sameAs: version.number,
+            nodeId: node.id,
+            nodeName: node.name,
+            ...(request.message === undefined ? {} : { message: request.message }),
+          },
+          lease,
+        )
+      })
       this.#abandonUpper(configOf(this.#context))
       startFrom(this.#context, published)
       // The new upper is empty, so nothing is lost with what lay under the old one.
