@@ -103,4 +103,16 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       await root.close()
     }
   })
+
+  test('what two take away at once is taken away once', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async ({ home }) => {
+      const { number, layers } = home.head()
+      home.trashVersion(number)
+      home.trashVersion(number)
+      home.trashLayer(layers[0] as string)
+      home.trashLayer(layers[0] as string)
+      expect(home.trashNames()).toHaveLength(2)
+    })
+  })
 })

@@ -260,14 +260,7 @@ export class Home {
   }
 
   #tryOpenLayer(id: string): number | undefined {
-    return this.#in('layers', ({ fd }) => {
-      try {
-        return openat(fd, id as ByteString, DIRECTORY_FLAGS)
-      } catch (cause) {
-        if (errnoOf(cause) === 'ENOENT') return undefined
-        throw cause
-      }
-    })
+    return this.#in('layers', ({ fd }) => tryOpenDirectory(fd, id as ByteString))
   }
 
   /**
@@ -406,9 +399,7 @@ export class Home {
   trashLayer(id: string): void {
     this.#in('layers', (layers) =>
       this.#in('trash', (trash) => {
-        if (tryStatAt(layers.fd, id as ByteString) !== undefined) {
-          move(layers.fd, id as ByteString, trash.fd, `layer-${id}` as ByteString)
-        }
+        moveIfThere(layers.fd, id as ByteString, trash.fd, `layer-${id}` as ByteString)
       }),
     )
   }
@@ -416,9 +407,9 @@ export class Home {
   /** Takes a version out of sight, for good. */
   trashVersion(number: number): void {
     this.#in('versions', (versions) =>
-      this.#in('trash', (trash) =>
-        move(versions.fd, `${number}.json` as ByteString, trash.fd, `version-${number}.json` as ByteString),
-      ),
+      this.#in('trash', (trash) => {
+        moveIfThere(versions.fd, `${number}.json` as ByteString, trash.fd, `version-${number}.json` as ByteString)
+      }),
     )
   }
 
@@ -433,12 +424,7 @@ export class Home {
       this.#in('trash', (trash) =>
         trashedLayers(trash).flatMap(({ name, record }) => {
           if (!isNeeded(record)) return []
-          try {
-            move(trash.fd, name, layers.fd, record.id as ByteString)
-          } catch (cause) {
-            // Somebody else was faster.
-            if (errnoOf(cause) !== 'ENOENT') throw cause
-          }
+          moveIfThere(trash.fd, name, layers.fd, record.id as ByteString)
           return [record.id]
         }),
       ),
@@ -527,6 +513,15 @@ function numbersIn({ fd }: RecordPlace, claimed = false): number[] {
     .sort((left, right) => left - right)
 }
 
+function tryOpenDirectory(fd: number, name: ByteString): number | undefined {
+  try {
+    return openat(fd, name, DIRECTORY_FLAGS)
+  } catch (cause) {
+    if (errnoOf(cause) === 'ENOENT') return undefined
+    throw cause
+  }
+}
+
 function statBeneath(fd: number, directory: ByteString, name: ByteString): boolean {
   return withFd(openat(fd, directory, DIRECTORY_FLAGS), (inner) => tryStatAt(inner, name) !== undefined)
 }
@@ -548,10 +543,20 @@ function move(fromFd: number, from: ByteString, toFd: number, to: ByteString): v
   fsync(fromFd, from)
 }
 
+/** As `move`, for what several nodes move at once: only one of them finds it. */
+function moveIfThere(fromFd: number, from: ByteString, toFd: number, to: ByteString): void {
+  try {
+    move(fromFd, from, toFd, to)
+  } catch (cause) {
+    if (errnoOf(cause) !== 'ENOENT') throw cause
+  }
+}
+
 function trashedLayers(trash: RecordPlace): { name: ByteString; record: LayerRecord }[] {
   return namesIn(trash.fd).flatMap((name) => {
     if (!TRASHED_LAYER.test(name)) return []
-    const fd = openat(trash.fd, name, DIRECTORY_FLAGS)
+    const fd = tryOpenDirectory(trash.fd, name)
+    if (fd === undefined) return []
     const record = withFd(fd, () =>
       readRecord({ fd, path: `${trash.path}/${name}` as HostPath }, LAYER_JSON, LayerRecord),
     )
