@@ -41,6 +41,20 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
     })
   })
 
+  test('a root without changes that was taken over meanwhile is unmounted without complaint', async () => {
+    const site = await setUp()
+    const first = await ContainerRoot.open(site.home, 'lab', { state: site.node('one') })
+    await first.mount()
+    await first.close()
+    await takeAway(site, 'by-two')
+    await withRoot(site, 'one', async (root) => {
+      expect(await root.unmount()).toEqual({ hasChanges: false })
+      expect(await root.unmount()).toEqual({ hasChanges: false })
+      await root.mount()
+      expect(existsSync(`${root.mergedPath}/by-two`)).toBe(true)
+    })
+  })
+
   test('a node whose changes were overtaken is refused, and may give them up', async () => {
     const site = await setUp()
     await withRoot(site, 'one', async (root) => {

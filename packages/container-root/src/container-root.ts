@@ -6,6 +6,7 @@ import { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 import {
   configOf,
   ensureLease,
+  forgetLease,
   giveLeaseBack,
   mountBase,
   type RootContext,
@@ -173,9 +174,7 @@ export class ContainerRoot {
       } catch (error) {
         // Another node has it already.
         if (options.discard !== true || !(error instanceof LeaseLostError)) throw error
-        this.#context.lease = undefined
-        const { lease: _, ...rest } = configOf(this.#context)
-        root.writeConfig(rest)
+        forgetLease(this.#context)
       }
     })
   }
@@ -251,7 +250,13 @@ export class ContainerRoot {
       const hasChanges = root.hasChanges()
       if (!hasChanges) {
         home.forgetMounted(node.id)
-        await giveLeaseBack(this.#context)
+        try {
+          await giveLeaseBack(this.#context)
+        } catch (error) {
+          // Another node has taken it over, and nothing here is lost by that.
+          if (!(error instanceof LeaseLostError)) throw error
+          forgetLease(this.#context)
+        }
       }
       return { hasChanges }
     })

@@ -127,7 +127,13 @@ export async function giveLeaseBack(context: RootContext, to?: string): Promise<
   const lease = context.lease ?? (config.lease === undefined ? undefined : await context.leases.resume(config.lease))
   context.lease = undefined
   if (lease !== undefined) await lease.release({ to })
-  const { lease: _, ...rest } = config
+  forgetLease(context)
+}
+
+/** Nothing is to be given back: another node has the right to write, or has had it since. */
+export function forgetLease(context: RootContext): void {
+  context.lease = undefined
+  const { lease: _, ...rest } = configOf(context)
   context.root.writeConfig(rest)
 }
 
