@@ -1,6 +1,7 @@
-import { existsSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { ContainerRoot, collectGarbage, FileLeases, type LeaseClaim } from '@lsync/container-root'
-import { describe, expect, test } from 'vitest'
+import { setSyscallHook } from '@lsync/posix'
+import { describe, expect, onTestFinished, test } from 'vitest'
 import { dir, file } from '../support/build.ts'
 import { useFileSystem } from '../support/image.ts'
 import { canMountImages } from '../support/ready.ts'
@@ -128,5 +129,17 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       home.trashLayer(layers[0] as string)
       expect(home.trashNames()).toHaveLength(2)
     })
+  })
+
+  test('two processes that open a root for the first time at once both have it', async () => {
+    const site = await setUp()
+    const state = site.node('one')
+    onTestFinished(() => setSyscallHook(undefined))
+    setSyscallHook((syscall, path) => {
+      if (syscall === 'mkdirat' && path === 'replicas') mkdirSync(`${state.path}/roots/lab/replicas`, { mode: 0o700 })
+    })
+    const root = state.openRoot('lab', { create: true })
+    expect(root.replicas()).toEqual([])
+    root.close()
   })
 })

@@ -4,6 +4,7 @@ import {
   type ByteString,
   bytesOf,
   close,
+  errnoOf,
   fsync,
   type HostPath,
   LsyncError,
@@ -295,6 +296,11 @@ function assertTrusted(fd: number, path: string): void {
 
 function ensureDirectory(fd: number, name: ByteString): void {
   if (tryStatAt(fd, name) !== undefined) return
-  makeDirectory(fd, name, 0o700)
+  try {
+    makeDirectory(fd, name, 0o700)
+  } catch (cause) {
+    // Another process opens the same root.
+    if (errnoOf(cause) !== 'EEXIST') throw cause
+  }
   fsync(fd, name)
 }
