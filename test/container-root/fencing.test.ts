@@ -1,3 +1,5 @@
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { ContainerRoot, collectGarbage, FileLeases, type LeaseClaim } from '@lsync/container-root'
 import { setSyscallHook } from '@lsync/posix'
@@ -141,5 +143,24 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
     const root = state.openRoot('lab', { create: true })
     expect(root.replicas()).toEqual([])
     root.close()
+  })
+
+  test('processes in namespaces of their own that come and go keep nobody from unmounting', async () => {
+    const site = await setUp()
+    // Each has a copy of the mount, and ends while it is looked at.
+    const loops = 'for i in 1 2 3 4; do while :; do unshare --mount sleep 0.01; done & done; wait'
+    const passing = spawn('sh', ['-c', loops], { stdio: 'ignore', detached: true })
+    try {
+      await withRoot(site, 'one', async (root) => {
+        for (let i = 0; i < 10; i++) {
+          await root.mount()
+          await root.unmount()
+        }
+      })
+    } finally {
+      const ended = once(passing, 'exit')
+      process.kill(-(passing.pid as number), 'SIGKILL')
+      await ended
+    }
   })
 })

@@ -4,6 +4,7 @@ import {
   close,
   errnoOf,
   type HostPath,
+  type Mount,
   type MountOptions,
   mountOverlay,
   O_DIRECTORY,
@@ -98,11 +99,28 @@ export function unmountRoot(root: NodeRoot): void {
 
 /** No process uses an overlay that has this root's upper, in whatever mount namespace. */
 function assertUnused(root: NodeRoot): void {
-  if (!root.has('upper') || upperUse(root.upperPath) !== 'in use') return
-  for (const { role, pid, target } of overlayUsers(root.upperPath).uses) {
-    if (role !== 'upper') continue
-    const mount = readMountInfo(pid).findLast((one) => one.target === target)
-    if (mount !== undefined) assertNoUsers(root, mount.device)
+  if (!root.has('upper')) return
+  for (let isSeen = false; !isSeen && upperUse(root.upperPath) === 'in use'; ) {
+    isSeen = true
+    for (const { role, pid, target } of overlayUsers(root.upperPath).uses) {
+      if (role !== 'upper') continue
+      const mounts = mountsOf(pid)
+      // It stood for its whole mount namespace, which others may be in.
+      if (mounts === undefined) isSeen = false
+      const mount = mounts?.findLast((one) => one.target === target)
+      if (mount !== undefined) assertNoUsers(root, mount.device)
+    }
+  }
+}
+
+/** The mounts of a process; `undefined` once it has ended. */
+function mountsOf(pid: number): readonly Mount[] | undefined {
+  try {
+    return readMountInfo(pid)
+  } catch (cause) {
+    const code = errnoOf(cause)
+    if (code === 'ENOENT' || code === 'ESRCH' || code === 'EINVAL') return undefined
+    throw cause
   }
 }
 
