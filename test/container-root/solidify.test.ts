@@ -107,6 +107,25 @@ describe.skipIf(!canMountImages())('a root shows what was written to it', () => 
   })
 })
 
+describe.skipIf(!canMountImages())('a root that was never mounted here', () => {
+  const disk = useFileSystem('ext4')
+
+  test.each([
+    [false, false],
+    [true, false],
+    [true, true],
+  ])('has versions all the same (live: %s, followed: %s)', async (live, isFollowed) => {
+    const at = disk.current.fresh()
+    await withRoot(await makeSite(at, at, richTree()), 'one', async (root) => {
+      if (isFollowed) await root.startSync()
+      await root.solidify({ live })
+      expect(root.versions().map(({ number }) => number)).toEqual([1, 2])
+      await root.mount()
+      expect(readFileSync(`${root.mergedPath}/dots/...`, 'utf8')).not.toBe('')
+    })
+  })
+})
+
 describe.skipIf(!needs('MooseFS', hasMooseFs) || !canMountImages())('a root whose home is on MooseFS', () => {
   const store = useMooseFs()
   const disk = useFileSystem('ext4')

@@ -49,12 +49,13 @@ export function incomingTarget(context: RootContext, { incomingEpoch, upperId }:
   return new LocalTarget(`${place}/tree` as HostPath, `incoming ${upperId}`)
 }
 
-/** Follows the upper (or, with `once`, compares it when asked to flush) and keeps its copy on the store. */
+/** Follows the upper, which is made where it is missing (or, with `once`, compares it when asked to flush) and keeps its copy on the store. */
 export function openUpperSync(
   context: RootContext,
   config: NodeRootRecord,
   options: { readonly once: boolean; readonly signal?: AbortSignal | undefined },
 ): Promise<Sync> {
+  if (!context.root.has('upper')) makeUpperOn(context, config.base.layers)
   return openSync({
     source: context.root.upperPath,
     targets: [incomingTarget(context, config)],
@@ -100,7 +101,6 @@ class Solidify {
     const lease = await ensureLease(this.#context, this.#request)
     const config = configOf(this.#context)
     assertCurrent(this.#context, config)
-    if (!root.has('upper')) makeUpperOn(this.#context, config.base.layers)
     const wasMounted = findMount(root) !== undefined
     let journal = this.#journal(config, lease.epoch, config.upperId, wasMounted)
     const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
