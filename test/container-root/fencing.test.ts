@@ -121,6 +121,21 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
     }
   })
 
+  test('a version that came too late to count never does, whatever gc removes', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async ({ home, node }) => {
+      const { layers } = home.head()
+      const draft = { layers, madeBy: 'rollback', nodeId: node.id, nodeName: node.name } as const
+      const publish = (epoch: number) => home.publishVersion(draft, { epoch, check: async () => undefined })
+      await publish(2)
+      await expect(publish(1)).rejects.toMatchObject({ code: 'LEASE_LOST' })
+      await publish(2)
+      expect(home.versions().map(({ number }) => number)).toEqual([1, 2, 4])
+      await collectGarbage(home, { keep: 1 })
+      expect(home.versions().map(({ number }) => number)).toEqual([4])
+    })
+  })
+
   test('what two take away at once is taken away once', async () => {
     const site = await setUp()
     await withRoot(site, 'one', async ({ home }) => {

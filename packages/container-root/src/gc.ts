@@ -41,7 +41,8 @@ export async function collectGarbage(home: Home, policy: GcPolicy = {}): Promise
     .filter(({ id, covers, createdAtMs }) => !needed.has(id) && (named.has(covers[0] as string) || createdAtMs < oldMs))
     .map(({ id }) => id)
   if (dryRun) return { versions: drop, layers, restored }
-  for (const number of drop) home.trashVersion(number)
+  // Those that never counted first, while what makes them not count is there.
+  for (const number of [...home.overtakenVersions(), ...drop]) home.trashVersion(number)
   for (const id of layers) {
     signal?.throwIfAborted()
     home.trashLayer(id)

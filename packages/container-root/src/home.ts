@@ -159,9 +159,21 @@ export class Home {
 
   /** All versions that count, oldest first: none that was published under an older lease than one before it. */
   versions(): VersionRecord[] {
+    return this.#readVersions().counting
+  }
+
+  /** The numbers of those that do not count, below the newest that does: without those before them they would. */
+  overtakenVersions(): number[] {
+    const { counting, overtaken } = this.#readVersions()
+    const head = counting.at(-1)?.number ?? 0
+    return overtaken.filter((number) => number < head)
+  }
+
+  #readVersions(): { readonly counting: VersionRecord[]; readonly overtaken: number[] } {
     return this.#in('versions', (place) => {
       let epoch = 0
       const versions: VersionRecord[] = []
+      const overtaken: number[] = []
       for (const number of numbersIn(place)) {
         const version = readRecord(place, `${number}.json` as ByteString, VersionRecord)
         // Taken away by a gc meanwhile.
@@ -169,11 +181,14 @@ export class Home {
         if (version.number !== number) {
           throw new RecordDamagedError(`${place.path}/${number}.json`, `it says that it is version ${version.number}`)
         }
-        if (version.epoch < epoch) continue
+        if (version.epoch < epoch) {
+          overtaken.push(number)
+          continue
+        }
         epoch = version.epoch
         versions.push(version)
       }
-      return versions
+      return { counting: versions, overtaken }
     })
   }
 
