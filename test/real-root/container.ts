@@ -5,8 +5,8 @@ import { run } from '../support/system.ts'
 
 const CACHE = `${tmpdir()}/lsync-test-cache`
 
-/** A Debian root made by debootstrap, unpacked into `directory`. Made once for this machine, which takes a minute. */
-export function unpackDebian(directory: string): void {
+/** The path of a tar of a Debian root, made by debootstrap once for this machine, which takes a minute. */
+export function debianTar(): string {
   const tar = `${CACHE}/debian-bookworm-minbase.tar`
   mkdirSync(CACHE, { recursive: true, mode: 0o700 })
   if (!existsSync(tar)) {
@@ -19,6 +19,12 @@ export function unpackDebian(directory: string): void {
       rmSync(root, { recursive: true, force: true })
     }
   }
+  return tar
+}
+
+/** A Debian root made by debootstrap, unpacked into `directory`. */
+export function unpackDebian(directory: string): void {
+  const tar = debianTar()
   mkdirSync(directory)
   run('tar', '--numeric-owner', '--xattrs', '--xattrs-include=*', '--acls', '-C', directory, '-xf', tar)
 }
@@ -40,9 +46,8 @@ interface Spec {
 // What dpkg needs of a container: to change owners, modes and files of others.
 const CAPABILITIES = ['CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'SETUID', 'SETGID', 'SETFCAP', 'SYS_CHROOT', 'KILL']
 
-/** Runs a shell script by runc in a container whose root is `root`; `packages` is seen at /packages. */
-export function runContainer(scratch: string, root: string, script: string, packages: string): string {
-  const bundle = `${scratch}/bundle-${process.hrtime.bigint()}`
+/** Makes a bundle for runc whose container has `root` as its root and runs a shell script; `packages` is seen at /packages. */
+export function makeBundle(bundle: string, root: string, script: string, packages: string): void {
   mkdirSync(bundle)
   run('runc', 'spec', '--bundle', bundle)
   const spec = JSON.parse(readFileSync(`${bundle}/config.json`, 'utf8')) as Spec
@@ -58,6 +63,12 @@ export function runContainer(scratch: string, root: string, script: string, pack
   spec.mounts = spec.mounts.filter(({ type }) => type !== 'cgroup')
   spec.mounts.push({ destination: '/packages', type: 'bind', source: packages, options: ['bind', 'ro'] })
   writeFileSync(`${bundle}/config.json`, JSON.stringify(spec))
+}
+
+/** Runs a shell script by runc in a container whose root is `root`; `packages` is seen at /packages. */
+export function runContainer(scratch: string, root: string, script: string, packages: string): string {
+  const bundle = `${scratch}/bundle-${process.hrtime.bigint()}`
+  makeBundle(bundle, root, script, packages)
   const id = `lsync-test-${process.pid}-${process.hrtime.bigint()}`
   const { status, stdout, stderr } = spawnSync('runc', ['--root', `${scratch}/runc`, 'run', '--bundle', bundle, id], {
     encoding: 'utf8',
