@@ -50,7 +50,7 @@ check 'types' node_modules/.bin/tsc --noEmit
 check 'style' node_modules/.bin/biome check .
 check 'imports' "$node" scripts/lint-imports.ts
 if command -v shellcheck >/dev/null; then
-  check 'shell scripts' shellcheck packages/cli/bin/lsync scripts/test.sh .ci/run
+  check 'shell scripts' shellcheck packages/cli/bin/lsync scripts/test.sh .ci/run examples/*/*.sh
 fi
 
 echo '== tests'

@@ -9,7 +9,9 @@ import { needs } from '../support/needs.ts'
 import { isPresent, run } from '../support/system.ts'
 
 const root = fileURLToPath(new URL('../..', import.meta.url)).replace(/\/$/, '')
-const pages = globSync(['*.md', 'docs/**/*.md', 'packages/*/README.md', 'bench/README.md'], { cwd: root }).sort()
+const pages = globSync(['*.md', 'docs/**/*.md', 'packages/*/README.md', 'examples/*/README.md', 'bench/README.md'], {
+  cwd: root,
+}).sort()
 const textOf = (page: string) => readFileSync(join(root, page), 'utf8')
 
 /** A fenced block, and the `text` block right after it, which is what it prints. */
