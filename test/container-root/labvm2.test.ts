@@ -95,7 +95,13 @@ describe.skipIf(!needs('root, MooseFS, sshd, debootstrap and runc', canMountImag
       )
 
     beforeAll(() => {
-      home = `${store.current.fresh()}/home`
+      // Each node mounts the store for itself, at the same place.
+      home = `${at}/store/home`
+      mkdirSync(`${at}/store`)
+      appendFileSync(`${testDirectory()}/stop.sh`, `kill $(pgrep -f '^mfsmount ${at}/store ') 2>/dev/null\n`)
+      const { left, right } = network.current
+      on('node1', `${store.current.connect(left)(`${at}/store`)} >/dev/null 2>&1`)
+      on('node2', `${store.current.connect(right)(`${at}/store`)} >/dev/null 2>&1`)
       for (const node of ['node1', 'node2'] as const) {
         mkdirSync(state(node), { mode: 0o700 })
         // A container outlives a test that is killed.
@@ -105,7 +111,10 @@ describe.skipIf(!needs('root, MooseFS, sshd, debootstrap and runc', canMountImag
     })
     afterAll(() => {
       for (const node of ['node1', 'node2'] as const) {
-        tryOn(node, `${runc(node)} delete --force lab; ${LSYNC} root unmount lab --state ${state(node)}`)
+        tryOn(
+          node,
+          `${runc(node)} delete --force lab; ${LSYNC} root unmount lab --state ${state(node)}; umount ${at}/store`,
+        )
       }
     })
 

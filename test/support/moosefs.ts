@@ -1,6 +1,7 @@
 import { appendFileSync, copyFileSync, mkdirSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { releaseTestDirectory, testDirectory } from './image.ts'
+import type { Namespace } from './network.ts'
 import { type Shared, useShared } from './shared.ts'
 import { enterNetworkNamespace, isPresent, mount, run } from './system.ts'
 import type { DiffOptions } from './tree.ts'
@@ -23,6 +24,11 @@ export const mooseFsLimits: DiffOptions = {
 export interface MooseFs {
   readonly root: string
   fresh(): string
+  /**
+   * Gives a node of a network a line of its own to the master and the chunkserver. With the command that comes back the node mounts the
+   * store by a client of its own, with caches of its own; the caller unmounts it.
+   */
+  connect(node: Namespace): (directory: string) => string
 }
 
 const ADDRESS = '10.99.0.1'
@@ -53,7 +59,7 @@ ip netns delete ${name}
   inside('ip', 'link', 'set', 'v0', 'up')
   inside('ip', 'link', 'set', 'v1', 'up')
   copyFileSync('/var/lib/mfs/metadata.mfs.empty', `${base}/meta/metadata.mfs`)
-  writeFileSync(`${base}/exports.cfg`, `${ADDRESS} / rw,alldirs,admin,maproot=0:0\n${ADDRESS} . rw\n`)
+  writeFileSync(`${base}/exports.cfg`, `* / rw,alldirs,admin,maproot=0:0\n* . rw\n`)
   writeFileSync(`${base}/disks.cfg`, `${base}/chunks\n`)
   const common = ['WORKING_USER = root', 'WORKING_GROUP = root']
   writeFileSync(
@@ -89,8 +95,20 @@ ip netns delete ${name}
   // The engine's mfsmakesnapshot speaks to the master itself.
   leave = enterNetworkNamespace(`/var/run/netns/${name}`)
   let count = 0
+  let lines = 0
   return {
     root,
+    connect(node) {
+      const line = ++lines
+      const [here, there] = [`10.99.${line}.1`, `10.99.${line}.2`]
+      inside('ip', 'link', 'add', `node${line}`, 'type', 'veth', 'peer', 'name', 'store', 'netns', node.name)
+      inside('ip', 'address', 'add', `${here}/24`, 'dev', `node${line}`)
+      inside('ip', 'link', 'set', `node${line}`, 'up')
+      run('ip', '-n', node.name, 'address', 'add', `${there}/24`, 'dev', 'store')
+      run('ip', '-n', node.name, 'link', 'set', 'store', 'up')
+      run('ip', '-n', node.name, 'route', 'add', `${ADDRESS}/32`, 'via', here)
+      return (directory) => `mfsmount ${directory} -H ${ADDRESS} -o suid,dev`
+    },
     fresh() {
       const path = `${root}/t${++count}`
       mkdirSync(path)
