@@ -29,16 +29,17 @@ rm -rf /etc/skel && mkdir /etc/skel && echo fresh > /etc/skel/.new
 ln /usr/bin/bc /usr/local/bin/calculate
 `
 
+// `sh -e` does not end at a command behind `!`.
 const PROOF = `
 hello --greeting=proof
 echo '6*7' | bc
 echo '6*7' | calculate
 dpkg --status hello | grep ^Status
-! dpkg --status ed 2>/dev/null
-! test -e /usr/share/zoneinfo/Europe/Berlin
+if dpkg --status ed 2>/dev/null; then exit 1; fi
+if test -e /usr/share/zoneinfo/Europe/Berlin; then exit 1; fi
 test -z "$(ls -A /usr/share/doc)"
 test -d /usr/share/papers/dpkg
-! test -e /usr/share/papers/bash
+if test -e /usr/share/papers/bash; then exit 1; fi
 test "$(stat -c %a:%u:%g /etc/debian_version)" = 600:0:0
 test "$(stat -c %u:%g /etc/issue)" = 7:8
 ls -A /etc/skel
