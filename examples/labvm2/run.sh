@@ -19,7 +19,7 @@ done
 [ -x /usr/sbin/sshd ] || fail 'sshd is missing'
 [ -n "$base" ] || command -v debootstrap >/dev/null || fail 'debootstrap is missing; or name a tar in BASE'
 
-scratch=$(mktemp -d /var/tmp/lsync-labvm2-XXXXXX)
+scratch=$(mktemp -d "${TMPDIR:-/var/tmp}/lsync-labvm2-XXXXXX")
 [ -n "$store" ] || { store=$scratch/store && mkdir "$store"; }
 home=$(mktemp -d "$store/labvm2-XXXXXX")/home
 network=labvm2-$$
@@ -31,7 +31,6 @@ clean_up() {
     runc --root "$scratch/$node/runc" delete --force lab 2>/dev/null || true
     on "$node" "$lsync root unmount lab --state $scratch/$node/state" >/dev/null 2>&1 || true
   done
-  # What is mounted on a node goes with the last process of the node.
   for pid in "${sshd_pids[@]}"; do
     kill "$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
@@ -50,7 +49,7 @@ on() {
 on_lsync() { on "$1" "$lsync $2 --state $scratch/$1/state"; }
 inside() { on "$1" "runc --root $scratch/$1/runc exec lab sh -euc '$2'"; }
 
-say 'Two nodes: each with its own network, mounts, host name, sshd and state'
+say 'Two nodes: each with its own network, host name, sshd and state'
 ssh-keygen -q -t ed25519 -N '' -f "$scratch/key"
 cat >"$scratch/ssh_config" <<END
 User root
@@ -85,7 +84,7 @@ for node in node1 node2; do
 done
 for node in node1 node2; do
   # shellcheck disable=SC2016 # the inner shell expands it
-  nsenter --net="/var/run/netns/$network-$node" unshare --mount --uts sh -c 'hostname "$0" && exec "$@"' "$node" \
+  nsenter --net="/var/run/netns/$network-$node" unshare --uts sh -c 'hostname "$0" && exec "$@"' "$node" \
     /usr/sbin/sshd -D -e -f "$scratch/$node/sshd_config" 2>"$scratch/$node/sshd.log" &
   sshd_pids+=($!)
 done

@@ -22,6 +22,16 @@ export function debianTar(): string {
   return tar
 }
 
+/** The same without time zones, translations and manuals: half the entries, for stores that take milliseconds for each. */
+export function slimDebianTar(): string {
+  const slim = `${CACHE}/debian-bookworm-slim.tar`
+  if (existsSync(slim)) return slim
+  const leftOut = ['zoneinfo', 'locale', 'man'].map((name) => `--exclude=./usr/share/${name}/*`)
+  run('bsdtar', ...leftOut, '-cf', `${slim}.${process.pid}`, `@${debianTar()}`)
+  renameSync(`${slim}.${process.pid}`, slim)
+  return slim
+}
+
 /** A Debian root made by debootstrap, unpacked into `directory`. */
 export function unpackDebian(directory: string): void {
   const tar = debianTar()
