@@ -262,9 +262,7 @@ async function takeLock(client: SftpClient, state: ByteString, root: ByteString)
   const path = `${state}/lock` as ByteString
   for (let attempt = 0; ; attempt++) {
     try {
-      const handle = await client.open(path, SFTP_WRITE | SFTP_CREATE | SFTP_EXCLUSIVE)
-      await client.write(handle, 0, Buffer.from(OWNER), path)
-      return handle
+      return await makeLock(client, state, path)
     } catch (error) {
       if (!(error instanceof SftpError) || attempt > 2) throw error
       if ((await client.lstat(path)) === undefined) continue
@@ -272,6 +270,36 @@ async function takeLock(client: SftpClient, state: ByteString, root: ByteString)
       await client.remove(path)
     }
   }
+}
+
+async function makeLock(client: SftpClient, state: ByteString, path: ByteString): Promise<Buffer> {
+  if (client.has('hardlink@openssh.com')) {
+    const linked = await linkLock(client, state, path)
+    if (linked !== undefined) return linked
+  }
+  const handle = await client.open(path, SFTP_WRITE | SFTP_CREATE | SFTP_EXCLUSIVE)
+  await client.write(handle, 0, Buffer.from(OWNER), path)
+  return handle
+}
+
+/**
+ * The lock appears with its owner in it: of one whose line was cut before it had written nobody would know whose it is, and
+ * it would stand in everybody's way until it is stale. `undefined` where the server's file system makes no hard links.
+ */
+async function linkLock(client: SftpClient, state: ByteString, path: ByteString): Promise<Buffer | undefined> {
+  const first = `${state}/stage/t${randomBytes(6).toString('hex')}` as ByteString
+  const handle = await client.open(first, SFTP_WRITE | SFTP_CREATE | SFTP_EXCLUSIVE)
+  try {
+    await client.write(handle, 0, Buffer.from(OWNER), first)
+    await client.hardlink(first, path)
+  } catch (error) {
+    await client.close(handle)
+    await client.remove(first)
+    if (!(error instanceof SftpError) || (await client.lstat(path)) !== undefined) throw error
+    return undefined
+  }
+  await client.remove(first)
+  return handle
 }
 
 async function isStale(client: SftpClient, state: ByteString, path: ByteString): Promise<boolean> {
