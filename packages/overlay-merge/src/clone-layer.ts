@@ -12,7 +12,7 @@ import {
   tryStatAt,
 } from '@lsync/posix'
 import { type CloneContext, type CloneMethod, cloneDirectory, emptyClonePart, protect } from './clone.ts'
-import { cloneMethods, snapshotTree } from './clone-method.ts'
+import { cloneMethods, isSnapshot, snapshotTree } from './clone-method.ts'
 import { addFlags } from './encodings/inode.ts'
 import { placeOf } from './journal.ts'
 import { linkGroups } from './merge.ts'
@@ -50,7 +50,7 @@ export async function cloneLayer(request: CloneLayerRequest): Promise<CloneMetho
       if (tryStatAt(parentFd, name) !== undefined) throw new OutputExistsError(request.to)
       const methods = cloneMethods({ fromFd, toFd: parentFd, perEntry: false })
       const method = methods.find((one) => request.sharesInodes || one !== 'hardlink') ?? 'copy'
-      if (method === 'moosefs' || method === 'btrfs') snapshotTree(method, fromFd, parentFd, name)
+      if (isSnapshot(method)) snapshotTree(method, fromFd, parentFd, name)
       else {
         makeDirectory(parentFd, name, 0o700)
         const toFd = openat(parentFd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)

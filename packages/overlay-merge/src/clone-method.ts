@@ -29,7 +29,7 @@ import {
   withFd,
   writeAt,
 } from '@lsync/posix'
-import type { CloneMethod } from './clone.ts'
+import type { CloneMethod, SnapshotMethod } from './clone.ts'
 import { ACL_ACCESS, ACL_DEFAULT, inheritsAcls, readMeta, writeMeta } from './encodings/inode.ts'
 import { type EntryPath, join, ROOT } from './model/path.ts'
 
@@ -97,8 +97,13 @@ function canReflink(dirfd: number): boolean {
   }
 }
 
+/** Whether a way clones a whole tree at once, and not entry by entry. */
+export function isSnapshot(method: CloneMethod): method is SnapshotMethod {
+  return method === 'moosefs' || method === 'btrfs'
+}
+
 /** Clones a whole tree at once as `name` beneath `toFd`, by a snapshot of its file system. */
-export function snapshotTree(method: 'moosefs' | 'btrfs', fromFd: number, toFd: number, name: ByteString): void {
+export function snapshotTree(method: SnapshotMethod, fromFd: number, toFd: number, name: ByteString): void {
   if (method === 'btrfs') {
     snapshotSubvolume(fromFd, toFd, name)
     return

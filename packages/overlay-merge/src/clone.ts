@@ -31,8 +31,11 @@ import { type Need, needsOf } from './plan.ts'
 import { TargetCannotHoldError } from './problems.ts'
 import { typeOf } from './scan.ts'
 
+/** Ways to clone a whole tree at once. */
+export type SnapshotMethod = 'moosefs' | 'btrfs'
+
 /** How the new tree gets what does not change. */
-export type CloneMethod = 'moosefs' | 'btrfs' | 'reflink' | 'hardlink' | 'copy'
+export type CloneMethod = SnapshotMethod | 'reflink' | 'hardlink' | 'copy'
 
 /** What cloning a tree entry by entry needs. */
 export interface CloneContext {

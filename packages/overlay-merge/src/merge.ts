@@ -25,7 +25,7 @@ import {
   withFd,
 } from '@lsync/posix'
 import { type CloneContext, type CloneMethod, type ClonePart, copyLinked, protect } from './clone.ts'
-import { chooseClone, isRemote, snapshotTree } from './clone-method.ts'
+import { chooseClone, isRemote, isSnapshot, snapshotTree } from './clone-method.ts'
 import { despiteProtection } from './effects.ts'
 import { addFlags } from './encodings/inode.ts'
 import { consumeUpper, type Execution, executePlan, recordAt, setFlags } from './executing.ts'
@@ -376,10 +376,10 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
     const wasUpper = listXattrs(base.fd, '').some((attribute) => isMark(attribute, base.marks))
     const perEntry = request.plain === true || (wasUpper && !stack.below)
     const clone = chooseClone({ fromFd: base.fd, toFd: journal.fd, perEntry }, request.clone ?? 'auto')
-    if (clone === 'moosefs' || clone === 'btrfs') snapshotTree(clone, base.fd, journal.fd, TREE)
+    if (isSnapshot(clone)) snapshotTree(clone, base.fd, journal.fd, TREE)
     else makeDirectory(journal.fd, TREE, 0o700)
     treeFd = openat(journal.fd, TREE, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-    if (clone !== 'moosefs' && clone !== 'btrfs') {
+    if (!isSnapshot(clone)) {
       const to = { fd: treeFd, path: target, lacking: holding.lacking }
       await cloneBase({ request, stack, index, pool }, to, { plan: planned.plan, fd: journal.planFd }, clone)
     }
@@ -391,7 +391,7 @@ async function mergeToNew({ request, stack, index, pool }: Run, target: HostPath
       targetFd: treeFd,
       pool,
       reflink: clone !== 'hardlink' && clone !== 'copy',
-      leftOut: leavesOut(planned.plan) && clone !== 'moosefs' && clone !== 'btrfs',
+      leftOut: leavesOut(planned.plan) && !isSnapshot(clone),
       resumed: false,
       ...(index.indexFd === undefined ? {} : { indexFd: index.indexFd }),
       ...(request.onProgress === undefined ? {} : { report: request.onProgress }),
