@@ -540,7 +540,7 @@ class DirectoryPlanner {
   #needsOf(path: EntryPath, layer: number, top: RawEntry, stat: Stat, dirfd: number): void {
     const lists = this.#listsAcls.get(layer) ?? listsAcls(dirfd)
     this.#listsAcls.set(layer, lists)
-    const hidden = lists ? [] : hiddenAcls(dirfd, top.name, top.attributes).map(({ name }) => name)
+    const hidden = hiddenAcls(dirfd, top.name, top.attributes, lists).map(({ name }) => name)
     for (const need of needsOf(stat, [...top.attributes, ...hidden])) this.#need(need, path)
   }
 

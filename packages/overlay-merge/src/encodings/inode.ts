@@ -87,7 +87,7 @@ export function readXattrs(
   lists: boolean = listsAcls(dirfd),
 ): readonly Xattr[] {
   const names = listXattrs(dirfd, name)
-  const hidden = lists ? NO_XATTRS : hiddenAcls(dirfd, name, names)
+  const hidden = hiddenAcls(dirfd, name, names, lists)
   if (names.length === 0 && hidden.length === 0) return NO_XATTRS
   const xattrs: Xattr[] = []
   for (const attribute of names.sort()) {
@@ -100,9 +100,17 @@ export function readXattrs(
   return [...xattrs, ...hidden].sort((left, right) => (left.name < right.name ? -1 : 1))
 }
 
-/** The ACLs of an inode that its file system has and does not list; `listed` are the attributes that it lists. */
-export function hiddenAcls(dirfd: number, name: ByteString | '', listed: readonly ByteString[]): Xattr[] {
-  if (listsAcls(dirfd)) return []
+/**
+ * The ACLs of an inode that its file system has and does not list; `listed` are the attributes that it lists, `lists` is what
+ * `listsAcls` says.
+ */
+export function hiddenAcls(
+  dirfd: number,
+  name: ByteString | '',
+  listed: readonly ByteString[],
+  lists: boolean,
+): readonly Xattr[] {
+  if (lists) return NO_XATTRS
   const found: Xattr[] = []
   for (const attribute of [ACL_ACCESS, ACL_DEFAULT]) {
     if (listed.includes(attribute)) continue
