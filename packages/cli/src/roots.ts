@@ -1,7 +1,7 @@
 import { ContainerRoot, NodeState } from '@lsync/container-root'
 import type { HostPath } from '@lsync/posix'
 import type { Command } from 'commander'
-import { given, pathArgument } from './options.ts'
+import { pathArgument } from './options.ts'
 import type { Session } from './session.ts'
 
 /** Where this node keeps what it knows of its roots. */
@@ -28,7 +28,7 @@ export async function withKnownRoot<T>(
   const root =
     options.home === undefined
       ? await ContainerRoot.openKnown(name, { state })
-      : await ContainerRoot.open(options.home, name, given({ state }))
+      : await ContainerRoot.open(options.home, name, { state })
   root.events.on('problem', ({ error }) => {
     session.output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
   })
