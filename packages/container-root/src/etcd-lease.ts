@@ -2,6 +2,7 @@ import { randomHex } from '@lsync/posix'
 import { z } from 'zod'
 import {
   bootMs,
+  DEFAULT_DURATION_MS,
   isFreeFor,
   Lease,
   type LeaseClaim,
@@ -16,6 +17,7 @@ import {
   nextClaim,
   parseClaim,
   type TakeoverRequest,
+  unreadableState,
 } from './lease.ts'
 
 export interface EtcdLeasesOptions {
@@ -28,7 +30,6 @@ export interface EtcdLeasesOptions {
   readonly durationMs?: number | undefined
 }
 
-const DEFAULT_DURATION_MS = 30_000
 const ATTEMPT_MS = 5000
 
 // What of etcd's answers is read. Source: etcd's api/etcdserverpb/rpc.proto, as its JSON gateway writes it: 64-bit numbers as
@@ -107,11 +108,17 @@ export class EtcdLeases implements Leases, LeaseKeeper {
   }
 
   async check(epoch: number, signal?: AbortSignal): Promise<void> {
+    await this.#standing(epoch, signal)
+  }
+
+  /** The claim of an epoch that is the newest one and was not given back. @throws {LeaseLostError} for another one */
+  async #standing(epoch: number, signal?: AbortSignal): Promise<LeaseClaim> {
     const found = await this.#find(signal)
     if (found === undefined) throw new LeaseLostError(this.#where, epoch, 'there is no claim')
     const { claim, isReleased } = found.state
     if (claim.epoch !== epoch) throw new LeaseLostError(this.#where, epoch, `epoch ${claim.epoch} was claimed`)
     if (isReleased) throw new LeaseLostError(this.#where, epoch, 'it was given back')
+    return claim
   }
 
   async beat(claim: LeaseClaim): Promise<void> {
@@ -133,9 +140,8 @@ export class EtcdLeases implements Leases, LeaseKeeper {
   }
 
   async assertNewest({ epoch, token }: LeaseClaim): Promise<void> {
-    await this.check(epoch)
-    const state = await this.read()
-    if (state?.claim.token !== token) throw new LeaseLostError(this.#where, epoch, 'the claim in etcd is not this one')
+    const claim = await this.#standing(epoch)
+    if (claim.token !== token) throw new LeaseLostError(this.#where, epoch, 'the claim in etcd is not this one')
   }
 
   async release(claim: LeaseClaim, to: string | undefined): Promise<void> {
@@ -205,12 +211,7 @@ export class EtcdLeases implements Leases, LeaseKeeper {
     } catch (error) {
       if (!allowDamaged || !(error instanceof LeaseDamagedError)) throw error
       const epoch = Number(/"epoch":\s*([1-9][0-9]{0,14})\b/.exec(text)?.[1] ?? 1)
-      const claim = { format: 1, epoch, node: 'unknown', token: '0'.repeat(32), durationMs: this.durationMs } as const
-      return {
-        state: { claim: { ...claim, takenAt: '' }, isReleased: false },
-        revision: found.mod_revision,
-        isAlive: true,
-      }
+      return { state: unreadableState(epoch, this.durationMs), revision: found.mod_revision, isAlive: true }
     }
   }
 

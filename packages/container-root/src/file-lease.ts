@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { AT_FDCWD, bytesOf, errnoOf, RENAME_NOREPLACE, randomHex, tryRename } from '@lsync/posix'
 import {
   bootMs,
+  DEFAULT_DURATION_MS,
   isFreeFor,
   Lease,
   type LeaseClaim,
@@ -17,6 +18,7 @@ import {
   nextClaim,
   parseClaim,
   type TakeoverRequest,
+  unreadableState,
 } from './lease.ts'
 
 export interface FileLeasesOptions {
@@ -24,7 +26,6 @@ export interface FileLeasesOptions {
   readonly durationMs?: number | undefined
 }
 
-const DEFAULT_DURATION_MS = 30_000
 /** Claims kept for people to look at; older ones go with the next claim. */
 const KEPT_CLAIMS = 8
 /** So often, with so much between, is an unfinished claim looked at before it counts as damaged. */
@@ -88,6 +89,11 @@ export class FileLeases implements Leases, LeaseKeeper {
   }
 
   async check(epoch: number, signal?: AbortSignal): Promise<void> {
+    await this.#standing(epoch, signal)
+  }
+
+  /** The claim of an epoch that is the newest one and was not given back. @throws {LeaseLostError} for another one */
+  async #standing(epoch: number, signal?: AbortSignal): Promise<LeaseClaim> {
     const newest = await this.#newestEpoch(signal)
     if (newest !== epoch) {
       throw new LeaseLostError(
@@ -96,9 +102,9 @@ export class FileLeases implements Leases, LeaseKeeper {
         newest === 0 ? 'there is no claim' : `epoch ${newest} was claimed`,
       )
     }
-    if ((await this.#stateOf(epoch, signal)).isReleased) {
-      throw new LeaseLostError(this.#directory, epoch, 'it was given back')
-    }
+    const { claim, isReleased } = await this.#stateOf(epoch, signal)
+    if (isReleased) throw new LeaseLostError(this.#directory, epoch, 'it was given back')
+    return claim
   }
 
   async beat({ epoch, durationMs }: LeaseClaim): Promise<void> {
@@ -106,9 +112,8 @@ export class FileLeases implements Leases, LeaseKeeper {
   }
 
   async assertNewest({ epoch, token }: LeaseClaim): Promise<void> {
-    await this.check(epoch)
-    const claim = await this.#readClaim(epoch)
-    if (claim?.token !== token) {
+    const claim = await this.#standing(epoch)
+    if (claim.token !== token) {
       throw new LeaseLostError(this.#directory, epoch, 'the claim on the store is not this one')
     }
   }
@@ -125,9 +130,7 @@ export class FileLeases implements Leases, LeaseKeeper {
       return await this.read(signal)
     } catch (error) {
       if (!force || !(error instanceof LeaseDamagedError)) throw error
-      const epoch = Math.max(await this.#newestEpoch(signal), seenEpoch)
-      const claim = { format: 1, epoch, node: 'unknown', token: '0'.repeat(32), durationMs: this.durationMs } as const
-      return { claim: { ...claim, takenAt: '' }, isReleased: false }
+      return unreadableState(Math.max(await this.#newestEpoch(signal), seenEpoch), this.durationMs)
     }
   }
 

@@ -2,6 +2,9 @@ import { uptime } from 'node:os'
 import { LsyncError, printable } from '@lsync/posix'
 import { z } from 'zod'
 
+/** How long a claim stands after its last heartbeat, where nobody says otherwise. */
+export const DEFAULT_DURATION_MS = 30_000
+
 /** The claim of one node on a root, as it lies on the store or in etcd. `docs/format.md`, "Leases". */
 export const LeaseClaim = z.object({
   format: z.literal(1),
@@ -265,6 +268,12 @@ export function nextClaim(
   if (found < seen && request.force !== true) throw new StoreWentBackError(where, found, seen)
   const takenAt = new Date().toISOString()
   return { format: 1, epoch: Math.max(found, seen) + 1, node: request.node, token, durationMs, takenAt }
+}
+
+/** What stands for a claim that cannot be read, for whoever goes on after it by force. */
+export function unreadableState(epoch: number, durationMs: number): LeaseState {
+  const claim = { format: 1, epoch, node: 'unknown', token: '0'.repeat(32), durationMs, takenAt: '' } as const
+  return { claim, isReleased: false }
 }
 
 /** Whether `node` may claim the root without waiting for anybody. */
