@@ -4,7 +4,7 @@ import type { Home } from './home.ts'
 import { type Lease, LeaseLostError, type Leases } from './lease.ts'
 import { copyRootMeta, findMount, mountRoot, withLayers } from './mount.ts'
 import type { NodeRoot } from './node-state.ts'
-import type { LayerRecord, NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
+import type { LayerRecord, MountedRecord, NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
 import { openSealed } from './sealed-layer.ts'
 
 /** The upper lies on a version that is not the newest one any more: another node has published since. */
@@ -186,9 +186,10 @@ export function startFrom(context: RootContext, version: VersionRecord, config =
 export function mountBase(context: RootContext): void {
   const { root, home, node } = context
   if (findMount(root) !== undefined) return
-  const config = configOf(context)
-  if (!root.has('upper')) makeUpperOn(context, config.base.layers)
-  const layers = recordUse(context, config)
+  const { base, incomingEpoch: epoch } = configOf(context)
+  if (!root.has('upper')) makeUpperOn(context, base.layers)
+  const use = { purpose: 'mount', id: node.id, version: base.version, epoch } as const
+  const layers = recordUse(context, use, () => layersFor(context, base.layers))
   withLayers(
     layers.map((layer) => () => openLayer(context, layer)),
     (fds) => mountRoot(root, fds, home.record.namespace),
@@ -196,54 +197,38 @@ export function mountBase(context: RootContext): void {
   context.events.emit('step', { verb: 'mount', step: `mounted on ${node.name}`, elapsedMs: 0 })
 }
 
-/** Says which layers this node needs; a `gc` that did not see it in time gives them back. */
-function recordUse(context: RootContext, { base, incomingEpoch }: NodeRootRecord): readonly LayerRecord[] {
-  const { home, node } = context
+/** Chooses layers and says that this node needs them; a `gc` that did not see it in time gives them back, or leaves others. */
+function recordUse(
+  { home, node }: Pick<RootContext, 'home' | 'node'>,
+  use: Pick<MountedRecord, 'purpose' | 'id' | 'version' | 'epoch'>,
+  choose: () => readonly LayerRecord[],
+): readonly LayerRecord[] {
   for (;;) {
-    const layers = layersFor(context, base.layers)
+    const layers = choose()
     const ids = layers.map(({ id }) => id)
     home.recordMounted({
       format: 1,
-      purpose: 'mount',
-      id: node.id,
+      ...use,
       nodeId: node.id,
       nodeName: node.name,
-      version: base.version,
       layers: ids,
-      epoch: incomingEpoch,
       sinceMs: Date.now(),
     })
-    const again = layersFor(context, base.layers).map(({ id }) => id)
-    if (again.join() === ids.join()) return layers
+    if (choose().every(({ id }, i) => id === ids[i])) return layers
   }
 }
 
 /** Reads layers of a version's list while no `gc` removes them: their paths, top first. */
 export async function withLayersInUse<T>(
-  { home, node }: Pick<RootContext, 'home' | 'node'>,
+  context: Pick<RootContext, 'home' | 'node'>,
   version: number,
   list: readonly string[],
   use: (layers: readonly LayerRecord[]) => Promise<T>,
 ): Promise<T> {
+  const { home } = context
   const id = randomHex(16)
   try {
-    for (;;) {
-      const layers = home.requireLayers(list)
-      const ids = layers.map((layer) => layer.id)
-      const { id: nodeId, name: nodeName } = node
-      home.recordMounted({
-        format: 1,
-        purpose: 'work',
-        id,
-        nodeId,
-        nodeName,
-        version,
-        layers: ids,
-        epoch: 0,
-        sinceMs: Date.now(),
-      })
-      if (home.requireLayers(list).every((layer, i) => layer.id === ids[i])) return await use(layers)
-    }
+    return await use(recordUse(context, { purpose: 'work', id, version, epoch: 0 }, () => home.requireLayers(list)))
   } finally {
     home.forgetMounted(id)
   }
