@@ -6,11 +6,11 @@ import { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 import {
   configOf,
   ensureLease,
-  forgetLease,
   giveLeaseBack,
   mountBase,
   type RootContext,
   type RootEvents,
+  standsOn,
   startFrom,
   UnsavedChangesError,
   UpperStaleError,
@@ -19,7 +19,7 @@ import {
 import { FileLeases } from './file-lease.ts'
 import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 import { Home } from './home.ts'
-import { type Lease, LeaseLostError, type Leases } from './lease.ts'
+import type { Lease, Leases } from './lease.ts'
 import { findMount, unmountRoot } from './mount.ts'
 import { type NodeRoot, NodeState, RootBusyError, RootNameTakenError, RootUnknownError } from './node-state.ts'
 import type { NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
@@ -159,23 +159,14 @@ export class ContainerRoot {
   handOver(options: { readonly to?: string; readonly discard?: boolean } = {}): Promise<void> {
     return this.#exclusive(async () => {
       const { root, home, node } = this.#context
-      unmountRoot(root)
-      await this.#sync?.stop()
-      this.#sync = undefined
+      const { to, discard = false } = options
+      await this.#unmount()
       if (root.hasChanges()) {
-        if (options.discard !== true) throw new UnsavedChangesError(root.upperPath)
-        const config = configOf(this.#context)
-        this.#abandonUpper(config)
-        startFrom(this.#context, home.version(config.base.version), config)
+        if (!discard) throw new UnsavedChangesError(root.upperPath)
+        startFrom(this.#context, home.version(configOf(this.#context).base.version))
       }
       home.forgetMounted(node.id)
-      try {
-        await giveLeaseBack(this.#context, options.to)
-      } catch (error) {
-        // Another node has it already.
-        if (options.discard !== true || !(error instanceof LeaseLostError)) throw error
-        forgetLease(this.#context)
-      }
+      await giveLeaseBack(this.#context, { to, mayBeLost: discard })
     })
   }
 
@@ -216,20 +207,16 @@ export class ContainerRoot {
       await ensureLease(this.#context, request)
       const head = home.head()
       const config = configOf(this.#context)
-      const isCurrent = head.number === config.base.version || head.number === config.liveVersion
-      if (!isCurrent || (findMount(root) === undefined && request.discard === true)) {
+      if (!standsOn(config, head.number) || (findMount(root) === undefined && request.discard === true)) {
         const assertNothingLost = () => {
           if (request.discard === true || !root.hasChanges()) return
           throw new UpperStaleError(root.upperPath, config.base.version, head.number)
         }
         assertNothingLost()
-        unmountRoot(root)
-        await this.#sync?.stop()
-        this.#sync = undefined
+        await this.#unmount()
         // Until then a container could write.
         assertNothingLost()
-        this.#abandonUpper(config)
-        startFrom(this.#context, head, config)
+        startFrom(this.#context, head)
       }
       mountBase(this.#context)
       return configOf(this.#context).base
@@ -244,22 +231,22 @@ export class ContainerRoot {
   unmount(): Promise<{ readonly hasChanges: boolean }> {
     return this.#exclusive(async () => {
       const { root, home, node } = this.#context
-      unmountRoot(root)
-      await this.#sync?.stop()
-      this.#sync = undefined
+      await this.#unmount()
       const hasChanges = root.hasChanges()
       if (!hasChanges) {
         home.forgetMounted(node.id)
-        try {
-          await giveLeaseBack(this.#context)
-        } catch (error) {
-          // Another node has taken it over, and nothing here is lost by that.
-          if (!(error instanceof LeaseLostError)) throw error
-          forgetLease(this.#context)
-        }
+        // Another node may have taken it over, and nothing here is lost by that.
+        await giveLeaseBack(this.#context, { mayBeLost: true })
       }
       return { hasChanges }
     })
+  }
+
+  /** Afterwards nothing is mounted on the upper, and nothing follows it. @throws {RootBusyError} */
+  async #unmount(): Promise<void> {
+    unmountRoot(this.#context.root)
+    await this.#sync?.stop()
+    this.#sync = undefined
   }
 
   /** Follows the upper from now on, so that a solidify has little left to carry. @throws {LeaseHeldError} */
@@ -340,7 +327,6 @@ export class ContainerRoot {
           lease,
         )
       })
-      this.#abandonUpper(configOf(this.#context))
       startFrom(this.#context, published)
       // The new upper is empty, so nothing is lost with what lay under the old one.
       home.forgetMounted(node.id)
@@ -410,14 +396,6 @@ export class ContainerRoot {
       if (!dryRun) for (const id of useless) root.removeReplica(id)
       return useless
     })
-  }
-
-  /** The copy of an upper that is given up. */
-  #abandonUpper({ upperId, incomingEpoch }: NodeRootRecord): void {
-    const { home } = this.#context
-    for (const epoch of home.incomingEpochs(upperId)) {
-      if (epoch <= incomingEpoch) home.removeIncoming(epoch, upperId)
-    }
   }
 
   #exclusive<T>(use: () => Promise<T>): Promise<T> {

@@ -59,14 +59,19 @@ export function configOf({ root, name }: RootContext): NodeRootRecord {
   return config
 }
 
+/** Whether a version is the one under the upper, or the last that was made of the upper itself. */
+export function standsOn({ base, liveVersion }: NodeRootRecord, number: number): boolean {
+  return number === base.version || number === liveVersion
+}
+
 /**
  * Makes sure that what is published next stands on the newest version: a lease alone does not say that nobody has published
  * between two that this node had.
  * @throws {UpperStaleError}
  */
-export function assertCurrent({ home, root }: RootContext, { base, liveVersion }: NodeRootRecord): void {
+export function assertCurrent({ home, root }: RootContext, config: NodeRootRecord): void {
   const { number } = home.head()
-  if (number !== base.version && number !== liveVersion) throw new UpperStaleError(root.upperPath, base.version, number)
+  if (!standsOn(config, number)) throw new UpperStaleError(root.upperPath, config.base.version, number)
 }
 
 /**
@@ -121,19 +126,23 @@ async function standing(context: RootContext, config: NodeRootRecord, discard: b
   }
 }
 
-/** Gives the right to write back, to whoever claims it first or to one node. */
-export async function giveLeaseBack(context: RootContext, to?: string): Promise<void> {
-  const config = configOf(context)
-  const lease = context.lease ?? (config.lease === undefined ? undefined : await context.leases.resume(config.lease))
-  context.lease = undefined
-  if (lease !== undefined) await lease.release({ to })
-  forgetLease(context)
-}
-
-/** Nothing is to be given back: another node has the right to write, or has had it since. */
-export function forgetLease(context: RootContext): void {
-  context.lease = undefined
-  const { lease: _, ...rest } = configOf(context)
+/**
+ * Gives the right to write back, to whoever claims it first or to one node. One that was lost is forgotten where nothing is lost
+ * with it.
+ * @throws {LeaseLostError} unless it `mayBeLost`
+ */
+export async function giveLeaseBack(
+  context: RootContext,
+  { to, mayBeLost }: { readonly to?: string | undefined; readonly mayBeLost: boolean },
+): Promise<void> {
+  const { lease: held, ...rest } = configOf(context)
+  try {
+    const lease = context.lease ?? (held === undefined ? undefined : await context.leases.resume(held))
+    context.lease = undefined
+    await lease?.release({ to })
+  } catch (error) {
+    if (!(error instanceof LeaseLostError) || !mayBeLost) throw error
+  }
   context.root.writeConfig(rest)
 }
 
@@ -165,10 +174,13 @@ export function makeUpperOn(context: RootContext, list: readonly string[]): void
   }
 }
 
-/** Goes on from a version with an empty upper. There must be no changes, or they are given up. */
-export function startFrom(context: RootContext, version: VersionRecord, config = configOf(context)): NodeRootRecord {
-  const { root } = context
-  const { liveVersion: _, ...rest } = config
+/** Goes on from a version with an empty upper; the copy of the old one goes. There must be no changes, or they are given up. */
+export function startFrom(context: RootContext, version: VersionRecord): void {
+  const { root, home } = context
+  const { liveVersion: _, ...rest } = configOf(context)
+  for (const epoch of home.incomingEpochs(rest.upperId)) {
+    if (epoch <= rest.incomingEpoch) home.removeIncoming(epoch, rest.upperId)
+  }
   const next: NodeRootRecord = {
     ...rest,
     base: { version: version.number, layers: version.layers },
@@ -179,7 +191,6 @@ export function startFrom(context: RootContext, version: VersionRecord, config =
   // Without an upper, whatever happens next makes a new one for the base that it finds.
   root.writeConfig(next)
   makeUpperOn(context, next.base.layers)
-  return next
 }
 
 /** Mounts the root on the layers of its base, after saying on the store that it uses them. */
