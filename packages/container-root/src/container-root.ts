@@ -349,24 +349,14 @@ export class ContainerRoot {
     return withLayersInUse(this.#context, version.number, version.layers, (layers) =>
       Home.create(request.home, record, async (fork) => {
         const ids: string[] = []
-        for (const layer of layers) {
-          const id = randomHex(16)
-          await fork.withScratch(0, id, async (path) => {
+        for (const { id, isBottom } of layers) {
+          const copied = await fork.withScratch(0, id, async (path) => {
             const tree = `${path}/tree` as HostPath
-            const from = `${home.layerPath(layer.id)}/tree` as HostPath
+            const from = `${home.layerPath(id)}/tree` as HostPath
             await cloneLayer({ from, to: tree, namespace, sharesInodes: true })
-            const { isBottom } = layer
-            fork.adoptTree(tree, {
-              format: 1,
-              id,
-              form: 'tree',
-              isBottom,
-              covers: [id],
-              madeBy: 'fork',
-              createdAtMs: Date.now(),
-            })
+            return fork.adoptTree(tree, { isBottom, madeBy: 'fork' })
           })
-          ids.push(id)
+          ids.push(copied)
         }
         fork.publishFirst({ layers: ids, madeBy: 'fork', nodeId: node.id, nodeName: node.name })
       }),

@@ -14,6 +14,7 @@ import {
   openat,
   openRoot,
   printable,
+  randomHex,
   readDirents,
   realPath,
   rename,
@@ -365,11 +366,13 @@ export class Home {
     })
   }
 
-  /** Moves a tree of this store, durable and nobody else's, into a layer of its own. */
-  adoptTree(tree: HostPath, record: LayerRecord): void {
-    const place = this.makeIncoming(0, record.id)
+  /** Moves a tree of this store, durable and nobody else's, into a layer of its own. Gives its id. */
+  adoptTree(tree: HostPath, { isBottom, madeBy }: Pick<LayerRecord, 'isBottom' | 'madeBy'>): string {
+    const id = randomHex(16)
+    const place = this.makeIncoming(0, id)
     withFd(openRoot(place, O_NOFOLLOW), (fd) => rename(AT_FDCWD, tree, fd, TREE))
-    this.promote(0, record.id, record)
+    this.promote(0, id, { format: 1, id, form: 'tree', isBottom, covers: [id], madeBy, createdAtMs: Date.now() })
+    return id
   }
 
   /** Takes back `promote` of a layer that no version names: it is the copy of an upper again, with the sync's state. */

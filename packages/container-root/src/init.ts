@@ -13,7 +13,7 @@ import {
 } from '@lsync/posix'
 import { importImage } from '@lsync/snapshot'
 import { Home } from './home.ts'
-import type { LayerRecord, NodeRecord, RootRecord } from './records.ts'
+import type { NodeRecord, RootRecord } from './records.ts'
 
 /** A root begins as something. */
 export class BaseMissingError extends LsyncError {
@@ -23,7 +23,7 @@ export class BaseMissingError extends LsyncError {
 }
 
 /** What a root begins as: a directory, a tar (as of `docker export`, compressed or not), or an OCI image layout. */
-export type BaseForm = 'directory' | 'tar' | 'oci'
+type BaseForm = 'directory' | 'tar' | 'oci'
 
 export interface InitRequest {
   /** The home to make; its parent must be there. */
@@ -36,7 +36,7 @@ export interface InitRequest {
 }
 
 /** What a path is, as a base. */
-export function baseFormOf(path: HostPath): BaseForm {
+function baseFormOf(path: HostPath): BaseForm {
   const fd = openat(AT_FDCWD, path, O_RDONLY)
   return withFd(fd, () => {
     if (!statFd(fd).isDirectory) return 'tar'
@@ -71,7 +71,9 @@ async function importBase(home: Home, request: InitRequest, base: HostPath, belo
     return home.withScratch(0, randomHex(16), async (path) => {
       const { layers } = await importImage({ layout: base, to: `${path}/image` as HostPath, namespace, ...common })
       // Bottom first, as images have them.
-      const ids = layers.map((layer, i) => addLayer(home, layer.path, below === 0 && i === 0))
+      const ids = layers.map((layer, i) =>
+        home.adoptTree(layer.path, { isBottom: below === 0 && i === 0, madeBy: 'init' }),
+      )
       return ids.reverse()
     })
   }
@@ -82,22 +84,6 @@ async function importBase(home: Home, request: InitRequest, base: HostPath, belo
       const toForm = namespace === 'trusted' ? 'kernel-trusted' : 'kernel-user'
       await importLayer({ from: base, form: 'plain-tar', to, toForm, namespace, ...common })
     }
-    return [addLayer(home, to, below === 0)]
+    return [home.adoptTree(to, { isBottom: below === 0, madeBy: 'init' })]
   })
-}
-
-/** Makes a tree that lies in a scratch directory of the home a layer. */
-function addLayer(home: Home, tree: HostPath, isBottom: boolean): string {
-  const id = randomHex(16)
-  const record: LayerRecord = {
-    format: 1,
-    id,
-    form: 'tree',
-    isBottom,
-    covers: [id],
-    madeBy: 'init',
-    createdAtMs: Date.now(),
-  }
-  home.adoptTree(tree, record)
-  return id
 }
