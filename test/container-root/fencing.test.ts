@@ -26,12 +26,18 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       await other.unmount()
     })
 
-  test('a root that stayed mounted on an old version is no ground for the next one', async () => {
+  /** A root that is mounted on node one without changes, and that another node has taken away meanwhile. */
+  const setUpOvertaken = async (): Promise<Site> => {
     const site = await setUp()
     const first = await ContainerRoot.open(site.home, 'lab', { state: site.node('one') })
     await first.mount()
     await first.close()
     await takeAway(site, 'by-two')
+    return site
+  }
+
+  test('a root that stayed mounted on an old version is no ground for the next one', async () => {
+    const site = await setUpOvertaken()
     // Nothing was written here, so that the lease may be claimed anew; what lies under the upper is old all the same.
     await withRoot(site, 'one', async (root) => {
       await expect(root.solidify()).rejects.toMatchObject({ code: 'UPPER_STALE' })
@@ -45,11 +51,7 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
   })
 
   test('a root without changes that was taken over meanwhile is unmounted without complaint', async () => {
-    const site = await setUp()
-    const first = await ContainerRoot.open(site.home, 'lab', { state: site.node('one') })
-    await first.mount()
-    await first.close()
-    await takeAway(site, 'by-two')
+    const site = await setUpOvertaken()
     await withRoot(site, 'one', async (root) => {
       expect(await root.unmount()).toEqual({ hasChanges: false })
       expect(await root.unmount()).toEqual({ hasChanges: false })
