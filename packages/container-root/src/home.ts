@@ -8,25 +8,21 @@ import {
   type HostPath,
   LsyncError,
   makeDirectory,
-  O_DIRECTORY,
   O_NOFOLLOW,
-  O_RDONLY,
   openat,
   openRoot,
   printable,
   randomHex,
-  readDirents,
   realPath,
   rename,
-  statFd,
   tryStatAt,
   withFd,
 } from '@lsync/posix'
+import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, namesIn, tryOpenDirectory } from './directory.ts'
 import { chooseLayers } from './layer-choice.ts'
-import type { Lease } from './lease.ts'
-import { LeaseLostError } from './lease.ts'
+import { type Lease, LeaseLostError } from './lease.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
-import { LayerRecord, MountedRecord, RecordDamagedError, RootRecord, VersionRecord } from './records.ts'
+import { LayerRecord, MountedRecord, RECORD_ID, RecordDamagedError, RootRecord, VersionRecord } from './records.ts'
 import { sweepGone, throwAway } from './throw-away.ts'
 
 /** What is named as a home is none: nothing is there, or `init` did not come to its end. */
@@ -87,8 +83,6 @@ const ROOT_JSON = 'root.json' as ByteString
 const LAYER_JSON = 'layer.json' as ByteString
 const TREE = 'tree' as ByteString
 const SYNC_STATE = '.lsync.sync.tree' as ByteString
-const DIRECTORY_FLAGS = O_RDONLY | O_DIRECTORY | O_NOFOLLOW
-const LAYER_ID = /^[0-9a-f]{32}$/
 const VERSION_FILE = /^([1-9]\d{0,14})\.json$/
 const TRASHED_LAYER = /^layer-([0-9a-f]{32})$/
 const TRASHED_VERSION = /^version-[1-9]\d{0,14}\.json$/
@@ -116,7 +110,7 @@ export class Home {
     const real = realHome(path)
     const fd = openRoot(real)
     try {
-      assertTrusted(fd, real)
+      if (!isOursAlone(fd)) throw new HomeUntrustedError(real)
       const record = readRecord({ fd, path: real }, ROOT_JSON, RootRecord)
       if (record === undefined) throw new HomeMissingError(real)
       return new Home(real, fd, record)
@@ -252,7 +246,7 @@ export class Home {
 
   /** The record of a layer; `undefined` if it is not there. */
   layer(id: string): LayerRecord | undefined {
-    if (!LAYER_ID.test(id)) return undefined
+    if (!RECORD_ID.test(id)) return undefined
     const fd = this.#tryOpenLayer(id)
     if (fd === undefined) return undefined
     return withFd(fd, () => {
@@ -316,13 +310,10 @@ export class Home {
 
   /** Where the copy of an upper is kept up to date under a lease: made with its parents. `tree` in it is for `openSync`. */
   makeIncoming(epoch: number, id: string): HostPath {
-    return this.#in('incoming', ({ fd, path }) => {
-      const parent = String(epoch) as ByteString
-      ensureDirectory(fd, parent)
-      return withFd(openat(fd, parent, DIRECTORY_FLAGS), (epochFd) => {
-        ensureDirectory(epochFd, id as ByteString)
-        return `${path}/${epoch}/${id}` as HostPath
-      })
+    this.#makeEpoch(epoch)
+    return this.#inEpoch(epoch, (fd, path) => {
+      ensureDirectory(fd, id as ByteString)
+      return `${path}/${id}` as HostPath
     })
   }
 
@@ -339,17 +330,10 @@ export class Home {
   /** Moves the copy of an upper from one lease's directory to another's: the same node got a new lease. */
   moveIncoming(id: string, fromEpoch: number, toEpoch: number): void {
     if (fromEpoch === toEpoch || !this.incomingEpochs(id).includes(fromEpoch)) return
-    this.makeIncomingParent(toEpoch)
-    this.#in('incoming', ({ fd }) => {
-      const [from, to] = [fromEpoch, toEpoch].map((epoch) => openat(fd, String(epoch) as ByteString, DIRECTORY_FLAGS))
-      withFd(from as number, (fromFd) =>
-        withFd(to as number, (toFd) => move(fromFd, id as ByteString, toFd, id as ByteString)),
-      )
-    })
-  }
-
-  makeIncomingParent(epoch: number): void {
-    this.#in('incoming', ({ fd }) => ensureDirectory(fd, String(epoch) as ByteString))
+    this.#makeEpoch(toEpoch)
+    this.#inEpoch(fromEpoch, (fromFd) =>
+      this.#inEpoch(toEpoch, (toFd) => move(fromFd, id as ByteString, toFd, id as ByteString)),
+    )
   }
 
   /**
@@ -377,7 +361,7 @@ export class Home {
 
   /** Takes back `promote` of a layer that no version names: it is the copy of an upper again, with the sync's state. */
   demote(epoch: number, id: string): void {
-    this.makeIncomingParent(epoch)
+    this.#makeEpoch(epoch)
     this.#inEpoch(epoch, (epochFd) => {
       this.#in('layers', ({ fd }) => {
         if (tryStatAt(fd, id as ByteString) !== undefined) move(fd, id as ByteString, epochFd, id as ByteString)
@@ -403,7 +387,7 @@ export class Home {
   /** A tree that is being made for a layer: `use` gets a directory in `incoming/<epoch>`, which is gone afterwards. */
   async withScratch<T>(epoch: number, id: string, use: (path: HostPath, name: string) => Promise<T>): Promise<T> {
     const name = `.clone-${id}`
-    this.makeIncomingParent(epoch)
+    this.#makeEpoch(epoch)
     this.removeIncoming(epoch, name)
     this.#inEpoch(epoch, (fd) => makeDirectory(fd, name as ByteString, 0o700))
     try {
@@ -468,6 +452,10 @@ export class Home {
     })
   }
 
+  #makeEpoch(epoch: number): void {
+    this.#in('incoming', ({ fd }) => ensureDirectory(fd, String(epoch) as ByteString))
+  }
+
   #inEpoch<T>(epoch: number, use: (fd: number, path: HostPath) => T): T {
     return this.#in('incoming', ({ fd, path }) =>
       withFd(openat(fd, String(epoch) as ByteString, DIRECTORY_FLAGS), (epochFd) =>
@@ -493,11 +481,6 @@ function realHome(path: HostPath): HostPath {
   }
 }
 
-function assertTrusted(fd: number, path: string): void {
-  const stat = statFd(fd)
-  if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) throw new HomeUntrustedError(path)
-}
-
 function openNewHome(path: HostPath): number {
   try {
     makeDirectory(AT_FDCWD, path, 0o700)
@@ -506,7 +489,7 @@ function openNewHome(path: HostPath): number {
   }
   const fd = openRoot(path, O_NOFOLLOW)
   try {
-    assertTrusted(fd, path)
+    if (!isOursAlone(fd)) throw new HomeUntrustedError(path)
     const isOurs = (name: string) => (DIRECTORIES as readonly string[]).includes(name) || name.startsWith('.new-')
     if (!namesIn(fd).every(isOurs)) throw new HomeExistsError(path)
     return fd
@@ -514,12 +497,6 @@ function openNewHome(path: HostPath): number {
     close(fd)
     throw error
   }
-}
-
-function namesIn(fd: number): ByteString[] {
-  const names: ByteString[] = []
-  readDirents(fd, (name) => names.push(name))
-  return names.sort()
 }
 
 /** Numbers of the versions in a directory, ascending; with `claimed` also those that somebody is about to write. */
@@ -531,27 +508,8 @@ function numbersIn({ fd }: RecordPlace, claimed = false): number[] {
     .sort((left, right) => left - right)
 }
 
-function tryOpenDirectory(fd: number, name: ByteString): number | undefined {
-  try {
-    return openat(fd, name, DIRECTORY_FLAGS)
-  } catch (cause) {
-    if (errnoOf(cause) === 'ENOENT') return undefined
-    throw cause
-  }
-}
-
 function statBeneath(fd: number, directory: ByteString, name: ByteString): boolean {
   return withFd(openat(fd, directory, DIRECTORY_FLAGS), (inner) => tryStatAt(inner, name) !== undefined)
-}
-
-function ensureDirectory(fd: number, name: ByteString): void {
-  if (tryStatAt(fd, name) !== undefined) return
-  try {
-    makeDirectory(fd, name, 0o700)
-  } catch (cause) {
-    if (errnoOf(cause) !== 'EEXIST') throw cause
-  }
-  fsync(fd, name)
 }
 
 /** A rename that is durable: its target is before its source is. */

@@ -5,13 +5,11 @@ import { convertLayer, removeTree } from '@lsync/overlay-merge'
 import {
   type ByteString,
   close,
-  errnoOf,
   fsync,
   type HostPath,
   hasOtherOpeners,
   LsyncError,
   makeDirectory,
-  O_DIRECTORY,
   O_NOFOLLOW,
   O_NONBLOCK,
   O_RDONLY,
@@ -22,7 +20,6 @@ import {
   printable,
   RENAME_NOREPLACE,
   randomHex,
-  readDirents,
   rename,
   textOf,
   tryLock,
@@ -31,6 +28,8 @@ import {
   withFd,
 } from '@lsync/posix'
 import { z } from 'zod'
+import { DIRECTORY_FLAGS, namesIn, tryOpenDirectory } from './directory.ts'
+import { RECORD_ID } from './records.ts'
 import { openSealed } from './sealed-layer.ts'
 
 /** `cached.json` of a layer in a node's cache. `docs/format.md`, "The cache of a node". */
@@ -71,13 +70,11 @@ export class CacheFullError extends LsyncError {
   }
 }
 
-const ID = /^[0-9a-f]{32}$/
 const FILLING = /^\.fill-[0-9a-f]{16}$/
 const GONE = /^\.gone-[0-9a-f]{16}$/
 const RECORD = 'cached.json'
 const TREE = 'tree' as ByteString
 const IMAGE = 'layer.erofs' as ByteString
-const DIRECTORY = O_RDONLY | O_DIRECTORY | O_NOFOLLOW
 const NAME_BYTES = 4096
 const PIECE_BYTES = 1024 * 1024
 
@@ -122,7 +119,9 @@ export class LayerCache {
       }
       const { form } = recordIn(entry)
       const fd =
-        form === 'tree' ? openat(entry, TREE, DIRECTORY) : openSealed(`/proc/self/fd/${entry}/${IMAGE}` as HostPath)
+        form === 'tree'
+          ? openat(entry, TREE, DIRECTORY_FLAGS)
+          : openSealed(`/proc/self/fd/${entry}/${IMAGE}` as HostPath)
       const now = new Date()
       utimesSync(`/proc/self/fd/${entry}/${RECORD}`, now, now)
       return {
@@ -146,7 +145,7 @@ export class LayerCache {
   entries(): CacheEntry[] {
     return this.#in((fd) =>
       namesIn(fd)
-        .filter((name) => ID.test(name))
+        .filter((name) => RECORD_ID.test(name))
         .flatMap((id) => {
           const entry = this.#tryOpenEntry(id)
           if (entry === undefined) return []
@@ -163,7 +162,7 @@ export class LayerCache {
    * @throws {CacheFullError}, and what reading the layer throws
    */
   async fill(id: string, source: LayerSource, signal?: AbortSignal): Promise<void> {
-    if (!ID.test(id)) throw new PosixError('EINVAL', { syscall: 'cache', path: id })
+    if (!RECORD_ID.test(id)) throw new PosixError('EINVAL', { syscall: 'cache', path: id })
     while (!this.#isThere(id)) {
       const filling = this.#filling.get(id)
       if (filling !== undefined) {
@@ -211,7 +210,7 @@ export class LayerCache {
     const name = `.fill-${randomHex(8)}` as ByteString
     const fd = this.#in((cacheFd) => {
       makeDirectory(cacheFd, name, 0o700)
-      return openat(cacheFd, name, DIRECTORY)
+      return openat(cacheFd, name, DIRECTORY_FLAGS)
     })
     try {
       tryLock(fd, 'exclusive')
@@ -274,19 +273,12 @@ export class LayerCache {
   }
 
   #isThere(id: string): boolean {
-    return ID.test(id) && this.#in((fd) => tryStatAt(fd, id as ByteString) !== undefined)
+    return RECORD_ID.test(id) && this.#in((fd) => tryStatAt(fd, id as ByteString) !== undefined)
   }
 
   #tryOpenEntry(id: string): number | undefined {
-    if (!ID.test(id)) return undefined
-    return this.#in((fd) => {
-      try {
-        return openat(fd, id as ByteString, DIRECTORY)
-      } catch (cause) {
-        if (errnoOf(cause) === 'ENOENT') return undefined
-        throw cause
-      }
-    })
+    if (!RECORD_ID.test(id)) return undefined
+    return this.#in((fd) => tryOpenDirectory(fd, id as ByteString))
   }
 
   #in<T>(use: (fd: number) => T): T {
@@ -307,11 +299,5 @@ function recordIn(entry: number): CachedLayer {
 }
 
 function isUnlocked(fd: number, name: ByteString): boolean {
-  return withFd(openat(fd, name, DIRECTORY), (entry) => tryLock(entry, 'exclusive'))
-}
-
-function namesIn(fd: number): ByteString[] {
-  const names: ByteString[] = []
-  withFd(openat(fd, '.' as ByteString, DIRECTORY), (list) => readDirents(list, (name) => names.push(name)))
-  return names
+  return withFd(openat(fd, name, DIRECTORY_FLAGS), (entry) => tryLock(entry, 'exclusive'))
 }

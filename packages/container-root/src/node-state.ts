@@ -4,13 +4,11 @@ import {
   type ByteString,
   bytesOf,
   close,
-  errnoOf,
   fsync,
   type HostPath,
   LsyncError,
   makeDirectory,
   O_DIRECTORY,
-  O_NOFOLLOW,
   O_RDONLY,
   openat,
   openRoot,
@@ -19,13 +17,13 @@ import {
   readDirents,
   realPath,
   rename,
-  statFd,
   tryLock,
   tryStatAt,
   withFd,
 } from '@lsync/posix'
+import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, namesIn, tryOpenDirectory } from './directory.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
-import { NodeRecord, NodeRootRecord, RootName, SolidifyRecord } from './records.ts'
+import { NodeRecord, NodeRootRecord, RECORD_ID, RootName, SolidifyRecord } from './records.ts'
 import { sweepGone, throwAway } from './throw-away.ts'
 
 /** Nothing is known of a root of this name on this node. */
@@ -70,7 +68,6 @@ const CONFIG_JSON = 'config.json' as ByteString
 const SOLIDIFY_JSON = 'solidify.json' as ByteString
 const ROOTS = 'roots' as ByteString
 const JOURNAL = 'journal' as ByteString
-const DIRECTORY_FLAGS = O_RDONLY | O_DIRECTORY | O_NOFOLLOW
 
 /** Where the state of a node is: `LSYNC_STATE`, or /var/lib/lsync. */
 export function defaultNodeState(): HostPath {
@@ -92,7 +89,7 @@ export class NodeState {
     mkdirSync(Buffer.from(path, 'latin1'), { recursive: true, mode: 0o700 })
     const real = realPath(path)
     return withFd(openRoot(real), (fd) => {
-      assertTrusted(fd, real)
+      if (!isOursAlone(fd)) throw new StateUntrustedError(real)
       ensureDirectory(fd, ROOTS)
       const place = { fd, path: real }
       createRecord(place, NODE_JSON, NodeRecord.parse({ format: 1, id: randomHex(16), name: hostname().slice(0, 200) }))
@@ -102,9 +99,8 @@ export class NodeState {
 
   /** The names of the roots on this node, sorted. */
   rootNames(): string[] {
-    const names: string[] = []
-    withFd(openRoot(`${this.path}/roots` as HostPath), (fd) => readDirents(fd, (name) => names.push(name)))
-    return names.filter((name) => RootName.safeParse(name).success).sort()
+    const names = withFd(openRoot(`${this.path}/roots` as HostPath), namesIn)
+    return names.filter((name) => RootName.safeParse(name).success)
   }
 
   /**
@@ -121,7 +117,7 @@ export class NodeState {
       }
       const fd = openat(rootsFd, name as ByteString, DIRECTORY_FLAGS)
       try {
-        assertTrusted(fd, path)
+        if (!isOursAlone(fd)) throw new StateUntrustedError(path)
         for (const directory of ['merged', 'replicas', JOURNAL, 'index']) ensureDirectory(fd, directory as ByteString)
         return new NodeRoot(path, fd)
       } catch (error) {
@@ -247,17 +243,14 @@ export class NodeRoot {
 
   /** The ids of the layers that this node has a replica of. */
   replicas(): string[] {
-    const ids: string[] = []
-    withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (fd) =>
-      readDirents(fd, (name) => (/^[0-9a-f]{32}$/.test(name) ? ids.push(name) : 0)),
-    )
-    return ids.sort()
+    const names = withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), namesIn)
+    return names.filter((name) => RECORD_ID.test(name))
   }
 
   /** The local replica of a layer: an fd to be closed. `undefined` where there is none. */
   openReplica(id: string): number | undefined {
     return withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), (fd) =>
-      tryStatAt(fd, id as ByteString) === undefined ? undefined : openat(fd, id as ByteString, DIRECTORY_FLAGS),
+      tryOpenDirectory(fd, id as ByteString),
     )
   }
 
@@ -287,20 +280,4 @@ export class NodeRoot {
       use({ fd, path: `${this.path}/${JOURNAL}` as HostPath }),
     )
   }
-}
-
-function assertTrusted(fd: number, path: string): void {
-  const stat = statFd(fd)
-  if (stat.uid !== process.geteuid?.() || (stat.mode & 0o022) !== 0) throw new StateUntrustedError(path)
-}
-
-function ensureDirectory(fd: number, name: ByteString): void {
-  if (tryStatAt(fd, name) !== undefined) return
-  try {
-    makeDirectory(fd, name, 0o700)
-  } catch (cause) {
-    // Another process opens the same root.
-    if (errnoOf(cause) !== 'EEXIST') throw cause
-  }
-  fsync(fd, name)
 }

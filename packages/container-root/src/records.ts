@@ -1,8 +1,9 @@
 import { type HostPath, LsyncError, printable } from '@lsync/posix'
 import { z } from 'zod'
 
+export const RECORD_ID = /^[0-9a-f]{32}$/
 /** The name of a layer, of a root or of a node: 32 random hex digits, which lead nowhere as part of a path. */
-export const RecordId = z.string().regex(/^[0-9a-f]{32}$/)
+export const RecordId = z.string().regex(RECORD_ID)
 export type RecordId = z.infer<typeof RecordId>
 
 /** Numbers of versions; 1 is what `init` publishes. */

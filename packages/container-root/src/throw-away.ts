@@ -1,5 +1,6 @@
 import { removeTree } from '@lsync/overlay-merge'
-import { type ByteString, errnoOf, randomHex, readDirents, rename } from '@lsync/posix'
+import { type ByteString, errnoOf, randomHex, rename } from '@lsync/posix'
+import { namesIn } from './directory.ts'
 
 const GONE = 'gone-'
 
@@ -20,7 +21,5 @@ export function throwAway(fromFd: number, name: ByteString, toFd = fromFd): void
 
 /** Removes what earlier removals left in a directory, under names of its own each, since two may sweep at once. */
 export function sweepGone(fd: number): void {
-  const left: ByteString[] = []
-  readDirents(fd, (name) => (name.startsWith(GONE) ? left.push(name) : 0))
-  for (const name of left) throwAway(fd, name)
+  for (const name of namesIn(fd)) if (name.startsWith(GONE)) throwAway(fd, name)
 }
