@@ -1,6 +1,5 @@
-import { createReadStream, createWriteStream, readFileSync, utimesSync, writeFileSync } from 'node:fs'
+import { readFileSync, utimesSync, writeFileSync } from 'node:fs'
 import { mkdir, stat } from 'node:fs/promises'
-import { pipeline } from 'node:stream/promises'
 import { convertLayer, removeTree } from '@lsync/overlay-merge'
 import {
   type ByteString,
@@ -30,7 +29,7 @@ import {
 import { z } from 'zod'
 import { DIRECTORY_FLAGS, namesIn, tryOpenDirectory } from './directory.ts'
 import { RECORD_ID } from './records.ts'
-import { openSealed } from './sealed-layer.ts'
+import { copyDurably, openSealed } from './sealed-layer.ts'
 
 /** `cached.json` of a layer in a node's cache. `docs/format.md`, "The cache of a node". */
 export const CachedLayer = z.strictObject({
@@ -76,7 +75,6 @@ const RECORD = 'cached.json'
 const TREE = 'tree' as ByteString
 const IMAGE = 'layer.erofs' as ByteString
 const NAME_BYTES = 4096
-const PIECE_BYTES = 1024 * 1024
 
 /**
  * Layers of homes, copied to a local disk, so that a root is mounted from near by. Whatever is in it is whole: an entry appears by one rename
@@ -235,16 +233,7 @@ export class LayerCache {
       const { size } = await stat(textOf(source.path))
       // Said before it is copied, where that can be known.
       if (!this.evict(size)) throw new CacheFullError(this.#directory, id, size, this.#limitBytes)
-      await pipeline(
-        createReadStream(textOf(source.path), { highWaterMark: PIECE_BYTES }),
-        createWriteStream(`${textOf(to)}/${IMAGE}`, {
-          flags: 'wx',
-          mode: 0o600,
-          highWaterMark: PIECE_BYTES,
-          flush: true,
-        }),
-        ...(signal === undefined ? [] : [{ signal }]),
-      )
+      await copyDurably(textOf(source.path), `${textOf(to)}/${IMAGE}`, signal)
       return size
     }
     const { bytes, entries } = await convertLayer({

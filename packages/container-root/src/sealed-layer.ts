@@ -228,7 +228,8 @@ function reasonIn(said: string): string | undefined {
   return reasons.length === 0 ? undefined : `mkfs.erofs says: ${reasons.join('; ')}`
 }
 
-async function copyDurably(from: string, to: string, signal: AbortSignal | undefined): Promise<void> {
+/** Copies a file to where nothing is; it is durable when this resolves, and not whole when it rejects. */
+export async function copyDurably(from: string, to: string, signal: AbortSignal | undefined): Promise<void> {
   await pipeline(
     createReadStream(from, { highWaterMark: PIECE_BYTES }),
     createWriteStream(to, { flags: 'wx', mode: 0o600, highWaterMark: PIECE_BYTES, flush: true }),
