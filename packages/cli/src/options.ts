@@ -31,6 +31,11 @@ export function countArgument(text: string): number {
   return Number(text)
 }
 
+/** For an option that may come more than once. */
+export function textsArgument(text: string, before: string[] | undefined): string[] {
+  return [...(before ?? []), text]
+}
+
 /** A time such as `1s` or `200ms`, in ms. */
 export function timeArgument(text: string): number {
   const [, count, unit] = /^(\d{1,7})(ms|s|m)?$/.exec(text) ?? []

@@ -17,24 +17,46 @@ export function stateOf({ state }: StateOption): NodeState {
   return NodeState.open(state)
 }
 
-/** Runs `use` with a root that this node knows, and closes it. */
-export async function withKnownRoot<T>(
+/** Which root of this node; with `home` also one that the node has not seen yet. */
+export interface RootOptions extends StateOption {
+  readonly home?: HostPath
+}
+
+export function addRootOptions(command: Command): Command {
+  return addStateOption(
+    command.option('--home <dir>', 'the home of the root, where this node does not know it yet', pathArgument),
+  )
+}
+
+/** Runs `use` with a root, and closes it. */
+export async function withRoot<T>(
   name: string,
-  options: StateOption & { readonly home?: HostPath },
-  session: Session,
+  options: RootOptions,
   use: (root: ContainerRoot) => Promise<T>,
 ): Promise<T> {
+  const { home } = options
   const state = stateOf(options)
-  const root =
-    options.home === undefined
-      ? await ContainerRoot.openKnown(name, { state })
-      : await ContainerRoot.open(options.home, name, { state })
-  root.events.on('problem', ({ error }) => {
-    session.output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
-  })
+  const root = await (home === undefined
+    ? ContainerRoot.openKnown(name, { state })
+    : ContainerRoot.open(home, name, { state }))
   try {
     return await use(root)
   } finally {
     await root.close()
   }
+}
+
+/** As `withRoot`, and says what goes wrong without ending the operation. */
+export function withToldRoot<T>(
+  name: string,
+  options: RootOptions,
+  session: Session,
+  use: (root: ContainerRoot) => Promise<T>,
+): Promise<T> {
+  return withRoot(name, options, (root) => {
+    root.events.on('problem', ({ error }) => {
+      session.output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
+    })
+    return use(root)
+  })
 }

@@ -1,23 +1,13 @@
-import {
-  ContainerRoot,
-  HookName,
-  type Hooks,
-  NodeState,
-  presetHooks,
-  RUNTIMES,
-  type Runtime,
-  readHooks,
-  writeHooks,
-} from '@lsync/container-root'
-import type { HostPath } from '@lsync/posix'
+import { HookName, type Hooks, presetHooks, RUNTIMES, type Runtime, readHooks, writeHooks } from '@lsync/container-root'
 import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { UsageError } from '../failure.ts'
-import { countArgument, given, pathArgument } from '../options.ts'
+import { countArgument, given } from '../options.ts'
+import { addRootOptions, type RootOptions, withRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
 
 type Given = Partial<Record<HookName, string>>
-interface HooksOptions extends Given {
+interface HooksOptions extends Given, RootOptions {
   readonly preset?: Runtime
   readonly container?: string
   readonly bundle?: string
@@ -25,8 +15,6 @@ interface HooksOptions extends Given {
   readonly stopSeconds?: number
   readonly timeout?: number
   readonly clear?: true
-  readonly home?: HostPath
-  readonly state?: HostPath
 }
 
 const NAMES = HookName.options
@@ -47,35 +35,21 @@ export function define(command: Command, session: Session): void {
     .option('--runc-root <dir>', 'with --preset runc: where runc keeps its state')
     .option('--stop-seconds <count>', 'with --preset: how long it may take to end by itself', countArgument)
   for (const name of NAMES) command.option(`--${name} <command>`, `the ${name} hook, for sh -c; empty for none`)
-  command
-    .option('--timeout <seconds>', 'how long each of these may take', countArgument)
-    .option('--clear', 'forget all others')
-    .option('--home <dir>', 'the home of the root, where this node does not know it yet', pathArgument)
-    .option('--state <dir>', 'the state of this node', pathArgument)
-    .action(async (name: string, options: HooksOptions) => {
-      const root = await openRootOf(name, options)
-      try {
-        const before = readHooks(root)
-        const hooks = hooksOf(options.clear === true ? {} : before, options)
-        if (JSON.stringify(hooks) !== JSON.stringify(before)) writeHooks(root, hooks)
-        session.output.data(
-          () => ({ type: 'hooks', root: name, hooks }),
-          () =>
-            NAMES.flatMap((hook) => (hooks[hook] === undefined ? [] : `${hook}: ${hooks[hook].command}`)).join('\n'),
-        )
-      } finally {
-        await root.close()
-      }
+  addRootOptions(
+    command
+      .option('--timeout <seconds>', 'how long each of these may take', countArgument)
+      .option('--clear', 'forget all others'),
+  ).action(async (name: string, options: HooksOptions) => {
+    await withRoot(name, options, async (root) => {
+      const before = readHooks(root)
+      const hooks = hooksOf(options.clear === true ? {} : before, options)
+      if (JSON.stringify(hooks) !== JSON.stringify(before)) writeHooks(root, hooks)
+      session.output.data(
+        () => ({ type: 'hooks', root: name, hooks }),
+        () => NAMES.flatMap((hook) => (hooks[hook] === undefined ? [] : `${hook}: ${hooks[hook].command}`)).join('\n'),
+      )
     })
-}
-
-/** A root of this node; with `home` also one that the node has not seen yet. */
-export function openRootOf(
-  name: string,
-  { home, state }: { readonly home?: HostPath; readonly state?: HostPath },
-): Promise<ContainerRoot> {
-  const options = given({ state: state === undefined ? undefined : NodeState.open(state) })
-  return home === undefined ? ContainerRoot.openKnown(name, options) : ContainerRoot.open(home, name, options)
+  })
 }
 
 function hooksOf(before: Hooks, options: HooksOptions): Hooks {

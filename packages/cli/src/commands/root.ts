@@ -11,7 +11,7 @@ import { examples } from '../examples.ts'
 import { UsageError } from '../failure.ts'
 import { addDryRunOption, addYesOption, countArgument, given, pathArgument, pathsArgument } from '../options.ts'
 import { durationOf } from '../progress-line.ts'
-import { addStateOption, type StateOption, stateOf, withKnownRoot } from '../roots.ts'
+import { addStateOption, type StateOption, stateOf, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
 
 type Definer = (command: Command, session: Session) => void
@@ -53,7 +53,7 @@ const defineInit: Definer = (command, session) => {
       const { node } = stateOf(options)
       const home = await initHome({ home: path, bases, node, signal: session.signal })
       home.close()
-      await withKnownRoot(name, options, session, async (root) => {
+      await withToldRoot(name, options, session, async (root) => {
         session.output.data(
           () => ({ type: 'init', name, home: textOf(path), rootId: root.home.record.id, version: 1 }),
           () => `made ${printable(path)}, version 1`,
@@ -76,7 +76,7 @@ const defineMount: Definer = (command, session) => {
       ) => {
         const { discard, takeover, force } = options
         const from = force === true ? 'force' : takeover === true ? 'expired' : undefined
-        await withKnownRoot(name, options, session, async (root) => {
+        await withToldRoot(name, options, session, async (root) => {
           const { version } = await root.mount({ signal: session.signal, ...given({ discard, takeover: from }) })
           session.output.data(
             () => ({ type: 'mount', name, path: textOf(root.mergedPath), version }),
@@ -89,7 +89,7 @@ const defineMount: Definer = (command, session) => {
 
 const defineUnmount: Definer = (command, session) => {
   named(command).action((name: string, options: StateOption) =>
-    withKnownRoot(name, options, session, async (root) => {
+    withToldRoot(name, options, session, async (root) => {
       const { hasChanges } = await root.unmount()
       session.output.data(
         () => ({ type: 'unmount', name, hasChanges }),
@@ -102,7 +102,7 @@ const defineUnmount: Definer = (command, session) => {
 
 const defineSync: Definer = (command, session) => {
   named(command).action((name: string, options: StateOption) =>
-    withKnownRoot(name, options, session, async (root) => {
+    withToldRoot(name, options, session, async (root) => {
       const { output, signal } = session
       const sync = await root.startSync({ signal })
       sync.events.on('checkpoint', (checkpoint) =>
@@ -124,7 +124,7 @@ const defineStatus: Definer = (command, session) => {
   addStateOption(command.argument('[name]', 'the root; default: all on this node')).action(
     async (name: string | undefined, options: StateOption) => {
       for (const one of name === undefined ? stateOf(options).rootNames() : [name]) {
-        await withKnownRoot(one, options, session, async (root) => {
+        await withToldRoot(one, options, session, async (root) => {
           const status = await root.status()
           session.output.data(
             () => ({ type: 'status', ...status }),
@@ -165,7 +165,7 @@ function layerText({ id, form, isBottom, madeBy, covers, isLocal }: LayerStatus)
 
 const defineVersions: Definer = (command, session) => {
   named(command).action((name: string, options: StateOption) =>
-    withKnownRoot(name, options, session, async (root) => {
+    withToldRoot(name, options, session, async (root) => {
       for (const version of root.versions()) {
         session.output.data(
           () => ({ type: 'version', ...version }),
@@ -191,7 +191,7 @@ const defineDiff: Definer = (command, session) => {
     .argument('[to]', 'another one; default the newest')
     .option('--content', 'compare the bytes of files of equal size, too')
     .action((name: string, from: string, to: string | undefined, options: StateOption & { content?: true }) =>
-      withKnownRoot(name, options, session, async (root) => {
+      withToldRoot(name, options, session, async (root) => {
         const found = await root.diff(from, to ?? root.home.head().number, {
           signal: session.signal,
           ...given({ content: options.content }),
@@ -215,7 +215,7 @@ const defineRollback: Definer = (command, session) => {
       async (name: string, options: StateOption & { to: string; message?: string; discard?: true; yes?: true }) => {
         const { to, message, discard } = options
         if (discard === true) await session.confirm(`this gives up the changes of ${name}`, options, 'solidify first')
-        await withKnownRoot(name, options, session, async (root) => {
+        await withToldRoot(name, options, session, async (root) => {
           const version = await root.rollback({ to, signal: session.signal, ...given({ message, discard }) })
           session.output.data(
             () => ({ type: 'rollback', version }),
@@ -232,7 +232,7 @@ const defineFork: Definer = (command, session) => {
     .requiredOption('--to-home <dir>', 'the home to make', pathArgument)
     .option('--version-of <version>', 'number or tag; default the newest')
     .action((name: string, options: StateOption & { toHome: HostPath; versionOf?: string }) =>
-      withKnownRoot(name, options, session, async (root) => {
+      withToldRoot(name, options, session, async (root) => {
         const { toHome: home, versionOf: version } = options
         const fork = await root.fork({ home, signal: session.signal, ...given({ version }) })
         const { record } = fork
@@ -255,7 +255,7 @@ const defineCompact: Definer = (command, session) => {
         name: string,
         options: StateOption & { maxLayers?: number; intoBottom?: true; versionOf?: string; dryRun?: true },
       ) =>
-        withKnownRoot(name, options, session, async (root) => {
+        withToldRoot(name, options, session, async (root) => {
           const { maxLayers, intoBottom, versionOf: version, dryRun } = options
           const report = await root.compact({
             signal: session.signal,
@@ -285,7 +285,7 @@ const defineGc: Definer = (command, session) => {
       const { keep, dryRun } = options
       if (keep === 0) throw new UsageError('the newest version always stays', 'keep at least 1')
       await session.confirm(`this removes old versions of ${name}`, options)
-      await withKnownRoot(name, options, session, async (root) => {
+      await withToldRoot(name, options, session, async (root) => {
         const report = await root.gc({ signal: session.signal, ...given({ keep, dryRun }) })
         const { versions, layers } = report
         session.output.data(

@@ -3,9 +3,9 @@ import { type HostPath, textOf } from '@lsync/posix'
 import type { Command } from 'commander'
 import { examples } from '../examples.ts'
 import { UsageError } from '../failure.ts'
-import { given, pathArgument } from '../options.ts'
+import { given, pathArgument, textsArgument } from '../options.ts'
 import { durationOf } from '../progress-line.ts'
-import { addStateOption, type StateOption, withKnownRoot } from '../roots.ts'
+import { addStateOption, type StateOption, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
 
 interface SolidifyOptions extends StateOption {
@@ -29,7 +29,7 @@ export function define(command: Command, session: Session): void {
     .argument('<name>', 'the root, as this node calls it')
     .option('--live', 'the container goes on; it rests only for the end of the last pass')
     .option('--message <text>', 'what to say of the version')
-    .option('--tag <name>', 'a name for the version, which gc keeps then; may be repeated', collect)
+    .option('--tag <name>', 'a name for the version, which gc keeps then; may be repeated', textsArgument)
     .option('--stop <command>', 'stops the container: run by sh, with LSYNC_ROOT and LSYNC_MERGED')
     .option('--start <command>', 'starts it again')
     .option('--cgroup <dir>', 'with --live: freeze this cgroup for the end of the last pass', pathArgument)
@@ -39,7 +39,7 @@ export function define(command: Command, session: Session): void {
       throw new UsageError('frozen processes hold the mount', 'use --stop and --start, or --live')
     }
     const { output, signal } = session
-    await withKnownRoot(name, options, session, async (root) => {
+    await withToldRoot(name, options, session, async (root) => {
       const context = { root: name, merged: textOf(root.mergedPath), node: root.nodeName, reason: 'solidify' }
       const hooks: Hooks = {
         ...(stop === undefined ? {} : { stop: { command: stop } }),
@@ -64,8 +64,4 @@ function quiescenceOf(
 ): Quiescence | undefined {
   if (cgroup !== undefined) return quiescenceByFreezer(textOf(cgroup))
   return Object.keys(hooks).length === 0 ? undefined : quiescenceByHooks(hooks, context)
-}
-
-function collect(text: string, before: string[] | undefined): string[] {
-  return [...(before ?? []), text]
 }

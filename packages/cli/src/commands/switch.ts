@@ -10,26 +10,24 @@ import {
   serveSwitch,
   switchRoot,
 } from '@lsync/container-root'
-import { type HostPath, textOf } from '@lsync/posix'
+import { textOf } from '@lsync/posix'
 import { type RemoteAddress, remoteCommand, SshConnections, spawnRemote } from '@lsync/ssh'
 import { parseTarget } from '@lsync/sync'
 import type { Command } from 'commander'
 import { examples } from '../examples.ts'
 import { UsageError } from '../failure.ts'
-import { addDryRunOption, given, pathArgument, timeArgument } from '../options.ts'
+import { addDryRunOption, given, textsArgument, timeArgument } from '../options.ts'
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
+import { addRootOptions, type RootOptions, withRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
-import { openRootOf } from './hooks.ts'
 
-interface SwitchOptions {
+interface SwitchOptions extends RootOptions {
   readonly to?: string
   readonly from?: string
   readonly maxDowntime: number
   readonly dryRun?: true
   readonly resume?: true
   readonly stdio?: true
-  readonly home?: HostPath
-  readonly state?: HostPath
   readonly remoteState?: string
   readonly rsh?: string
   readonly remoteLsync: string
@@ -48,23 +46,19 @@ export function define(command: Command, session: Session): void {
     ),
   )
   addDryRunOption(
-    command
-      .argument('<name>', 'the root, as it is called on both nodes')
-      .option('--to <node>', 'ssh://user@host:port, with the path of the home there if it is another one; or here')
-      .option('--from <node>', 'where it runs, as --to; default: here')
-      .option('--max-downtime <time>', 'how long the last changes may take to be carried over', timeArgument, 2000)
-      .option('--resume', 'settle a switch that was interrupted, from what is on the store')
-      .option('--stdio', 'be one end of a switch that another machine drives')
-      .option('--home <dir>', 'the home of the root, where this node does not know it yet', pathArgument)
-      .option('--state <dir>', 'the state of this node', pathArgument)
+    addRootOptions(
+      command
+        .argument('<name>', 'the root, as it is called on both nodes')
+        .option('--to <node>', 'ssh://user@host:port, with the path of the home there if it is another one; or here')
+        .option('--from <node>', 'where it runs, as --to; default: here')
+        .option('--max-downtime <time>', 'how long the last changes may take to be carried over', timeArgument, 2000)
+        .option('--resume', 'settle a switch that was interrupted, from what is on the store')
+        .option('--stdio', 'be one end of a switch that another machine drives'),
+    )
       .option('--remote-state <dir>', 'the state of the other nodes')
       .option('--rsh <command>', 'reach other machines through this instead: "ssh -J jump"')
       .option('--remote-lsync <path>', 'lsync on the other machines', 'lsync')
-      .option(
-        '--identity <file>',
-        'a private key to log in with; may be repeated',
-        (text: string, before?: string[]) => [...(before ?? []), text],
-      ),
+      .option('--identity <file>', 'a private key to log in with; may be repeated', textsArgument),
   ).action(async (name: string, options: SwitchOptions) => {
     if (options.stdio === true) return await withRoot(name, options, (root) => answer(root, session))
     if (options.resume === true) return await withRoot(name, options, (root) => settle(root, session))
@@ -72,19 +66,6 @@ export function define(command: Command, session: Session): void {
     if (options.from !== undefined && options.to !== HERE) return await drive(name, options, undefined, session)
     return await withRoot(name, options, (root) => drive(name, options, root, session))
   })
-}
-
-async function withRoot(
-  name: string,
-  options: SwitchOptions,
-  use: (root: ContainerRoot) => Promise<void>,
-): Promise<void> {
-  const root = await openRootOf(name, options)
-  try {
-    await use(root)
-  } finally {
-    await root.close()
-  }
 }
 
 async function answer(root: ContainerRoot, session: Session): Promise<void> {

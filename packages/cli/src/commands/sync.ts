@@ -20,7 +20,15 @@ import {
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { EXIT, UsageError } from '../failure.ts'
-import { addDryRunOption, addNamespaceOption, countArgument, given, pathArgument, timeArgument } from '../options.ts'
+import {
+  addDryRunOption,
+  addNamespaceOption,
+  countArgument,
+  given,
+  pathArgument,
+  textsArgument,
+  timeArgument,
+} from '../options.ts'
 import { countOf, durationOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { addKeepOptions, type KeepOptions, rulesOf } from './snapshot/keep.ts'
@@ -76,8 +84,8 @@ export function define(command: Command, session: Session): void {
             .option('--once', 'carry over what there is, then end')
             .option('--tick <time>', 'how long after a change it is durable: 1s, 200ms', timeArgument, 1000)
             .option('--max-lag <time>', 'how long it may take at most, before it is said; default 5s', timeArgument)
-            .option('--include <pattern>', 'an exception from what is excluded; may be repeated', listArgument)
-            .option('--exclude <pattern>', 'leave out: NAME, dir/, path/*, **; may be repeated', listArgument)
+            .option('--include <pattern>', 'an exception from what is excluded; may be repeated', textsArgument)
+            .option('--exclude <pattern>', 'leave out: NAME, dir/, path/*, **; may be repeated', textsArgument)
             .option('--bwlimit <rate>', 'at most so many bytes a second: 50M', sizeArgument)
             .option('--iops <count>', 'at most so many files a second, over a network so many batches', countArgument)
             .option('--state <dir>', 'keep index and journal there', pathArgument)
@@ -90,7 +98,7 @@ export function define(command: Command, session: Session): void {
             .option('--sweep', 'with flush: compare the whole upper as well')
             .option('--rsh <command>', 'reach other machines through this instead: "ssh -J jump"')
             .option('--remote-lsync <path>', 'lsync on the other machine')
-            .option('--identity <file>', 'a private key to log in with; may be repeated', listArgument)
+            .option('--identity <file>', 'a private key to log in with; may be repeated', textsArgument)
             .addOption(
               new Option(
                 '--sftp-form <form>',
@@ -357,10 +365,6 @@ function statusText(status: SyncStatus): string {
     for (const { path, code, attempts } of failures) lines.push(`    ${path}: ${code}, tried ${attempts} times`)
   }
   return lines.join('\n')
-}
-
-function listArgument(text: string, before: string[] | undefined): string[] {
-  return [...(before ?? []), text]
 }
 
 function sizeArgument(text: string): number {

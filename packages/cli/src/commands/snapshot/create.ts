@@ -14,17 +14,18 @@ import {
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../../examples.ts'
 import { UsageError } from '../../failure.ts'
-import { addNamespaceOption, addWorkersOption, given, pathArgument, pathsArgument } from '../../options.ts'
+import {
+  addNamespaceOption,
+  addWorkersOption,
+  given,
+  pathArgument,
+  pathsArgument,
+  textsArgument,
+} from '../../options.ts'
 import { countOf, durationOf, sizeOf } from '../../progress-line.ts'
 import type { Session } from '../../session.ts'
 import { type StackText, splitStack } from '../../stack-text.ts'
-import {
-  addRepositoryOptions,
-  type RepositoryOptions,
-  tagsArgument,
-  textsArgument,
-  withRepository,
-} from './repository.ts'
+import { addRepositoryOptions, type RepositoryOptions, tagsArgument, withRepository } from './repository.ts'
 
 interface CreateOptions extends RepositoryOptions {
   readonly tag?: string[]

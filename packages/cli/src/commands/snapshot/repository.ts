@@ -15,7 +15,7 @@ import {
 } from '@lsync/snapshot'
 import { type Command, InvalidArgumentError } from 'commander'
 import { UsageError } from '../../failure.ts'
-import { given, pathArgument, pathsArgument } from '../../options.ts'
+import { given, pathArgument, pathsArgument, textsArgument } from '../../options.ts'
 import type { Session } from '../../session.ts'
 
 /** What says which repository, and what its password is. */
@@ -77,11 +77,6 @@ export function addFilterOptions(command: Command): Command {
     .option('--host <name>', 'only snapshots of this host; may be repeated', textsArgument)
     .option('--tag <tags>', 'only snapshots with all these tags (a,b); may be repeated', tagListsArgument)
     .option('--path <dir>', 'only snapshots of this path; may be repeated', pathsArgument)
-}
-
-/** For an option that may come more than once. */
-export function textsArgument(text: string, before: string[] | undefined): string[] {
-  return [...(before ?? []), text]
 }
 
 /** Tags with commas in between. */

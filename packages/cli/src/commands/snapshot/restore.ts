@@ -13,6 +13,7 @@ import {
   countArgument,
   given,
   pathArgument,
+  textsArgument,
 } from '../../options.ts'
 import { countOf, durationOf, sizeOf } from '../../progress-line.ts'
 import type { Session } from '../../session.ts'
@@ -22,7 +23,6 @@ import {
   type FilterOptions,
   type RepositoryOptions,
   snapshotOf,
-  textsArgument,
   withRepository,
 } from './repository.ts'
 
