@@ -3,14 +3,12 @@ import {
   type ByteString,
   close,
   errnoOf,
-  type HostPath,
   type Mount,
   type MountOptions,
   mountOverlay,
   O_DIRECTORY,
   O_NOFOLLOW,
   O_PATH,
-  O_RDONLY,
   openat,
   openRoot,
   overlayUsers,
@@ -54,23 +52,22 @@ export function findMount({ mergedPath }: NodeRoot): MountedOverlay | undefined 
 }
 
 /** Mounts the upper of a root on layers, top first (fds, which the caller closes). */
-export function mountRoot(root: NodeRoot, lowers: readonly number[], namespace: Namespace): MountOptions {
+export function mountRoot(root: NodeRoot, lowers: readonly number[], namespace: Namespace): void {
   // A plain stack of two layers is needed where the kernel wants one lower at least, and one is always there.
   root.makeWork()
   const upper = openat(root.fd, 'upper' as ByteString, O_PATH | O_DIRECTORY | O_NOFOLLOW)
-  return withFd(upper, () =>
+  withFd(upper, () =>
     withFd(openat(root.fd, 'work' as ByteString, O_PATH | O_DIRECTORY | O_NOFOLLOW), (work) => {
       let options: MountOptions = BEST[namespace]
       for (const dispensable of [...DISPENSABLE, undefined]) {
         try {
           mountOverlay({ lowers, upper, work, options }, root.mergedPath)
-          return options
+          return
         } catch (cause) {
           if (errnoOf(cause) !== 'EINVAL' || dispensable === undefined) throw cause
           options = Object.fromEntries(Object.entries(options).filter(([name]) => name !== dispensable))
         }
       }
-      throw new Error('unreachable')
     }),
   )
 }
@@ -149,9 +146,4 @@ export function withLayers<T>(open: readonly (() => number)[], use: (fds: readon
   } finally {
     for (const fd of fds) close(fd)
   }
-}
-
-/** Opens a directory that the caller made. */
-export function openDirectoryAt(path: HostPath): number {
-  return openRoot(path, O_RDONLY | O_NOFOLLOW)
 }

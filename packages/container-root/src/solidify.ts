@@ -1,9 +1,9 @@
 import { cloneLayer } from '@lsync/overlay-merge'
-import { bytesOf, close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
+import { bytesOf, type HostPath, LsyncError, O_NOFOLLOW, openRoot, printable, randomHex, withFd } from '@lsync/posix'
 import { type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
 import { thawCgroup } from './cgroup.ts'
 import { assertCurrent, configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
-import { findMount, openDirectoryAt, unmountRoot } from './mount.ts'
+import { findMount, unmountRoot } from './mount.ts'
 import type { Quiescence } from './quiescence.ts'
 import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
 
@@ -119,7 +119,7 @@ class Solidify {
       root.writeSolidify(journal)
       const version = await this.#publish(journal, config.upperId)
       this.#step('published')
-      finishPublished(this.#context, { ...journal, version: version.number })
+      finish(this.#context, { ...journal, version: version.number })
       if (this.#request.goesOn !== false) {
         if (wasMounted) mountBase(this.#context)
         await this.#goOn()
@@ -164,8 +164,7 @@ class Solidify {
         return this.#publish(journal, name)
       })
       this.#step('published')
-      root.writeConfig({ ...config, liveVersion: version.number })
-      root.removeSolidify()
+      finish(this.#context, { ...journal, version: version.number })
       return this.#report(version, layerId)
     } catch (error) {
       await this.#goOn().catch((problem: unknown) => this.#tell(problem))
@@ -204,15 +203,12 @@ class Solidify {
     if (report.failures.length > 0) throw new SolidifyIncompleteError(root.upperPath, report)
     if (!report.isSettled && this.#request.live !== true) throw new SolidifyIncompleteError(root.upperPath, report)
     const place = home.makeIncoming(config.incomingEpoch, config.upperId)
-    const fd = openDirectoryAt(place)
-    try {
-      const held = TargetPlace.peek(fd, bytesOf('tree'), `${place}/tree` as HostPath)
-      const [sent] = report.checkpoints
-      if (sent === undefined || held?.root !== sent.root || held.sequence < sent.sequence) {
-        throw new SolidifyIncompleteError(root.upperPath, report)
-      }
-    } finally {
-      close(fd)
+    const held = withFd(openRoot(place, O_NOFOLLOW), (fd) =>
+      TargetPlace.peek(fd, bytesOf('tree'), `${place}/tree` as HostPath),
+    )
+    const [sent] = report.checkpoints
+    if (sent === undefined || held?.root !== sent.root || held.sequence < sent.sequence) {
+      throw new SolidifyIncompleteError(root.upperPath, report)
     }
   }
 
@@ -220,7 +216,6 @@ class Solidify {
     const { home, node, root } = this.#context
     const lease = await ensureLease(this.#context, this.#request)
     if (lease.epoch !== journal.epoch) throw new Error('the lease changed while a version was made under it')
-    await lease.check()
     const layer: LayerRecord = {
       format: 1,
       id: journal.layerId,
@@ -310,12 +305,7 @@ export function recoverSolidify(context: RootContext): 'nothing' | 'finished' | 
   if (journal.cgroup !== undefined) thawCgroup(journal.cgroup)
   const version = home.versions().find(({ layers }) => layers[0] === journal.layerId)
   if (version !== undefined) {
-    const { number } = version
-    if (journal.isLive) {
-      root.writeConfig({ ...configOf(context), liveVersion: number })
-      root.removeSolidify()
-    } else if (journal.ranOn) finishAsLive(context, { ...journal, version: number })
-    else finishPublished(context, { ...journal, version: number })
+    finish(context, { ...journal, version: version.number })
     return 'finished'
   }
   if (journal.isLive) {
@@ -326,33 +316,34 @@ export function recoverSolidify(context: RootContext): 'nothing' | 'finished' | 
   return 'taken back'
 }
 
-/** The upper becomes the replica of its layer, and a new one takes its place. Each step may be repeated. */
-function finishPublished(context: RootContext, journal: SolidifyRecord & { version: number }): void {
+type Published = SolidifyRecord & { version: number }
+
+/** Makes the node stand where the version leaves it that was published. Each step may be repeated. */
+function finish(context: RootContext, journal: Published): void {
   const { root, home } = context
-  const config = configOf(context)
-  if (config.upperId === journal.layerId) {
-    root.keepReplica(journal.layerId)
-    const { liveVersion: _, ...rest } = config
-    root.writeConfig({
-      ...rest,
-      base: { version: journal.version, layers: journal.layers },
-      upperId: journal.nextUpperId,
-    })
+  if (journal.isLive) root.writeConfig({ ...configOf(context), liveVersion: journal.version })
+  else {
+    if (journal.ranOn) keepUpper(context, journal)
+    else replaceUpper(context, journal)
+    root.clearIndex()
+    home.forgetSyncState(journal.layerId)
   }
-  if (!root.has('upper')) makeUpperOn(context, journal.layers)
-  root.clearIndex()
-  home.forgetSyncState(journal.layerId)
   root.removeSolidify()
 }
 
-/** The container went on with its upper, so that one is more than the layer: it stays on its base, and is copied anew. */
-function finishAsLive(context: RootContext, journal: SolidifyRecord & { version: number }): void {
-  const { root, home } = context
-  const config = configOf(context)
-  if (config.upperId === journal.layerId) {
-    root.writeConfig({ ...config, upperId: journal.nextUpperId, liveVersion: journal.version })
+/** The upper becomes the replica of its layer, and a new one takes its place. */
+function replaceUpper(context: RootContext, { layerId, nextUpperId: upperId, version, layers }: Published): void {
+  const { root } = context
+  const { liveVersion: _, ...config } = configOf(context)
+  if (config.upperId === layerId) {
+    root.keepReplica(layerId)
+    root.writeConfig({ ...config, base: { version, layers }, upperId })
   }
-  root.clearIndex()
-  home.forgetSyncState(journal.layerId)
-  root.removeSolidify()
+  if (!root.has('upper')) makeUpperOn(context, layers)
+}
+
+/** The container went on with its upper, so that one is more than the layer: it stays on its base, and is copied anew. */
+function keepUpper(context: RootContext, { layerId, nextUpperId: upperId, version: liveVersion }: Published): void {
+  const config = configOf(context)
+  if (config.upperId === layerId) context.root.writeConfig({ ...config, upperId, liveVersion })
 }
