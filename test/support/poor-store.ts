@@ -1,7 +1,7 @@
 import { appendFileSync, mkdirSync, readFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
-import { afterAll, beforeAll } from 'vitest'
 import { holdTestDirectory, testDirectory } from './image.ts'
+import { type Shared, useShared } from './shared.ts'
 import { isPresent, start, unmount } from './system.ts'
 
 /** Whether `usePoorStore` can work here. */
@@ -16,10 +16,9 @@ export interface PoorStore {
 let stores = 0
 
 /** One such store (a directory, mounted by `rclone mount`) for all tests of the surrounding `describe`. */
-export function usePoorStore(): { readonly current: PoorStore } {
-  let store: PoorStore | undefined
+export function usePoorStore(): Shared<PoorStore> {
   let stop: (() => Promise<void>) | undefined
-  beforeAll(async () => {
+  const begin = async (): Promise<PoorStore> => {
     const release = holdTestDirectory()
     const base = `${testDirectory()}/poor${++stores}`
     const root = `${base}/mount`
@@ -36,8 +35,14 @@ export function usePoorStore(): { readonly current: PoorStore } {
       if (attempt > 600 || child.exitCode !== null) throw new Error(readFileSync(`${base}/log`, 'utf8'))
       await delay(50)
     }
+    stop = async () => {
+      unmount(root)
+      child.kill('SIGTERM')
+      await ended
+      release()
+    }
     let roots = 0
-    store = {
+    return {
       root,
       fresh() {
         const path = `${root}/t${++roots}`
@@ -45,18 +50,6 @@ export function usePoorStore(): { readonly current: PoorStore } {
         return path
       },
     }
-    stop = async () => {
-      unmount(root)
-      child.kill('SIGTERM')
-      await ended
-      release()
-    }
-  }, 60_000)
-  afterAll(() => stop?.(), 60_000)
-  return {
-    get current() {
-      if (store === undefined) throw new Error('the store exists only while tests run')
-      return store
-    },
   }
+  return useShared('the poor store', begin, () => stop?.())
 }
