@@ -5,22 +5,18 @@ import { LsyncError } from '@lsync/posix'
 import { type Connection, ConnectionLostError, ProtocolError } from '@lsync/ssh'
 import { z } from 'zod'
 import { HookName } from './hooks.ts'
-import { SwitchRecord } from './switch-record.ts'
+import { SwitchPlan } from './switch-record.ts'
 import { HookOutcome, PreCopyRound, Settlement, SideCheck, StopReport, type SwitchSide } from './switch-side.ts'
-
-const Plan = SwitchRecord.omit({ phase: true, epoch: true, updatedAtMs: true })
-/** A switch as all of its phases name it. */
-export type SwitchPlan = z.infer<typeof Plan>
 
 // What one end can be asked for, what goes with it, and what it answers. `docs/format.md`, "A switch on the wire".
 const VERBS = {
   check: [z.strictObject({}), SideCheck],
   hook: [z.strictObject({ name: HookName, reason: z.string() }), HookOutcome.optional()],
   preCopy: [z.strictObject({ maxDowntimeMs: z.number().positive() }), z.array(PreCopyRound)],
-  stop: [Plan, StopReport],
-  pass: [Plan, z.undefined()],
-  mount: [Plan, z.undefined()],
-  commit: [Plan, z.undefined()],
+  stop: [SwitchPlan, StopReport],
+  pass: [SwitchPlan, z.undefined()],
+  mount: [SwitchPlan, z.undefined()],
+  commit: [SwitchPlan, z.undefined()],
   undo: [z.strictObject({}), z.undefined()],
   settle: [z.strictObject({ id: z.string().exactOptional() }), Settlement],
   ping: [z.strictObject({}), z.undefined()],
@@ -64,13 +60,13 @@ async function carryOut(side: SwitchSide, verb: SwitchVerb, what: unknown, signa
     case 'preCopy':
       return side.preCopy(VERBS.preCopy[0].parse(what).maxDowntimeMs, signal)
     case 'stop':
-      return side.stop(Plan.parse(what), signal)
+      return side.stop(SwitchPlan.parse(what), signal)
     case 'pass':
-      return side.pass(Plan.parse(what))
+      return side.pass(SwitchPlan.parse(what))
     case 'mount':
-      return side.mount(Plan.parse(what))
+      return side.mount(SwitchPlan.parse(what))
     case 'commit':
-      return side.commit(Plan.parse(what))
+      return side.commit(SwitchPlan.parse(what))
     case 'undo':
       return side.undo()
     case 'settle':
@@ -219,7 +215,7 @@ export async function serveSwitch(
         if (known === undefined) throw new ProtocolError(`it asks for ${verb.slice(0, 100)}`)
         if (known === 'stop' || known === 'mount') isOpen = true
         const result = await carryOut(side, known, what, gone.signal)
-        if (known === 'pass' || known === 'stop' || known === 'mount') isOpen = true
+        if (known === 'pass') isOpen = true
         if (known === 'commit' || known === 'undo' || known === 'settle') isOpen = false
         return result
       }

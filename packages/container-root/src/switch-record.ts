@@ -28,6 +28,10 @@ export const SwitchRecord = z.strictObject({
 })
 export type SwitchRecord = z.infer<typeof SwitchRecord>
 
+/** A switch as all of its phases name it. */
+export const SwitchPlan = SwitchRecord.omit({ phase: true, epoch: true, updatedAtMs: true })
+export type SwitchPlan = z.infer<typeof SwitchPlan>
+
 const SWITCH_JSON = 'switch.json' as ByteString
 
 /** The last switch of a root; `undefined` before the first. */

@@ -8,7 +8,7 @@ import { type HookName, type HookReport, runHook } from './hooks.ts'
 import { isFreeFor, LeaseHeldError, LeaseLostError } from './lease.ts'
 import { readHooks } from './root-hooks.ts'
 import { SwitchTooSlowError, SwitchUnknownError } from './switch-errors.ts'
-import { readSwitch, SwitchPhase, type SwitchRecord, writeSwitch } from './switch-record.ts'
+import { readSwitch, SwitchPhase, type SwitchPlan, type SwitchRecord, writeSwitch } from './switch-record.ts'
 
 /** What one end says of itself before anything is changed. */
 export const SideCheck = z.object({
@@ -139,10 +139,10 @@ export class SwitchSide {
    * Stops the container and publishes what it had written. If that fails it runs again here, or will when it is settled.
    * @throws {HookFailedError}, {SolidifyIncompleteError} and what `solidify` throws
    */
-  async stop(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>, signal?: AbortSignal): Promise<StopReport> {
+  async stop(plan: SwitchPlan, signal?: AbortSignal): Promise<StopReport> {
     const root = this.#root
     const lease = await root.keepLease()
-    this.#write({ ...record, phase: 'stopping', epoch: lease.epoch, updatedAtMs: Date.now() })
+    this.#write(plan, 'stopping', lease.epoch)
     const before = this.#counts()
     const steps: { step: string; atMs: number }[] = []
     const onStep = ({ step }: { step: string }) => void steps.push({ step, atMs: performance.now() })
@@ -151,7 +151,7 @@ export class SwitchSide {
     root.events.on('step', onStep)
     try {
       const { version } = await root.solidify({
-        message: `switch from ${record.from.name} to ${record.to.name}`.slice(0, 1000),
+        message: `switch from ${plan.from.name} to ${plan.to.name}`.slice(0, 1000),
         goesOn: false,
         quiescence: {
           begin: async () => {
@@ -165,7 +165,7 @@ export class SwitchSide {
       })
       isPublished = true
       await lease.check()
-      this.#write({ ...record, phase: 'published', epoch: lease.epoch, updatedAtMs: Date.now() })
+      this.#write(plan, 'published', lease.epoch)
       const after = this.#counts()
       return {
         version: version.number,
@@ -176,7 +176,7 @@ export class SwitchSide {
       }
     } catch (error) {
       // A solidify that fails starts it again; after one that did not, nobody has, and `settle` is to find that out.
-      if (!isPublished) await this.#undone(record)
+      if (!isPublished) await this.#undone(plan)
       throw error
     } finally {
       root.events.off('step', onStep)
@@ -185,24 +185,23 @@ export class SwitchSide {
   }
 
   /** Hands the right to write to the target. */
-  async pass(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+  async pass(plan: SwitchPlan): Promise<void> {
     const lease = await this.#root.keepLease()
-    this.#write({ ...record, phase: 'passed', epoch: lease.epoch, updatedAtMs: Date.now() })
-    await this.#root.handOver({ to: record.to.lease })
+    this.#write(plan, 'passed', lease.epoch)
+    await this.#root.handOver({ to: plan.to.lease })
   }
 
   /** Takes the right to write and mounts the version that was published. */
-  async mount(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+  async mount(plan: SwitchPlan): Promise<void> {
     await this.#root.mount()
     const lease = await this.#root.keepLease()
-    this.#write({ ...record, phase: 'mounted', epoch: lease.epoch, updatedAtMs: Date.now() })
+    this.#write(plan, 'mounted', lease.epoch)
   }
 
   /** From here on the container belongs to this node. @throws {LeaseLostError} if another node took it over */
-  async commit(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+  async commit(plan: SwitchPlan): Promise<void> {
     const lease = await this.#root.keepLease()
-    await lease.check()
-    this.#write({ ...record, phase: 'committed', epoch: lease.epoch, updatedAtMs: Date.now() })
+    this.#write(plan, 'committed', lease.epoch)
     // A node that stood still between the two was taken for dead.
     await lease.check()
   }
@@ -234,8 +233,10 @@ export class SwitchSide {
       if (settled !== undefined) return settled
       if (record.to.lease === me) {
         return isMine ? await this.#settleAsTarget(record) : { runsOn: 'source', phase: record.phase }
-      } else if (record.from.lease !== me) throw new SwitchUnknownError(this.#root.name)
-      else if (await this.#settleAsSource(record, signal)) return { runsOn: 'source', phase: 'undone' }
+      }
+      if (record.from.lease !== me) throw new SwitchUnknownError(this.#root.name)
+      const needsTakeover = !isMine && !isFreeFor(state, me)
+      if (await this.#settleAsSource(record, needsTakeover, signal)) return { runsOn: 'source', phase: 'undone' }
       if (performance.now() - startMs > SETTLE_DURATIONS * this.#root.leases.durationMs) {
         throw new LeaseHeldError(
           this.#root.home.path,
@@ -270,13 +271,13 @@ export class SwitchSide {
   }
 
   /** Whether the container runs here again; `false` while the target has the root. */
-  async #settleAsSource(record: SwitchRecord, signal: AbortSignal | undefined): Promise<boolean> {
-    const state = await this.#root.leases.read(signal)
-    const me = leaseNameOf(this.#root.node)
-    const isMine = state !== undefined && state.claim.node === me && !state.isReleased
+  async #settleAsSource(
+    record: SwitchRecord,
+    needsTakeover: boolean,
+    signal: AbortSignal | undefined,
+  ): Promise<boolean> {
     try {
-      const takeover = isMine || isFreeFor(state, me) ? undefined : ('expired' as const)
-      await this.#root.mount({ ...(takeover && { takeover }), ...(signal && { signal }) })
+      await this.#root.mount({ ...(needsTakeover && { takeover: 'expired' }), ...(signal && { signal }) })
     } catch (error) {
       if (error instanceof LeaseHeldError) return false
       throw error
@@ -286,9 +287,9 @@ export class SwitchSide {
     return true
   }
 
-  async #undone(record: Omit<SwitchRecord, 'epoch' | 'phase' | 'updatedAtMs'>): Promise<void> {
+  async #undone(plan: SwitchPlan): Promise<void> {
     const lease = await this.#root.keepLease()
-    this.#write({ ...record, phase: 'undone', epoch: lease.epoch, updatedAtMs: Date.now() })
+    this.#write(plan, 'undone', lease.epoch)
   }
 
   #record(): SwitchRecord {
@@ -297,8 +298,8 @@ export class SwitchSide {
     return record
   }
 
-  #write({ format, id, from, to, phase, epoch, updatedAtMs }: SwitchRecord): void {
-    writeSwitch(this.#root.home, { format, id, from, to, phase, epoch, updatedAtMs })
+  #write({ format, id, from, to }: SwitchPlan, phase: SwitchPhase, epoch: number): void {
+    writeSwitch(this.#root.home, { format, id, from, to, phase, epoch, updatedAtMs: Date.now() })
   }
 
   #hook(name: HookName, reason: string, signal?: AbortSignal): Promise<HookReport | undefined> {

@@ -1,7 +1,8 @@
 import { EventEmitter } from 'node:events'
 import { randomHex } from '@lsync/posix'
 import { SwitchFailedError, SwitchRefusedError } from './switch-errors.ts'
-import type { SwitchPeer, SwitchPlan } from './switch-peer.ts'
+import type { SwitchPeer } from './switch-peer.ts'
+import type { SwitchPlan } from './switch-record.ts'
 import type { PreCopyRound, SideCheck } from './switch-side.ts'
 
 /** A phase of a switch, as it ends. */
