@@ -1,6 +1,7 @@
 import { uptime } from 'node:os'
 import { LsyncError, printable } from '@lsync/posix'
 import { z } from 'zod'
+import { checkRecord, RecordId } from './records.ts'
 
 /** How long a claim stands after its last heartbeat, where nobody says otherwise. */
 export const DEFAULT_DURATION_MS = 30_000
@@ -12,7 +13,7 @@ export const LeaseClaim = z.object({
   epoch: z.int().positive(),
   node: z.string().min(1).max(255),
   /** Random; whoever knows it is the holder, also after a restart. */
-  token: z.string().regex(/^[0-9a-f]{32}$/),
+  token: RecordId,
   /** How long the claim stands after its last heartbeat. */
   durationMs: z.int().positive(),
   /** For people: no decision is made by it, since clocks differ. */
@@ -286,15 +287,7 @@ export function isFreeFor(state: LeaseState | undefined, node: string): boolean 
 
 /** Reads a claim. @throws {LeaseDamagedError} */
 export function parseClaim(text: string, where: string): LeaseClaim {
-  let raw: unknown
-  try {
-    raw = JSON.parse(text)
-  } catch {
-    throw new LeaseDamagedError(where, 'it is no JSON')
-  }
-  const format = (raw as { format?: unknown } | null)?.format
-  if (typeof format === 'number' && format > 1) throw new LeaseDamagedError(where, `its format ${format} is newer`)
-  const parsed = LeaseClaim.safeParse(raw)
-  if (!parsed.success) throw new LeaseDamagedError(where, parsed.error.issues.map(({ message }) => message).join('; '))
-  return parsed.data
+  const found = checkRecord(LeaseClaim, text)
+  if ('record' in found) return found.record
+  throw new LeaseDamagedError(where, 'why' in found ? found.why : `its format ${found.newerFormat} is newer`)
 }

@@ -178,16 +178,27 @@ export const RECORD_MAX_BYTES = 1 << 20
  * @throws {RecordDamagedError} if it is anything else than such a record
  */
 export function parseRecord<T extends z.ZodType>(shape: T, text: string, path: HostPath): z.infer<T> {
+  const found = checkRecord(shape, text)
+  if ('record' in found) return found.record
+  if ('newerFormat' in found) throw new RecordNewerError(path, found.newerFormat)
+  throw new RecordDamagedError(path, found.why)
+}
+
+/** What a text says as a record of format 1, or why it is none. */
+export function checkRecord<T extends z.ZodType>(
+  shape: T,
+  text: string,
+): { readonly record: z.infer<T> } | { readonly newerFormat: number } | { readonly why: string } {
   let raw: unknown
   try {
     raw = JSON.parse(text)
   } catch {
-    throw new RecordDamagedError(path, 'it is no JSON')
+    return { why: 'it is no JSON' }
   }
   const format = (raw as { format?: unknown } | null)?.format
-  if (typeof format === 'number' && format > 1) throw new RecordNewerError(path, format)
+  if (typeof format === 'number' && format > 1) return { newerFormat: format }
   const parsed = shape.safeParse(raw)
-  if (parsed.success) return parsed.data
+  if (parsed.success) return { record: parsed.data }
   const issues = parsed.error.issues.map((issue) => `${issue.path.join('.') || 'record'}: ${issue.message}`)
-  throw new RecordDamagedError(path, issues.join('; '))
+  return { why: issues.join('; ') }
 }
