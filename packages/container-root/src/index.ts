@@ -16,14 +16,46 @@ export * from './hooks.ts'
 export * from './init.ts'
 export * from './layer-cache.ts'
 export { chooseLayers } from './layer-choice.ts'
-export * from './lease.ts'
+export {
+  Lease,
+  LeaseClaim,
+  LeaseDamagedError,
+  LeaseHeldError,
+  type LeaseKeeper,
+  LeaseLostError,
+  type LeaseRequest,
+  type LeaseState,
+  type Leases,
+  LeaseUnreachableError,
+  StoreWentBackError,
+  type TakeoverRequest,
+} from './lease.ts'
 export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './node-state.ts'
 export * from './quiescence.ts'
-export * from './records.ts'
+export {
+  LayerRecord,
+  MountedRecord,
+  NodeRecord,
+  NodeRootRecord,
+  RecordDamagedError,
+  RecordNewerError,
+  RootRecord,
+  SolidifyRecord,
+  VersionRecord,
+} from './records.ts'
 export * from './repository-target.ts'
 export * from './root-hooks.ts'
-export * from './sealed-layer.ts'
+export {
+  mountSealed,
+  SealFailedError,
+  SealLossyError,
+  type SealReport,
+  type SealRequest,
+  SealToolMissingError,
+  sealLayer,
+  unsealLayer,
+} from './sealed-layer.ts'
 export {
   SolidifyIncompleteError,
   type SolidifyReport,
@@ -34,6 +66,13 @@ export * from './store-form.ts'
 export * from './switch.ts'
 export * from './switch-errors.ts'
 export * from './switch-peer.ts'
-export * from './switch-record.ts'
-export * from './switch-side.ts'
+export { readSwitch, type SwitchEnd, type SwitchPhase, type SwitchPlan, SwitchRecord } from './switch-record.ts'
+export {
+  type HookOutcome,
+  type PreCopyRound,
+  type Settlement,
+  type SideCheck,
+  type StopReport,
+  SwitchSide,
+} from './switch-side.ts'
 export { diffVersions, type VersionDifference } from './version-diff.ts'
