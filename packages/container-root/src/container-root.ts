@@ -118,11 +118,6 @@ export class ContainerRoot {
     return this.#context.name
   }
 
-  /** The name of this node. */
-  get nodeName(): string {
-    return this.#context.node.name
-  }
-
   get home(): Home {
     return this.#context.home
   }

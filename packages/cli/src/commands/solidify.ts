@@ -40,7 +40,7 @@ export function define(command: Command, session: Session): void {
     }
     const { output, signal } = session
     await withToldRoot(name, options, session, async (root) => {
-      const context = { root: name, merged: textOf(root.mergedPath), node: root.nodeName, reason: 'solidify' }
+      const context = { root: name, merged: textOf(root.mergedPath), node: root.node.name, reason: 'solidify' }
       const hooks: Hooks = {
         ...(stop === undefined ? {} : { stop: { command: stop } }),
         ...(start === undefined ? {} : { start: { command: start } }),
