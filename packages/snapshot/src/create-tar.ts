@@ -22,7 +22,7 @@ import {
   S_IFREG,
   S_IFSOCK,
 } from '@lsync/posix'
-import { Chunker, MAX_CHUNK_BYTES } from './chunk/chunker.ts'
+import { ChunkStream } from './chunk-stream.ts'
 import { type CreateReport, type CreateRequest, describeSnapshot, normalized } from './create.ts'
 import { RepositoryLock } from './lock.ts'
 import { formatTime } from './model/go-text.ts'
@@ -105,38 +105,29 @@ export async function createSnapshotOfTar(repository: Repository, request: TarCr
 }
 
 const NO_META: Meta = { mode: 0o755, uid: 0, gid: 0, atimeNs: 0n, mtimeNs: 0n, xattrs: [] }
-const ZEROS = Buffer.alloc(1024 * 1024)
 
 /** Cuts the data of files into chunks as it comes, and stores them. */
 class ChunkSpool implements Spool {
   readonly counts = emptyCounts()
   readonly #contents = new Map<number, readonly ObjectId[]>()
-  readonly #signal: AbortSignal
   readonly #writer: ObjectWriter
-  readonly #chunker: Chunker
-  /** Where the next byte goes in the chunker's memory. */
-  #filled: number
-  #ids: ObjectId[] = []
+  readonly #chunks: ChunkStream
 
   constructor(repository: Repository, signal: AbortSignal) {
-    this.#signal = signal
     this.#writer = new ObjectWriter(repository, signal)
-    this.#chunker = new Chunker(repository.polynomial, 2 * MAX_CHUNK_BYTES)
-    this.#filled = this.#chunker.start
+    this.#chunks = new ChunkStream(this.#writer, repository.polynomial)
   }
 
   async put(...[number, member, body]: Parameters<Spool['put']>): Promise<void> {
     let at = 0
     for await (const { offset, bytes } of piecesOf(member, body)) {
-      await this.#addZeros(offset - at)
-      await this.#add(bytes)
+      await this.#chunks.addZeros(offset - at)
+      await this.#chunks.add(bytes)
       at = offset + bytes.length
     }
-    await this.#addZeros(member.sizeBytes - at)
-    this.#cut(true)
-    this.#contents.set(number, this.#ids)
-    this.#ids = []
-    await this.#writer.hand()
+    await this.#chunks.addZeros(member.sizeBytes - at)
+    this.#contents.set(number, await this.#chunks.finish())
+    this.counts.readBytes += member.sizeBytes
   }
 
   dataOf(): Record<never, never> {
@@ -161,41 +152,6 @@ class ChunkSpool implements Spool {
 
   close(): Promise<void> {
     return this.#writer.close()
-  }
-
-  async #addZeros(count: number): Promise<void> {
-    for (let left = count; left > 0; left -= ZEROS.length) {
-      this.#signal.throwIfAborted()
-      await this.#add(left < ZEROS.length ? ZEROS.subarray(0, left) : ZEROS)
-    }
-  }
-
-  async #add(bytes: Uint8Array): Promise<void> {
-    const { memory, end } = this.#chunker
-    for (let at = 0; at < bytes.length; ) {
-      const count = Math.min(bytes.length - at, end - this.#filled)
-      memory.buffer.set(bytes.subarray(at, at + count), this.#filled)
-      this.#filled += count
-      at += count
-      if (this.#filled === end) {
-        this.#cut(false)
-        await this.#writer.hand()
-      }
-    }
-    this.counts.readBytes += bytes.length
-  }
-
-  #cut(isLast: boolean): void {
-    const { memory, start } = this.#chunker
-    let at = start
-    for (;;) {
-      const length = this.#chunker.nextCut(at, this.#filled - at, isLast)
-      if (length === undefined) break
-      this.#ids.push(this.#writer.addChunk(memory, at, length))
-      at += length
-    }
-    memory.buffer.copyWithin(start, at, this.#filled)
-    this.#filled -= at - start
   }
 }
 

@@ -463,6 +463,7 @@ export class Saver {
     this.#chunker ??= new Chunker(parsePolynomial(this.#init.polynomial), READ_BYTES)
     const { memory, start, end } = this.#chunker
     const content: ObjectId[] = []
+    const take = (at: number, length: number) => content.push(this.#store('data', memory, at, length))
     let read = 0
     let filled = start
     let isLast = false
@@ -472,15 +473,7 @@ export class Saver {
       read += length
       filled += length
       isLast = read === sizeBytes || length < wanted
-      let at = start
-      for (;;) {
-        const cut = this.#chunker.nextCut(at, filled - at, isLast)
-        if (cut === undefined) break
-        content.push(this.#store('data', memory, at, cut))
-        at += cut
-      }
-      memory.buffer.copyWithin(start, at, filled)
-      filled -= at - start
+      filled = this.#chunker.takeChunks(filled, isLast, take)
     }
     this.#counts.readBytes += read
     return { content, sizeBytes: read }

@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto'
-import { allocate, type ByteString, type HostPath, PosixError, S_IFDIR, S_IFLNK, S_IFREG } from '@lsync/posix'
-import { Chunker, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES } from './chunk/chunker.ts'
+import { type ByteString, type HostPath, PosixError, S_IFDIR, S_IFLNK, S_IFREG } from '@lsync/posix'
+import { ChunkStream } from './chunk-stream.ts'
 import { type CreateRequest, describeSnapshot, normalized } from './create.ts'
 import { RepositoryLock } from './lock.ts'
 import { formatTime } from './model/go-text.ts'
@@ -335,25 +335,19 @@ export interface FinishedContent {
   readonly sizeBytes: number
 }
 
-const ZEROS = Buffer.alloc(256 * 1024)
-
 /** The content of one file, from its beginning to its end. What is not added is as in the file before, or zeros. */
 export class ContentWriter {
   readonly #repository: Repository
-  readonly #writer: ObjectWriter
   readonly #signal: AbortSignal
   readonly #before: readonly ObjectId[]
-  #small = allocate(64 * 1024)
-  #chunker: Chunker | undefined
-  #filled = 0
+  readonly #chunks: ChunkStream
   #offset = 0
-  readonly #ids: ObjectId[] = []
 
   constructor(repository: Repository, writer: ObjectWriter, before: readonly ObjectId[], signal: AbortSignal) {
     this.#repository = repository
-    this.#writer = writer
     this.#before = before
     this.#signal = signal
+    this.#chunks = new ChunkStream(writer, repository.polynomial)
   }
 
   /** Adds bytes at an offset that is not before what was added last. */
@@ -370,10 +364,7 @@ export class ContentWriter {
 
   async finish(sizeBytes: number): Promise<FinishedContent> {
     await this.#copyUpTo(sizeBytes)
-    if (this.#chunker !== undefined) this.#cut(true)
-    else if (this.#filled > 0) this.#ids.push(this.#writer.addChunk(this.#small, 0, this.#filled))
-    await this.#writer.hand()
-    return { content: this.#ids, sizeBytes }
+    return { content: await this.#chunks.finish(), sizeBytes }
   }
 
   async #copyUpTo(end: number): Promise<void> {
@@ -391,58 +382,15 @@ export class ContentWriter {
     await this.#appendZeros(end - this.#offset)
   }
 
-  async #appendZeros(count: number): Promise<void> {
-    for (let left = count; left > 0; left -= ZEROS.length)
-      await this.#append(ZEROS.subarray(0, Math.min(left, ZEROS.length)))
-  }
-
   async #append(bytes: Uint8Array): Promise<void> {
     this.#offset += bytes.length
-    if (this.#chunker === undefined && this.#filled + bytes.length < MIN_CHUNK_BYTES) {
-      if (this.#small.buffer.length < this.#filled + bytes.length) {
-        const larger = allocate(MIN_CHUNK_BYTES)
-        this.#small.buffer.copy(larger.buffer, 0, 0, this.#filled)
-        this.#small = larger
-      }
-      this.#small.buffer.set(bytes, this.#filled)
-      this.#filled += bytes.length
-      return
-    }
-    if (this.#chunker === undefined) {
-      this.#chunker = new Chunker(this.#repository.polynomial, 2 * MAX_CHUNK_BYTES)
-      this.#chunker.memory.buffer.set(this.#small.buffer.subarray(0, this.#filled), this.#chunker.start)
-      this.#filled += this.#chunker.start
-    }
-    const { memory, end } = this.#chunker
-    for (let at = 0; at < bytes.length; ) {
-      const count = Math.min(bytes.length - at, end - this.#filled)
-      memory.buffer.set(bytes.subarray(at, at + count), this.#filled)
-      this.#filled += count
-      at += count
-      if (this.#filled === end) {
-        this.#cut(false)
-        await this.#writer.hand()
-      }
-    }
+    await this.#chunks.add(bytes)
   }
 
-  #cut(isLast: boolean): void {
-    const { memory, start, nextCut } = this.#cutter
-    let at = start
-    for (;;) {
-      const length = nextCut(at, this.#filled - at, isLast)
-      if (length === undefined) break
-      this.#ids.push(this.#writer.addChunk(memory, at, length))
-      at += length
-    }
-    memory.buffer.copyWithin(start, at, this.#filled)
-    this.#filled -= at - start
-  }
-
-  get #cutter() {
-    const chunker = this.#chunker as Chunker
-    const nextCut = (at: number, length: number, isLast: boolean) => chunker.nextCut(at, length, isLast)
-    return { memory: chunker.memory, start: chunker.start, nextCut }
+  async #appendZeros(count: number): Promise<void> {
+    if (count <= 0) return
+    this.#offset += count
+    await this.#chunks.addZeros(count)
   }
 }
 

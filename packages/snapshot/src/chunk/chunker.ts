@@ -67,6 +67,22 @@ export class Chunker {
     if (searched === MAX_CHUNK_BYTES) return MAX_CHUNK_BYTES
     return isLast && length > 0 ? length : undefined
   }
+
+  /**
+   * Takes out of the content at `[start, filled)` what can be cut, chunk by chunk in their order, and moves the rest to
+   * `start`. Returns where the rest ends. `isLast`: there is no more, so that there is no rest.
+   */
+  takeChunks(filled: number, isLast: boolean, take: (at: number, length: number) => void): number {
+    let at = this.start
+    for (;;) {
+      const length = this.nextCut(at, filled - at, isLast)
+      if (length === undefined) break
+      take(at, length)
+      at += length
+    }
+    this.memory.buffer.copyWithin(this.start, at, filled)
+    return this.start + filled - at
+  }
 }
 
 /** `out[b]`: what the oldest byte of a window adds. `mod[b]`: what takes 8 bits above the degree off, and their remainder. */
