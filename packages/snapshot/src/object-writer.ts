@@ -31,12 +31,7 @@ export class ObjectWriter {
       excludes: [],
       force: false,
     })
-    this.#store = new PackStore(repository, {
-      signal,
-      onWritten: (memory) => {
-        if (memory instanceof ArrayBuffer) this.#saver.recycle(memory)
-      },
-    })
+    this.#store = new PackStore(repository, { signal, onWritten: (memory) => this.#saver.recycle(memory) })
   }
 
   /** Stores a chunk. `hand` is due now and then. */
