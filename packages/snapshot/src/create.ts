@@ -161,11 +161,7 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
       const tree = work.rootTree
       const { packs, rests } = await pool.takeRest()
       for (const pack of packs) store.add(pack)
-      for (const { content, objects } of rests) {
-        for (const object of objects) {
-          store.addSealed(object, content.subarray(object.offset, object.offset + object.length))
-        }
-      }
+      for (const rest of rests) store.addRest(rest)
       await store.flush()
       await lock.settled()
       const problems = [...work.problems].sort(byPath)

@@ -64,11 +64,7 @@ export class ObjectWriter {
   /** Everything is durable and indexed when it resolves. */
   async flush(): Promise<void> {
     await this.hand()
-    for (const { content, objects } of this.#saver.takeRest()) {
-      for (const object of objects) {
-        this.#store.addSealed(object, content.subarray(object.offset, object.offset + object.length))
-      }
-    }
+    for (const rest of this.#saver.takeRest()) this.#store.addRest(rest)
     await this.#store.flush()
   }
 

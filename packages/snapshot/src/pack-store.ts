@@ -2,6 +2,7 @@ import { encodeIndexOfHeaders, INDEX_OBJECTS, type IndexedPack } from './index-f
 import type { ObjectId } from './model/tree.ts'
 import { type ObjectKind, objectsOf, type Pack, type PackedObject, PackWriter } from './pack.ts'
 import type { Repository } from './repository.ts'
+import type { SealedRest } from './save.ts'
 
 const INDEX_AFTER_MS = 5 * 60_000
 
@@ -69,6 +70,11 @@ export class PackStore {
     const writer = this.#writers[object.kind]
     writer.addSealed(object, sealed)
     if (writer.isFull) this.add(writer.finish())
+  }
+
+  /** Adds what did not fill a pack of another writer. */
+  addRest({ content, objects }: SealedRest): void {
+    for (const object of objects) this.addSealed(object, content.subarray(object.offset, object.offset + object.length))
   }
 
   /**
