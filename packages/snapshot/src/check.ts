@@ -58,7 +58,7 @@ const DEFAULT_WORKERS = 2
 export async function checkRepository(repository: Repository, request: CheckRequest = {}): Promise<CheckReport> {
   const startMs = performance.now()
   const lock = await lockForReading(repository, request)
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   try {
     const check = new Check(repository, request, signal)
     const report = await check.run()

@@ -58,7 +58,7 @@ export async function createSnapshotOfTar(repository: Repository, request: TarCr
   const startMs = performance.now()
   const path = normalized(request.path)
   const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   try {
     await repository.loadIndex(signal)
     const spool = new ChunkSpool(repository, signal)

@@ -119,7 +119,7 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
   }
   const excludes = parsePatterns(request.excludes ?? [])
   const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   const opened: number[] = []
   const stacks: ReturnType<typeof openStack>[] = []
   try {

@@ -41,6 +41,8 @@ export class LockLostError extends LsyncError {
 
 /** The right to read and add (shared), or to remove (exclusive). Refreshed until it is released. */
 export class RepositoryLock {
+  /** Aborted when the lock may have been lost, and when the signal is with which it was acquired. */
+  readonly signal: AbortSignal
   readonly #repository: Repository
   readonly #exclusive: boolean
   readonly #lost = new AbortController()
@@ -50,10 +52,11 @@ export class RepositoryLock {
   #refreshing: Promise<void> = Promise.resolve()
   #settled: Promise<void> = Promise.resolve()
 
-  private constructor(repository: Repository, exclusive: boolean, id: ObjectId) {
+  private constructor(repository: Repository, exclusive: boolean, id: ObjectId, signal: AbortSignal | undefined) {
     this.#repository = repository
     this.#exclusive = exclusive
     this.#id = id
+    this.signal = AbortSignal.any([this.#lost.signal, ...(signal === undefined ? [] : [signal])])
   }
 
   /**
@@ -65,7 +68,7 @@ export class RepositoryLock {
     { exclusive, signal }: { readonly exclusive: boolean; readonly signal?: AbortSignal | undefined },
   ): Promise<RepositoryLock> {
     await assertNoOther(repository, exclusive, undefined, signal)
-    const lock = new RepositoryLock(repository, exclusive, await writeLock(repository, exclusive))
+    const lock = new RepositoryLock(repository, exclusive, await writeLock(repository, exclusive), signal)
     try {
       await assertNoOther(repository, exclusive, lock.#id, signal)
       // Storage may show a file late. Who removes waits for that; who adds checks again before anything counts.
@@ -79,11 +82,6 @@ export class RepositoryLock {
     lock.#timer = setInterval(() => lock.#refresh(), REFRESH_MS)
     lock.#timer.unref()
     return lock
-  }
-
-  /** Aborted when the lock may have been lost. */
-  get signal(): AbortSignal {
-    return this.#lost.signal
   }
 
   /**
@@ -127,7 +125,7 @@ export class RepositoryLock {
 
 /** What holds a repository still while it is read. */
 export interface ReadingLock {
-  /** Aborted when the repository may change under the reader. */
+  /** Aborted when the repository may change under the reader, and when the signal is with which it was asked for. */
   readonly signal: AbortSignal
   release(): Promise<void>
 }
@@ -140,7 +138,7 @@ export async function lockForReading(
   repository: Repository,
   { noLock, signal }: { readonly noLock?: boolean | undefined; readonly signal?: AbortSignal | undefined },
 ): Promise<ReadingLock> {
-  if (noLock === true) return { signal: new AbortController().signal, release: async () => undefined }
+  if (noLock === true) return { signal: signal ?? new AbortController().signal, release: async () => undefined }
   return RepositoryLock.acquire(repository, { exclusive: false, signal })
 }
 

@@ -67,7 +67,7 @@ interface PackState {
 export async function pruneRepository(repository: Repository, request: PruneRequest = {}): Promise<PruneReport> {
   const startMs = performance.now()
   const lock = await RepositoryLock.acquire(repository, { exclusive: true, signal: request.signal })
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   try {
     const snapshots = await listSnapshots(repository, {}, signal)
     const indexIds = await repository.listIds('index', signal)

@@ -50,7 +50,7 @@ export async function repairSnapshots(
 ): Promise<RepairedSnapshot[]> {
   const { snapshots, forget = false, dryRun = false, onProgress } = request
   const lock = await RepositoryLock.acquire(repository, { exclusive: forget && !dryRun, signal: request.signal })
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   try {
     await repository.loadIndex(signal)
     const writer = new ObjectWriter(repository, signal)

@@ -46,7 +46,7 @@ export interface RestoreAsRequest {
 export async function restoreSnapshotAs(repository: Repository, request: RestoreAsRequest): Promise<ConvertReport> {
   const { snapshot, path, as, form = 'trusted', onProgress, noLock: _, ...others } = request
   const lock = await lockForReading(repository, request)
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   try {
     await repository.loadIndex(signal)
     const { node, tree } = await locatePath(repository, snapshot, path, signal)

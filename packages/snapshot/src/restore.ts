@@ -99,7 +99,7 @@ const FINISH_BATCH = 500
 export async function restoreSnapshot(repository: Repository, request: RestoreRequest): Promise<RestoreReport> {
   const startMs = performance.now()
   const lock = await lockForReading(repository, request)
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   let targetFd = -1
   try {
     await repository.loadIndex(signal)

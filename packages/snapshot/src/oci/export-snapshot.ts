@@ -32,7 +32,7 @@ export interface SnapshotExportRequest extends Omit<ImageExportRequest, 'layers'
 export async function exportSnapshot(request: SnapshotExportRequest): Promise<ImageExportReport> {
   const { repository, version, since, form = 'trusted', ...others } = request
   const lock = await lockForReading(repository, request)
-  const signal = request.signal === undefined ? lock.signal : AbortSignal.any([lock.signal, request.signal])
+  const { signal } = lock
   try {
     await repository.loadIndex(signal)
     const { node, tree } = await locateDirectory(repository, version, signal)
