@@ -143,6 +143,10 @@ class ChunkSpool implements Spool {
     return this.#writer.addTree(nodes)
   }
 
+  storeAbove(...above: Parameters<ObjectWriter['addAbove']>): Promise<ObjectId> {
+    return this.#writer.addAbove(...above)
+  }
+
   /** Everything is durable and indexed when it resolves. */
   async flush(): Promise<void> {
     await this.#writer.flush()
@@ -201,12 +205,7 @@ class TreeBuilder {
     while (levels.length > 1) await leave()
     const last = levels[0] as Level
     await leave()
-    let tree = root as ObjectId
-    for (const [i, name] of [...names.entries()].reverse()) {
-      const above = bareDirectory(name as ByteString)
-      tree = await this.#spool.storeTree([closeNode(i === names.length - 1 ? last.node : openNode(above), tree)])
-    }
-    return tree
+    return this.#spool.storeAbove(path, last.node, root as ObjectId)
   }
 
   #countName(entry: Entry): void {

@@ -1,8 +1,8 @@
-import type { Memory } from '@lsync/posix'
-import type { ObjectId } from './model/tree.ts'
+import type { ByteString, HostPath, Memory } from '@lsync/posix'
+import { bareDirectory, type ObjectId } from './model/tree.ts'
 import { PackStore } from './pack-store.ts'
 import type { Repository } from './repository.ts'
-import { Saver } from './save.ts'
+import { closeNode, openNode, Saver } from './save.ts'
 
 /** Stores chunks and trees in the calling thread, for those who have them in memory. The index is loaded. */
 export class ObjectWriter {
@@ -44,6 +44,15 @@ export class ObjectWriter {
     const id = this.#saver.storeTree(nodes)
     await this.hand()
     return id
+  }
+
+  /** Stores the tree of a snapshot that shows a directory, of which this is the open node and the tree, at a path. */
+  async addAbove(path: HostPath, node: string, tree: ObjectId): Promise<ObjectId> {
+    const names = path.split('/').filter((name) => name !== '') as ByteString[]
+    const nodes = names.map((name, i) => (i === names.length - 1 ? node : openNode(bareDirectory(name))))
+    let top = tree
+    for (const open of nodes.reverse()) top = await this.addTree([closeNode(open, top)])
+    return top
   }
 
   /** Hands packs that are full to the backend, and waits while it has many. */

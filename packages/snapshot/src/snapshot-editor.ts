@@ -10,7 +10,7 @@ import { bareDirectory, encodeNode, type ObjectId, type TreeNode } from './model
 import { ObjectWriter } from './object-writer.ts'
 import type { Repository } from './repository.ts'
 import { plainLength } from './restore-files.ts'
-import { closeNode, openNode } from './save.ts'
+import { openNode } from './save.ts'
 import { locatePath } from './select.ts'
 
 /** What an inode carries besides its data. */
@@ -212,12 +212,8 @@ export class SnapshotEditor {
     await this.#begin()
     const writer = this.#writer as ObjectWriter
     const own = await this.#store(this.#root)
-    let tree = own
-    const names = this.#path.split('/').filter((name) => name !== '')
-    for (const [i, name] of [...names.entries()].reverse()) {
-      const node = i === names.length - 1 ? { ...this.#root.node, subtree: undefined } : bareDirectory('' as ByteString)
-      tree = await writer.addTree([closeNode(openNode({ ...node, name: name as ByteString }), tree)])
-    }
+    const name = this.#path.slice(this.#path.lastIndexOf('/') + 1) as ByteString
+    const tree = await writer.addAbove(this.#path, openNode({ ...this.#root.node, name, subtree: undefined }), own)
     await writer.flush()
     await this.#lock?.settled()
     const described = describeSnapshot({ ...request, paths: [this.#path], tree, parent: this.#parent })
