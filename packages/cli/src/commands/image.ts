@@ -13,7 +13,7 @@ import {
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { EXIT, UsageError } from '../failure.ts'
-import { addNamespaceOption, countArgument, given, pathArgument, pathsArgument } from '../options.ts'
+import { addNamespaceOption, countArgument, given, pathArgument, pathsArgument, textsArgument } from '../options.ts'
 import { countOf, sizeOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { stackPart } from '../stack-text.ts'
@@ -121,8 +121,8 @@ function defineExport(command: Command, session: Session): void {
     .addOption(
       new Option('--form <form>', 'what a single layer (or the snapshot) is, if no kernel layer').choices(FORMS),
     )
-    .option('--entrypoint <word>', 'a word of the command that is always run; may come more than once', wordsOf)
-    .option('--cmd <word>', 'a word of the command, or of its arguments; may come more than once', wordsOf)
+    .option('--entrypoint <word>', 'a word of the command that is always run; may come more than once', textsArgument)
+    .option('--cmd <word>', 'a word of the command, or of its arguments; may come more than once', textsArgument)
     .option('--env <NAME=value>', 'a variable; may come more than once', pairsOf)
     .option('--workdir <dir>', 'where the command starts')
     .option('--user <user>', 'who runs it')
@@ -221,10 +221,6 @@ function runConfigOf(
 
 function choices(flags: string, description: string, values: readonly string[]): Option {
   return new Option(flags, description).choices(values).default('keep')
-}
-
-function wordsOf(text: string, before: string[] | undefined): string[] {
-  return [...(before ?? []), text]
 }
 
 function pairsOf(text: string, before: string[] | undefined): string[] {
