@@ -1,4 +1,5 @@
-import { type Comparison, type Goal, ratioOf, type Series, succeeded } from './report.ts'
+import { type Comparison, type Goal, ratioOf, type Series, spreadOf, succeeded } from './report.ts'
+import { fitExponent, summarize } from './statistics.ts'
 
 /** A count of things, for people. */
 export const count = (value: number): string => value.toLocaleString('en')
@@ -34,4 +35,20 @@ export function compareOthers(series: readonly Series[], except: readonly string
   return series
     .filter((other) => other.x === x && other.peer !== 'lsync' && !except.includes(other.peer))
     .map((other) => compare(`${other.peer} ÷ lsync`, other, lsync, [other.peer, 'lsync']))
+}
+
+/** How steeply a peer's time grows over the last step of its sizes: 1 is linear. */
+export function compareGrowth(series: readonly Series[], peer: string, goal?: Goal): Comparison {
+  const points = series
+    .filter((candidate) => candidate.peer === peer && succeeded(candidate).length > 0)
+    .map((candidate) => ({ x: candidate.x, y: spreadOf(candidate, 'wallMs')?.median ?? 0 }))
+  // Below, the time to start the program drowns the growth.
+  const fitted = fitExponent(points.slice(-2))
+  const measured = fitted === undefined ? undefined : summarize([fitted])
+  return {
+    label: `${peer}: exponent of growth over the last step`,
+    unit: '',
+    ...(goal === undefined ? {} : { goal }),
+    ...(measured === undefined ? { remark: 'too few points' } : { measured }),
+  }
 }

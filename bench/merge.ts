@@ -1,6 +1,6 @@
 import { existsSync } from 'node:fs'
 import { findProgram, startCommand } from './command.ts'
-import { compare, compareOthers, count, find } from './compare.ts'
+import { compare, compareGrowth, compareOthers, count, find } from './compare.ts'
 import { compareFingerprints, type Fingerprint, takeFingerprint } from './fingerprint.ts'
 import { type ImageFs, makers } from './image.ts'
 import { measureCommand } from './measure.ts'
@@ -18,7 +18,6 @@ import {
   type State,
   type States,
 } from './state.ts'
-import { fitExponent, summarize } from './statistics.ts'
 import { estimateTreeBytes, makeEntries, type Workload, writeDirectories } from './workload.ts'
 
 /** Everything that the rows of `bench merge` can be told. Sizes are counts of files. */
@@ -375,22 +374,6 @@ async function* measureCurve(context: MergeContext): AsyncGenerator<Row> {
       }
     }
     const last = workloadOf(options, { files: most, changes: Math.ceil(most / 5), mostFiles: most })
-    const exponent = (peer: string, goal?: Goal): Comparison => {
-      const points = series
-        .filter((candidate) => candidate.peer === peer)
-        .flatMap(({ x, samples }) => {
-          const wall = summarize(samples.filter(({ exitCode }) => exitCode === 0).map(({ wallMs }) => wallMs))
-          return wall === undefined ? [] : [{ x, y: wall.median }]
-        })
-      // Below, the time to start the program drowns the growth.
-      const fitted = fitExponent(points.slice(-2))
-      return {
-        label: `${peer}: exponent of growth over the last tenfold`,
-        unit: '',
-        ...(goal === undefined ? {} : { goal }),
-        ...(fitted === undefined ? { remark: 'too few points' } : { measured: summarize([fitted]) as never }),
-      }
-    }
     yield {
       id: 'curve',
       title: 'merge --in-place of a fifth of the files',
@@ -399,8 +382,8 @@ async function* measureCurve(context: MergeContext): AsyncGenerator<Row> {
       variable: 'files below',
       series,
       comparisons: [
-        exponent('lsync', goals.linear),
-        exponent('floor'),
+        compareGrowth(series, 'lsync', goals.linear),
+        compareGrowth(series, 'floor'),
         ...options.curve.map((x) =>
           compare(`lsync ÷ floor at ${count(x)}`, find(series, 'lsync', x), find(series, 'floor', x), [
             'lsync',

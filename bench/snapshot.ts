@@ -1,13 +1,13 @@
 import { appendFileSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { findProgram, runCommand, startCommand, versionOf } from './command.ts'
-import { compare, compareOthers, count, find } from './compare.ts'
+import { compare, compareGrowth, compareOthers, count, find } from './compare.ts'
 import { compareFingerprints, takeFingerprint } from './fingerprint.ts'
 import { type Cost, measureCommand } from './measure.ts'
 import type { Context, Rows } from './question.ts'
-import { type Comparison, type Goal, type Row, type Series, spreadOf, succeeded } from './report.ts'
+import type { Comparison, Goal, Row, Series } from './report.ts'
 import { type Fs, keepsWholeSeconds, openPlace, type Place } from './state.ts'
-import { fitExponent, summarize } from './statistics.ts'
+import { summarize } from './statistics.ts'
 import { estimateTreeBytes, listFiles, type Workload, writeLower } from './workload.ts'
 
 /** Everything that the rows of `bench snapshot` can be told. Sizes are counts of files. */
@@ -418,20 +418,6 @@ async function* measureCurve(context: SnapshotContext): AsyncGenerator<Row> {
       tree.close()
     }
   }
-  const exponent = (peer: string, goal?: Goal): Comparison => {
-    const points = series
-      .filter((candidate) => candidate.peer === peer && succeeded(candidate).length > 0)
-      .map((candidate) => ({ x: candidate.x, y: spreadOf(candidate, 'wallMs')?.median ?? 0 }))
-    // Below, the time to start the program and to derive the keys drowns the growth.
-    const fitted = fitExponent(points.slice(-2))
-    const measured = fitted === undefined ? undefined : summarize([fitted])
-    return {
-      label: `${peer}: exponent of growth over the last step`,
-      unit: '',
-      ...(goal === undefined ? {} : { goal }),
-      ...(measured === undefined ? { remark: 'too few points' } : { measured }),
-    }
-  }
   yield {
     id: 'curve',
     title: 'first snapshot, by size',
@@ -439,7 +425,7 @@ async function* measureCurve(context: SnapshotContext): AsyncGenerator<Row> {
     fs: options.fs,
     variable: 'files',
     series,
-    comparisons: [exponent('lsync', goals.linear), exponent('restic')],
+    comparisons: [compareGrowth(series, 'lsync', goals.linear), compareGrowth(series, 'restic')],
     notes: [],
   }
 }

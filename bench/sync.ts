@@ -1,16 +1,15 @@
 import { mkdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { findProgram, startCommand } from './command.ts'
-import { compare, compareOthers, count, find } from './compare.ts'
+import { compare, compareGrowth, compareOthers, count, find } from './compare.ts'
 import { compareFingerprints, type Fingerprint, takeFingerprint } from './fingerprint.ts'
 import { measureAtRest, measureChanges, measureLatency, measureRestart } from './following.ts'
 import { measureCommand } from './measure.ts'
 import { moosefsPrograms } from './moosefs.ts'
 import type { Rows } from './question.ts'
-import { type Comparison, type Goal, type Row, type Series, spreadOf, succeeded } from './report.ts'
+import type { Goal, Row, Series } from './report.ts'
 import { type Sshd, startSshd, whyNoSshd } from './sshd.ts'
 import { keepsWholeSeconds, openPlace } from './state.ts'
-import { fitExponent, summarize } from './statistics.ts'
 import { type Carrier, type Carriers, localCarriers, sshCarriers } from './sync-peers.ts'
 import {
   describe,
@@ -235,20 +234,6 @@ async function* measureCurve(context: SyncContext): AsyncGenerator<Row> {
       source.close()
     }
   }
-  const exponent = (peer: string, goal?: Goal): Comparison => {
-    const points = series
-      .filter((candidate) => candidate.peer === peer && succeeded(candidate).length > 0)
-      .map((candidate) => ({ x: candidate.x, y: spreadOf(candidate, 'wallMs')?.median ?? 0 }))
-    // Below, the time to start the program drowns the growth.
-    const fitted = fitExponent(points.slice(-2))
-    const measured = fitted === undefined ? undefined : summarize([fitted])
-    return {
-      label: `${peer}: exponent of growth over the last tenfold`,
-      unit: '',
-      ...(goal === undefined ? {} : { goal }),
-      ...(measured === undefined ? { remark: 'too few points' } : { measured }),
-    }
-  }
   yield {
     id: 'curve',
     title: 'first sync to a local tree, by size',
@@ -258,9 +243,9 @@ async function* measureCurve(context: SyncContext): AsyncGenerator<Row> {
     series,
     checkedAgainst: 'the source',
     comparisons: [
-      exponent('lsync', goals.linear),
-      exponent('cp -a'),
-      exponent('rsync -aHAX'),
+      compareGrowth(series, 'lsync', goals.linear),
+      compareGrowth(series, 'cp -a'),
+      compareGrowth(series, 'rsync -aHAX'),
       ...options.curve.map((x) =>
         compare(`lsync ÷ rsync -aHAX at ${count(x)}`, find(series, 'lsync', x), find(series, 'rsync -aHAX', x), [
           'lsync',
