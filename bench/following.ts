@@ -79,7 +79,27 @@ function changeFiles(root: string, files: readonly string[], changes: number, ro
   }
 }
 
-export async function* measureChanges(context: SyncContext): AsyncGenerator<Row> {
+/** A tree that is changed in rounds, with places for what lsync and rsync make of it. */
+type Trial = {
+  files: number
+  source: string
+  target: string
+  lsync: Series
+  /** The first run of rsync. */
+  copy: () => Promise<void>
+  /** Changes some files; what the round before left to write back is no part of this one. */
+  change: (round: number) => Promise<void>
+  /** A run of rsync, whose cost counts if the round does. */
+  rsync: (round: number, counts?: boolean) => Promise<void>
+}
+
+/** Runs a trial for each size of tree. */
+async function runTrials(
+  context: SyncContext,
+  row: 'changes' | 'restart',
+  peer: string,
+  run: (trial: Trial) => Promise<void>,
+): Promise<{ series: Series[]; hasRsync: boolean }> {
   const { options, scratch, programs, progress, missing } = context
   const most = Math.max(...options.followed)
   const series: Series[] = []
@@ -87,29 +107,29 @@ export async function* measureChanges(context: SyncContext): AsyncGenerator<Row>
   if (!hasRsync) missing({ name: 'rsync -aHAX', reason: 'rsync is not installed' })
   for (const files of options.followed) {
     const workload = workloadOf(options, files, most)
-    progress(`changes: making ${count(files)} files`)
-    const source = await makeSource(context, workload, `changes-${files}`)
-    const open = freshTargets(context, workload, `changes-${files}`)
+    progress(`${row}: making ${count(files)} files`)
+    const source = await makeSource(context, workload, `${row}-${files}`)
+    const open = freshTargets(context, workload, `${row}-${files}`)
     const [ours, theirs] = [await open(), hasRsync ? await open() : undefined]
     const names = listFiles(workload)
-    const lsync: Series = { peer: 'lsync, tick to barrier', x: files, samples: [] }
+    const lsync: Series = { peer, x: files, samples: [] }
     const rsync: Series = { peer: 'rsync -aHAX', x: files, samples: [] }
-    series.push(lsync, ...(theirs === undefined ? [] : [rsync]))
+    series.push(lsync, ...(hasRsync ? [rsync] : []))
     try {
-      progress(`changes: the first sync of ${count(files)} files`)
-      const daemon = await startSync(context, { source: source.path, target: ours.path, stateDir: newState(context) })
-      try {
-        await flush(daemon)
-        if (theirs !== undefined) await startCommand(['rsync', '-aHAX', `${source.path}/`, `${theirs.path}/`])
-        for (let round = 0; round < options.runs + 1; round++) {
-          // What the round before left to write back is no part of this one.
+      await run({
+        files,
+        source: source.path,
+        target: ours.path,
+        lsync,
+        copy: async () => {
+          if (theirs !== undefined) await startCommand(['rsync', '-aHAX', `${source.path}/`, `${theirs.path}/`])
+        },
+        change: async (round) => {
           for (const path of [source.path, ours.path]) await startCommand(['sync', '-f', path])
           changeFiles(source.path, names, options.changes, round)
-          progress(`round ${round}: lsync at ${count(files)}`)
-          const { tookMs } = await flush(daemon)
-          // The first round finds caches cold that are warm in a daemon that runs.
-          if (round > 0) lsync.samples.push({ round, ...noCost, wallMs: tookMs })
-          if (theirs === undefined) continue
+        },
+        rsync: async (round, counts = true) => {
+          if (theirs === undefined) return
           progress(`round ${round}: rsync at ${count(files)}`)
           const cost = await measureCommand({
             command: ['rsync', '-aHAX', '--delete', `${source.path}/`, `${theirs.path}/`],
@@ -118,17 +138,41 @@ export async function* measureChanges(context: SyncContext): AsyncGenerator<Row>
             measureProgram: programs.measure,
             syncDirectory: theirs.path,
           })
-          if (round > 0) rsync.samples.push({ round, ...cost })
-        }
-      } finally {
-        await daemon.stop()
-      }
+          if (counts) rsync.samples.push({ round, ...cost })
+        },
+      })
     } finally {
       await ours.close()
       await theirs?.close()
       source.close()
     }
   }
+  return { series, hasRsync }
+}
+
+export async function* measureChanges(context: SyncContext): AsyncGenerator<Row> {
+  const { options, progress } = context
+  const most = Math.max(...options.followed)
+  const peer = 'lsync, tick to barrier'
+  const { series, hasRsync } = await runTrials(context, 'changes', peer, async (trial) => {
+    const { files, source, target, lsync } = trial
+    progress(`changes: the first sync of ${count(files)} files`)
+    const daemon = await startSync(context, { source, target, stateDir: newState(context) })
+    try {
+      await flush(daemon)
+      await trial.copy()
+      // The first round finds caches cold that are warm in a daemon that runs.
+      for (let round = 0; round < options.runs + 1; round++) {
+        await trial.change(round)
+        progress(`round ${round}: lsync at ${count(files)}`)
+        const { tookMs } = await flush(daemon)
+        if (round > 0) lsync.samples.push({ round, ...noCost, wallMs: tookMs })
+        await trial.rsync(round, round > 0)
+      }
+    } finally {
+      await daemon.stop()
+    }
+  })
   yield {
     id: 'changes',
     title: `${count(options.changes)} changes in a tree that is followed`,
@@ -138,21 +182,14 @@ export async function* measureChanges(context: SyncContext): AsyncGenerator<Row>
     series,
     comparisons: [
       ...options.followed.map((x) =>
-        figure(
-          `lsync at ${count(x)} files, tick to barrier`,
-          find(series, 'lsync, tick to barrier', x),
-          'ms',
-          goals.changes,
-        ),
+        figure(`lsync at ${count(x)} files, tick to barrier`, find(series, peer, x), 'ms', goals.changes),
       ),
       ...(hasRsync
         ? options.followed.map((x) =>
-            compare(
-              `rsync -aHAX ÷ lsync at ${count(x)}`,
-              find(series, 'rsync -aHAX', x),
-              find(series, 'lsync, tick to barrier', x),
-              ['rsync', 'lsync'],
-            ),
+            compare(`rsync -aHAX ÷ lsync at ${count(x)}`, find(series, 'rsync -aHAX', x), find(series, peer, x), [
+              'rsync',
+              'lsync',
+            ]),
           )
         : []),
     ],
@@ -226,51 +263,25 @@ export async function* measureLatency(context: SyncContext): AsyncGenerator<Row>
 }
 
 export async function* measureRestart(context: SyncContext): AsyncGenerator<Row> {
-  const { options, programs, scratch, progress, missing } = context
+  const { options, progress } = context
   const most = Math.max(...options.followed)
-  const series: Series[] = []
-  const hasRsync = findProgram('rsync') !== undefined
-  if (!hasRsync) missing({ name: 'rsync -aHAX', reason: 'rsync is not installed' })
-  for (const files of options.followed) {
-    const workload = workloadOf(options, files, most)
-    progress(`restart: making ${count(files)} files`)
-    const source = await makeSource(context, workload, `restart-${files}`)
-    const open = freshTargets(context, workload, `restart-${files}`)
-    const [target, theirs] = [await open(), hasRsync ? await open() : undefined]
-    const names = listFiles(workload)
-    const lsync: Series = { peer: 'lsync', x: files, samples: [] }
-    const rsync: Series = { peer: 'rsync -aHAX', x: files, samples: [] }
-    series.push(lsync, ...(hasRsync ? [rsync] : []))
-    try {
-      const request = { source: source.path, target: target.path, stateDir: newState(context) }
-      progress(`restart: the first sync of ${count(files)} files`)
-      const first = await startSync(context, request)
-      await flush(first)
-      await first.stop('SIGKILL')
-      if (theirs !== undefined) await startCommand(['rsync', '-aHAX', `${source.path}/`, `${theirs.path}/`])
-      for (let round = 0; round < options.runs; round++) {
-        for (const path of [source.path, target.path]) await startCommand(['sync', '-f', path])
-        changeFiles(source.path, names, options.changes, round)
-        progress(`round ${round + 1}: lsync at ${count(files)}`)
-        const daemon = await startCommandLine(context, request, isSafe, '--json')
-        lsync.samples.push({ round, ...(await measureRest(daemon, 0)) })
-        await daemon.stop('SIGKILL')
-        if (theirs === undefined) continue
-        const cost = await measureCommand({
-          command: ['rsync', '-aHAX', '--delete', `${source.path}/`, `${theirs.path}/`],
-          cwd: scratch.folder('measure/cwd'),
-          folder: scratch.folder('measure'),
-          measureProgram: programs.measure,
-          syncDirectory: theirs.path,
-        })
-        rsync.samples.push({ round, ...cost })
-      }
-    } finally {
-      await target.close()
-      await theirs?.close()
-      source.close()
+  const { series } = await runTrials(context, 'restart', 'lsync', async (trial) => {
+    const { files, source, target, lsync } = trial
+    const request = { source, target, stateDir: newState(context) }
+    progress(`restart: the first sync of ${count(files)} files`)
+    const first = await startSync(context, request)
+    await flush(first)
+    await first.stop('SIGKILL')
+    await trial.copy()
+    for (let round = 0; round < options.runs; round++) {
+      await trial.change(round)
+      progress(`round ${round}: lsync at ${count(files)}`)
+      const daemon = await startCommandLine(context, request, isSafe, '--json')
+      lsync.samples.push({ round, ...(await measureRest(daemon, 0)) })
+      await daemon.stop('SIGKILL')
+      await trial.rsync(round)
     }
-  }
+  })
   yield {
     id: 'restart',
     title: 'restart after SIGKILL: until all is safe again',
