@@ -22,13 +22,13 @@ import {
   S_IFREG,
   S_IFSOCK,
 } from '@lsync/posix'
+import type { Polynomial } from './chunk/polynomial.ts'
 import { ChunkStream } from './chunk-stream.ts'
-import { type CreateReport, type CreateRequest, describeSnapshot, normalized } from './create.ts'
-import { RepositoryLock } from './lock.ts'
+import { byPath, type CreateReport, type CreateRequest, describeSnapshot, normalized } from './create.ts'
 import { formatTime } from './model/go-text.ts'
 import { nodeTypeOf } from './model/mode.ts'
 import { bareDirectory, encodeNode, type ObjectId, type TreeNode } from './model/tree.ts'
-import { ObjectWriter } from './object-writer.ts'
+import { type ObjectWriter, withObjectWriter } from './object-writer.ts'
 import type { Repository } from './repository.ts'
 import { closeNode, emptyCounts, joinShown, openNode, type SaveProblem } from './save.ts'
 
@@ -57,51 +57,40 @@ export interface TarCreateRequest
 export async function createSnapshotOfTar(repository: Repository, request: TarCreateRequest): Promise<CreateReport> {
   const startMs = performance.now()
   const path = normalized(request.path)
-  const lock = await RepositoryLock.acquire(repository, { exclusive: false, signal: request.signal })
-  const { signal } = lock
-  try {
-    await repository.loadIndex(signal)
-    const spool = new ChunkSpool(repository, signal)
-    try {
-      // Items are asked for twice, and tell twice what is left out of them.
-      const losses = new Map<string, SaveProblem>()
-      const { form = 'plain', limits, archive, onProgress } = request
-      let members = 0
-      const { index } = await readTarLayer(archive, {
-        form,
-        spool,
-        signal,
-        // A directory that the archive only implies is no loss: there is nothing to be known of it.
-        impliedMeta: () => NO_META,
-        onLoss: ({ path: lost, what }) => {
-          const shown = lost === '' ? path : joinShown(path, lost)
-          losses.set(`${shown}\0${what}`, { path: shown, code: 'LOSS', message: `left out: ${what}` })
-        },
-        onMember: () => onProgress?.({ phase: 'save', done: ++members }),
-        ...(limits === undefined ? {} : { limits }),
-      })
-      const builder = new TreeBuilder(spool, form === 'oci' ? 'trusted' : form)
-      const tree = await builder.build(path, () => index.items())
-      await spool.flush()
-      await lock.settled()
-      const snapshotId = await repository.writeSnapshot(
-        describeSnapshot({ ...request, paths: [path], tree, parent: undefined }),
-        signal,
-      )
-      const { counts } = spool
-      const problems = [...losses.values()].sort((left, right) => (left.path < right.path ? -1 : 1))
-      const elapsedMs = performance.now() - startMs
-      return { snapshotId, tree, parent: undefined, counts, problems, skipped: [], elapsedMs }
-    } finally {
-      await spool.close()
-    }
-  } catch (error) {
-    // Objects that were noted and did not get into the repository must not be taken for stored.
-    repository.resetIndex()
-    throw error
-  } finally {
-    await lock.release()
-  }
+  return withObjectWriter(repository, { exclusive: false, signal: request.signal }, async (writer, lock) => {
+    const { signal } = lock
+    const spool = new ChunkSpool(writer, repository.polynomial)
+    // Items are asked for twice, and tell twice what is left out of them.
+    const losses = new Map<string, SaveProblem>()
+    const { form = 'plain', limits, archive, onProgress } = request
+    let members = 0
+    const { index } = await readTarLayer(archive, {
+      form,
+      spool,
+      signal,
+      // A directory that the archive only implies is no loss: there is nothing to be known of it.
+      impliedMeta: () => NO_META,
+      onLoss: ({ path: lost, what }) => {
+        const shown = lost === '' ? path : joinShown(path, lost)
+        losses.set(`${shown}\0${what}`, { path: shown, code: 'LOSS', message: `left out: ${what}` })
+      },
+      onMember: () => onProgress?.({ phase: 'save', done: ++members }),
+      ...(limits === undefined ? {} : { limits }),
+    })
+    const builder = new TreeBuilder(writer, spool, form === 'oci' ? 'trusted' : form)
+    const tree = await builder.build(path, () => index.items())
+    await writer.flush()
+    await lock.settled()
+    const snapshotId = await repository.writeSnapshot(
+      describeSnapshot({ ...request, paths: [path], tree, parent: undefined }),
+      signal,
+    )
+    const { objectsAdded, addedBytes } = writer
+    const counts = { ...spool.counts, objectsAdded, addedBytes }
+    const problems = [...losses.values()].sort(byPath)
+    const elapsedMs = performance.now() - startMs
+    return { snapshotId, tree, parent: undefined, counts, problems, skipped: [], elapsedMs }
+  })
 }
 
 const NO_META: Meta = { mode: 0o755, uid: 0, gid: 0, atimeNs: 0n, mtimeNs: 0n, xattrs: [] }
@@ -110,12 +99,10 @@ const NO_META: Meta = { mode: 0o755, uid: 0, gid: 0, atimeNs: 0n, mtimeNs: 0n, x
 class ChunkSpool implements Spool {
   readonly counts = emptyCounts()
   readonly #contents = new Map<number, readonly ObjectId[]>()
-  readonly #writer: ObjectWriter
   readonly #chunks: ChunkStream
 
-  constructor(repository: Repository, signal: AbortSignal) {
-    this.#writer = new ObjectWriter(repository, signal)
-    this.#chunks = new ChunkStream(this.#writer, repository.polynomial)
+  constructor(writer: ObjectWriter, polynomial: Polynomial) {
+    this.#chunks = new ChunkStream(writer, polynomial)
   }
 
   async put(...[number, member, body]: Parameters<Spool['put']>): Promise<void> {
@@ -138,25 +125,6 @@ class ChunkSpool implements Spool {
   contentOf(number: number): readonly ObjectId[] {
     return this.#contents.get(number) ?? []
   }
-
-  storeTree(nodes: readonly string[]): Promise<ObjectId> {
-    return this.#writer.addTree(nodes)
-  }
-
-  storeAbove(...above: Parameters<ObjectWriter['addAbove']>): Promise<ObjectId> {
-    return this.#writer.addAbove(...above)
-  }
-
-  /** Everything is durable and indexed when it resolves. */
-  async flush(): Promise<void> {
-    await this.#writer.flush()
-    const { objectsAdded, addedBytes } = this.#writer
-    Object.assign(this.counts, { objectsAdded, addedBytes })
-  }
-
-  close(): Promise<void> {
-    return this.#writer.close()
-  }
 }
 
 /** A directory whose content is still coming. */
@@ -170,12 +138,14 @@ interface Level {
 
 /** Makes trees of the items of an archive, which come with each directory before its content. */
 class TreeBuilder {
+  readonly #writer: ObjectWriter
   readonly #spool: ChunkSpool
   readonly #namespace: 'plain' | Namespace
   /** How many names the inodes have that have several, and what stands for their number. */
   readonly #links = new Map<string, { count: number; readonly inode: number }>()
 
-  constructor(spool: ChunkSpool, namespace: 'plain' | Namespace) {
+  constructor(writer: ObjectWriter, spool: ChunkSpool, namespace: 'plain' | Namespace) {
+    this.#writer = writer
     this.#spool = spool
     this.#namespace = namespace
   }
@@ -188,7 +158,7 @@ class TreeBuilder {
     let root: ObjectId | undefined
     const leave = async () => {
       const level = levels.pop() as Level
-      const tree = await this.#spool.storeTree(level.nodes)
+      const tree = await this.#writer.addTree(level.nodes)
       const above = levels.at(-1)
       if (above === undefined) root = tree
       else above.nodes.push(closeNode(level.node, tree))
@@ -205,7 +175,7 @@ class TreeBuilder {
     while (levels.length > 1) await leave()
     const last = levels[0] as Level
     await leave()
-    return this.#spool.storeAbove(path, last.node, root as ObjectId)
+    return this.#writer.addAbove(path, last.node, root as ObjectId)
   }
 
   #countName(entry: Entry): void {

@@ -234,7 +234,8 @@ function withoutChanges({ changes: _, ...target }: SnapshotTarget): SnapshotTarg
   return target
 }
 
-function byPath(left: SaveProblem, right: SaveProblem): number {
+/** Orders problems by their path, for `sort`. */
+export function byPath(left: SaveProblem, right: SaveProblem): number {
   return left.path < right.path ? -1 : left.path > right.path ? 1 : 0
 }
 

@@ -1,8 +1,37 @@
 import type { ByteString, HostPath, Memory } from '@lsync/posix'
+import { RepositoryLock } from './lock.ts'
 import { bareDirectory, type ObjectId } from './model/tree.ts'
 import { PackStore } from './pack-store.ts'
 import type { Repository } from './repository.ts'
 import { closeNode, openNode, Saver } from './save.ts'
+
+/**
+ * Stores what `use` makes, in this thread, in a repository that is locked meanwhile and whose index is loaded. The lock's
+ * signal ends it.
+ * @throws {RepositoryLockedError} and what `use` and the backend throw
+ */
+export async function withObjectWriter<T>(
+  repository: Repository,
+  options: Parameters<typeof RepositoryLock.acquire>[1],
+  use: (writer: ObjectWriter, lock: RepositoryLock) => Promise<T>,
+): Promise<T> {
+  const lock = await RepositoryLock.acquire(repository, options)
+  try {
+    await repository.loadIndex(lock.signal)
+    const writer = new ObjectWriter(repository, lock.signal)
+    try {
+      return await use(writer, lock)
+    } finally {
+      await writer.close()
+    }
+  } catch (error) {
+    // Objects that were noted and did not get into the repository must not be taken for stored.
+    repository.resetIndex()
+    throw error
+  } finally {
+    await lock.release()
+  }
+}
 
 /** Stores chunks and trees in the calling thread, for those who have them in memory. The index is loaded. */
 export class ObjectWriter {

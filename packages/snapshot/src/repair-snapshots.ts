@@ -1,8 +1,7 @@
 import { type ByteString, LsyncError } from '@lsync/posix'
-import { RepositoryLock } from './lock.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import { encodeNode, type ObjectId, type TreeNode } from './model/tree.ts'
-import { ObjectWriter } from './object-writer.ts'
+import { type ObjectWriter, withObjectWriter } from './object-writer.ts'
 import type { Repository } from './repository.ts'
 import { TreeTooDeepError } from './restore.ts'
 import { plainLength } from './restore-files.ts'
@@ -49,42 +48,31 @@ export async function repairSnapshots(
   request: RepairSnapshotsRequest,
 ): Promise<RepairedSnapshot[]> {
   const { snapshots, forget = false, dryRun = false, onProgress } = request
-  const lock = await RepositoryLock.acquire(repository, { exclusive: forget && !dryRun, signal: request.signal })
-  const { signal } = lock
-  try {
-    await repository.loadIndex(signal)
-    const writer = new ObjectWriter(repository, signal)
-    try {
-      const work = new TreeRepair(repository, dryRun ? undefined : writer, signal)
-      const repaired: (RepairedSnapshot & { readonly snapshot: Snapshot; readonly tree: ObjectId | undefined })[] = []
-      for (const [done, snapshot] of snapshots.entries()) {
-        const { tree, losses } = await work.repair(snapshot.tree, '/' as ByteString, 0)
-        if (losses.length > 0) repaired.push({ from: snapshot.id, to: undefined, losses, snapshot, tree })
-        onProgress?.({ phase: 'snapshots', done: done + 1, total: snapshots.length })
-      }
-      if (dryRun) return repaired.map(({ from, to, losses }) => ({ from, to, losses }))
-      await writer.flush()
-      await lock.settled()
-      const results: RepairedSnapshot[] = []
-      for (const { from, losses, snapshot, tree } of repaired) {
-        const { id: _, ...rest } = snapshot
-        const tags = [...new Set([...snapshot.tags, TAG])]
-        const made = tree === undefined ? undefined : { ...rest, tree, tags, original: snapshot.original ?? from }
-        // The new one is there before the old one goes.
-        const to = made === undefined ? undefined : await repository.writeSnapshot(made, signal)
-        if (forget) await repository.backend.delete({ kind: 'snapshot', name: from }, { signal })
-        results.push({ from, to, losses })
-      }
-      return results
-    } finally {
-      await writer.close()
+  const exclusive = forget && !dryRun
+  return withObjectWriter(repository, { exclusive, signal: request.signal }, async (writer, lock) => {
+    const { signal } = lock
+    const work = new TreeRepair(repository, dryRun ? undefined : writer, signal)
+    const repaired: (RepairedSnapshot & { readonly snapshot: Snapshot; readonly tree: ObjectId | undefined })[] = []
+    for (const [done, snapshot] of snapshots.entries()) {
+      const { tree, losses } = await work.repair(snapshot.tree, '/' as ByteString, 0)
+      if (losses.length > 0) repaired.push({ from: snapshot.id, to: undefined, losses, snapshot, tree })
+      onProgress?.({ phase: 'snapshots', done: done + 1, total: snapshots.length })
     }
-  } catch (error) {
-    repository.resetIndex()
-    throw error
-  } finally {
-    await lock.release()
-  }
+    if (dryRun) return repaired.map(({ from, to, losses }) => ({ from, to, losses }))
+    await writer.flush()
+    await lock.settled()
+    const results: RepairedSnapshot[] = []
+    for (const { from, losses, snapshot, tree } of repaired) {
+      const { id: _, ...rest } = snapshot
+      const tags = [...new Set([...snapshot.tags, TAG])]
+      const made = tree === undefined ? undefined : { ...rest, tree, tags, original: snapshot.original ?? from }
+      // The new one is there before the old one goes.
+      const to = made === undefined ? undefined : await repository.writeSnapshot(made, signal)
+      if (forget) await repository.backend.delete({ kind: 'snapshot', name: from }, { signal })
+      results.push({ from, to, losses })
+    }
+    return results
+  })
 }
 
 interface RepairedTree {
