@@ -23,7 +23,7 @@ export function removeMapped(file: string): void {
   mapped.delete(file)
 }
 
-/** Garbage of this thread, where the process may collect it at will (`node --expose-gc`, as the command runs). */
+/** Garbage of this thread, where the process may collect it at will (`node --expose-gc`, as `lsync sync` runs). */
 export function collectGarbage(): void {
   const { gc } = globalThis as { gc?: (how: object) => void }
   gc?.({ type: 'major', execution: 'sync', flavor: 'last-resort' })
