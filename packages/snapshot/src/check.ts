@@ -7,6 +7,7 @@ import { lockForReading } from './lock.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import type { ObjectId, TreeNode } from './model/tree.ts'
 import { packSizeBytes } from './pack.ts'
+import { DEFAULT_WORKERS } from './prepared-threads.ts'
 import type { Repository } from './repository.ts'
 import { ownMemory } from './restore.ts'
 import { joinShown } from './save.ts'
@@ -21,6 +22,7 @@ export interface CheckRequest {
   readonly readData?: boolean | ReadSubset
   /** Take no lock, for a repository that cannot be written to. */
   readonly noLock?: boolean
+  /** How many threads share the work, the calling one included. */
   readonly workers?: number
   readonly signal?: AbortSignal | undefined
   readonly onProgress?: (progress: { phase: string; done: number; total?: number }) => void
@@ -48,8 +50,6 @@ export interface CheckReport {
   readonly bytesRead: number
   readonly elapsedMs: number
 }
-
-const DEFAULT_WORKERS = 2
 
 /**
  * Looks whether a repository is whole: that everything a snapshot needs is in an index and in a pack of the right size, and
@@ -204,9 +204,10 @@ class Check {
     let bytesRead = 0
     if (chosen.length === 0) return { packsRead, bytesRead }
     const init = { key: this.#repository.key }
-    const url = new URL('./check-worker.ts', import.meta.url)
-    const width = this.#request.workers ?? DEFAULT_WORKERS
-    const pool = new ThreadPool<CheckInit, CheckJob, CheckResult>(url, init, new PackChecker(init), width)
+    const pool = new ThreadPool<CheckInit, CheckJob, CheckResult>('check', init, new PackChecker(init), {
+      width: this.#request.workers ?? DEFAULT_WORKERS,
+      threads: this.#repository.threads,
+    })
     try {
       await eachOf(chosen, Math.min(4, this.#repository.backend.concurrency), async (packId) => {
         this.#signal.throwIfAborted()

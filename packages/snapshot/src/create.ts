@@ -21,6 +21,7 @@ import { formatTime, parseTime } from './model/go-text.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import { bareDirectory, type ObjectId } from './model/tree.ts'
 import { PackStore } from './pack-store.ts'
+import { DEFAULT_WORKERS } from './prepared-threads.ts'
 import type { Repository } from './repository.ts'
 import {
   closeNode,
@@ -66,7 +67,7 @@ export interface CreateRequest {
   readonly parent?: ObjectId | 'none'
   /** Read every file, whatever its times say. */
   readonly force?: boolean
-  /** Worker threads. */
+  /** How many threads share the work, the calling one included. */
   readonly workers?: number
   readonly signal?: AbortSignal | undefined
   readonly onProgress?: (progress: { phase: string; done: number }) => void
@@ -101,7 +102,6 @@ export class CreateInvalidError extends LsyncError {
   }
 }
 
-const DEFAULT_WORKERS = 2
 const FEW_CHANGES = 1000
 
 /**
@@ -151,8 +151,9 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     // Other patterns show other names, also where nothing changed.
     const isSameView = parent?.excludes.join('\0') === (request.excludes ?? []).join('\0')
     const looked = isSameView && request.force !== true ? targets : targets.map(withoutChanges)
-    const workers = looked.every(isSoonDone) ? 1 : (request.workers ?? DEFAULT_WORKERS)
-    const pool = new SavePool(init, repository.table, { workers, signal })
+    const isLong = !looked.every(isSoonDone)
+    const width = isLong ? (request.workers ?? DEFAULT_WORKERS) : 1
+    const pool = new SavePool(init, repository.table, { width, threads: repository.threads, signal })
     const store = new PackStore(repository, { signal, onWritten: (memory) => pool.recycle(memory) })
     try {
       const work = new TreeWork(repository, store, pool, request.onProgress, signal)

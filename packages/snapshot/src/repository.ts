@@ -14,6 +14,7 @@ import { decodeSnapshot, encodeSnapshot, type Snapshot } from './model/snapshot.
 import { decodeTree, isId, type ObjectId, type TreeNode } from './model/tree.ts'
 import { type Location, ObjectTable } from './object-table.ts'
 import { type ObjectKind, type PackedObject, readPackHeader } from './pack.ts'
+import { PreparedThreads, type ThreadUse } from './prepared-threads.ts'
 
 const compress = promisify(zstdCompress)
 const decompress = promisify(zstdDecompress)
@@ -94,6 +95,8 @@ export interface OpenOptions {
   readonly password: string
   /** Where this machine keeps what it has read of any repository that is not on it. Absent: nowhere. */
   readonly cacheDirectory?: string | undefined
+  /** What the repository is opened for: threads for it start while the key is derived. */
+  readonly threads?: { readonly for: ThreadUse; readonly width?: number | undefined } | undefined
   readonly signal?: AbortSignal | undefined
 }
 
@@ -113,15 +116,23 @@ export class Repository {
   readonly key: CipherKey
   readonly keyId: ObjectId
   readonly engine: Engine
+  readonly threads: PreparedThreads
   #table = new ObjectTable()
   readonly #loadedIndexes = new Set<ObjectId>()
 
-  private constructor(backend: Backend, key: CipherKey, keyId: ObjectId, config: RepositoryConfig) {
+  private constructor(
+    backend: Backend,
+    key: CipherKey,
+    keyId: ObjectId,
+    config: RepositoryConfig,
+    threads = new PreparedThreads(),
+  ) {
     this.backend = backend
     this.key = key
     this.keyId = keyId
     this.config = config
     this.engine = createEngine(key)
+    this.threads = threads
   }
 
   /**
@@ -149,8 +160,23 @@ export class Repository {
    * Opens a repository.
    * @throws {RepositoryMissingError} {PasswordWrongError} {KeyInvalidError} {RepositoryUnsupportedError}
    */
-  static async open(backend: Backend, { password, signal, cacheDirectory }: OpenOptions): Promise<Repository> {
+  static async open(backend: Backend, options: OpenOptions): Promise<Repository> {
+    const { signal } = options
     if ((await backend.stat(CONFIG, { signal })) === undefined) throw new RepositoryMissingError(backend.location)
+    const threads = new PreparedThreads(options.threads?.for, options.threads?.width)
+    try {
+      return await Repository.#openWith(backend, options, threads)
+    } catch (error) {
+      await threads.close()
+      throw error
+    }
+  }
+
+  static async #openWith(
+    backend: Backend,
+    { password, signal, cacheDirectory }: OpenOptions,
+    threads: PreparedThreads,
+  ): Promise<Repository> {
     const { keyId, master } = await openMasterKey(backend, password, { signal })
     const engine = createEngine(master)
     const plain = openBytes(engine, await backend.get(CONFIG, undefined, { signal }))
@@ -159,7 +185,7 @@ export class Repository {
     const config = parseConfig(plain, backend.location)
     const isCached = cacheDirectory !== undefined && backend.directory === undefined && isId(config.id)
     const used = isCached ? new CachingBackend(backend, { directory: `${cacheDirectory}/${config.id}` }) : backend
-    return new Repository(used, master, keyId, config)
+    return new Repository(used, master, keyId, config, threads)
   }
 
   /** Where every object lies that an index names, as far as indexes were read. */
@@ -183,9 +209,10 @@ export class Repository {
     return this.config.version >= 2
   }
 
-  /** Gives memory of keys back. The backend stays open. */
+  /** Gives memory of keys back, and ends threads that were prepared for nothing. The backend stays open. */
   close(): void {
     this.engine.close()
+    void this.threads.close()
   }
 
   /**

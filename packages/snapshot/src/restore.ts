@@ -15,6 +15,7 @@ import { isMatched, type Pattern, parsePatterns } from './model/exclude.ts'
 import type { Snapshot } from './model/snapshot.ts'
 import { decodeTree, encodeNode, encodeTree, type ObjectId, type TreeNode } from './model/tree.ts'
 import type { Location } from './object-table.ts'
+import { DEFAULT_WORKERS } from './prepared-threads.ts'
 import { ObjectMissingError, type Repository } from './repository.ts'
 import {
   BATCH_BYTES,
@@ -55,6 +56,7 @@ export interface RestoreRequest {
   readonly trustTimes?: boolean
   /** Take no lock, for a repository that cannot be written to. */
   readonly noLock?: boolean
+  /** How many threads share the work, the calling one included. */
   readonly workers?: number
   readonly signal?: AbortSignal | undefined
   readonly onProgress?: (progress: { phase: string; done: number }) => void
@@ -84,7 +86,6 @@ export class TreeTooDeepError extends LsyncError {
   }
 }
 
-const DEFAULT_WORKERS = 2
 const LANES = 6
 const MAX_DEPTH = 4096
 const FINISH_BATCH = 500
@@ -115,9 +116,10 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
       tellsActions: request.onAction !== undefined,
       ...repositoryOf(repository),
     }
-    const url = new URL('./restore-worker.ts', import.meta.url)
-    const width = request.workers ?? DEFAULT_WORKERS
-    const pool = new ThreadPool<RestoreInit, RestoreJob, RestoreResult>(url, init, new Restorer(init), width)
+    const pool = new ThreadPool<RestoreInit, RestoreJob, RestoreResult>('restore', init, new Restorer(init), {
+      width: request.workers ?? DEFAULT_WORKERS,
+      threads: repository.threads,
+    })
     try {
       const work = new RestoreWork(repository, pool, request, signal)
       await work.run(located.path, located.node, located.tree, isNew)

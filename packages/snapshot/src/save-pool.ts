@@ -1,9 +1,9 @@
-import { Worker } from 'node:worker_threads'
 import type { ObjectTable } from './object-table.ts'
 import type { Pack } from './pack.ts'
+import type { PreparedThreads } from './prepared-threads.ts'
 import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
 import type { FromSaveWorker, ToSaveWorker } from './snapshot-worker.ts'
-import { endWorker, startOf, unpackError } from './thread-pool.ts'
+import { endThread, type Thread, unpackError } from './thread-pool.ts'
 
 // Starting a worker costs some 50 ms, so a small tree is saved by the calling thread alone.
 const ALONE_MS = 25
@@ -11,9 +11,7 @@ const ALONE_MS = 25
 const IN_FLIGHT = 2
 const BATCH = 16
 
-interface Member {
-  readonly worker: Worker
-  readonly started: Promise<void>
+interface Member extends Thread {
   ready: boolean
   inFlight: number
 }
@@ -29,12 +27,13 @@ export interface SaveWork {
   wait(): Promise<void>
 }
 
-/** Saves directories in the calling thread at first, and in worker threads when there is more to do. */
+/** Saves directories in the calling thread, and in worker threads as well when there is more to do. */
 export class SavePool {
   readonly own: Saver
   readonly #init: SaveInit
   readonly #table: ObjectTable
   readonly #width: number
+  readonly #threads: PreparedThreads
   readonly #signal: AbortSignal | undefined
   readonly #members: Member[] = []
   /** How many segments of the table all threads know. */
@@ -47,17 +46,24 @@ export class SavePool {
   #rests: SealedRest[] = []
   readonly #spares: SharedArrayBuffer[] = []
 
+  /** Of `width` threads one is the calling one. Those that are prepared begin at once. */
   constructor(
     init: SaveInit,
     table: ObjectTable,
-    options: { readonly workers: number; readonly signal: AbortSignal | undefined },
+    options: {
+      readonly width: number
+      readonly threads: PreparedThreads
+      readonly signal: AbortSignal | undefined
+    },
   ) {
     this.#init = init
     this.#table = table
-    this.#width = Math.max(1, options.workers)
+    this.#width = options.width
+    this.#threads = options.threads
     this.#signal = options.signal
     this.own = new Saver(init)
     this.#segments = init.segments.length
+    if (this.#threads.has('create')) this.#start()
   }
 
   /** Memory of a pack that has been written: a thread gets it with its next tasks. */
@@ -72,7 +78,7 @@ export class SavePool {
     for (;;) {
       if (this.#signal?.aborted === true) this.#failure ??= this.#signal.reason
       if (this.#failure === undefined) this.#handOut(work)
-      if (this.#failure === undefined && this.#worksItself && this.#runOwn(work)) {
+      if (this.#failure === undefined && this.#runOwn(work)) {
         // Reads, writes and messages of workers get their turn.
         await new Promise(setImmediate)
         continue
@@ -96,12 +102,8 @@ export class SavePool {
   }
 
   async close(): Promise<void> {
-    await Promise.all(this.#members.map(endWorker))
+    await Promise.all(this.#members.map(endThread))
     this.own.close()
-  }
-
-  get #worksItself(): boolean {
-    return !this.#members.some(({ ready }) => ready)
   }
 
   get #isStarting(): boolean {
@@ -134,7 +136,7 @@ export class SavePool {
     if (spare !== undefined) this.own.recycle(spare)
     work.done(this.own.save(tasks))
     this.#aloneMs += performance.now() - start
-    if (this.#width > 1 && this.#aloneMs > ALONE_MS && this.#members.length === 0) this.#start()
+    if (this.#aloneMs > ALONE_MS) this.#start()
     return true
   }
 
@@ -145,9 +147,10 @@ export class SavePool {
   }
 
   #start(): void {
-    while (this.#members.length < this.#width) {
-      const worker = new Worker(new URL('./snapshot-worker.ts', import.meta.url))
-      const member: Member = { worker, started: startOf(worker), ready: false, inFlight: 0 }
+    while (this.#members.length < this.#width - 1) {
+      const thread = this.#threads.take('create')
+      const { worker } = thread
+      const member: Member = { ...thread, ready: false, inFlight: 0 }
       worker.on('message', (message: FromSaveWorker) => this.#receive(member, message))
       worker.on('error', (error) => {
         member.inFlight = 0
@@ -161,6 +164,7 @@ export class SavePool {
   }
 
   #receive(member: Member, message: FromSaveWorker): void {
+    if ('loaded' in message) return
     if ('ready' in message) member.ready = true
     else if ('rest' in message) {
       this.#packs.push(...message.packs)

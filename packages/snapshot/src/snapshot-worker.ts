@@ -11,8 +11,9 @@ export type ToSaveWorker =
   | { readonly tasks: readonly SaveTask[]; readonly spare: ArrayBufferLike | undefined }
   | { readonly takeRest: true }
 
-/** What a worker sends: that it can begin, what it did, what it has left, or why it stopped. */
+/** What a worker sends: that its code is there, that it can begin, what it did, what it has left, or why it stopped. */
 export type FromSaveWorker =
+  | { readonly loaded: true }
   | { readonly ready: true }
   | { readonly result: SaveResult }
   | { readonly packs: readonly Pack[]; readonly rest: readonly SealedRest[] }
@@ -39,6 +40,7 @@ parentPort?.on('message', (message: ToSaveWorker) => {
     send({ error: packError(error) })
   }
 })
+send({ loaded: true })
 
 /** `filled`: their memory is handed over, if it is not shared, and never copied. */
 function send(message: FromSaveWorker, filled: readonly { readonly content: Uint8Array }[] = []): void {

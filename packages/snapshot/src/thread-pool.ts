@@ -1,5 +1,6 @@
 import { parentPort, Worker } from 'node:worker_threads'
 import { LsyncError } from '@lsync/posix'
+import type { PreparedThreads, ThreadUse } from './prepared-threads.ts'
 
 // Starting a worker costs some 50 ms, so a small job is done by the calling thread alone.
 const ALONE_MS = 25
@@ -13,6 +14,7 @@ export interface Doer<Job, Result> {
 type ToThread<Init, Job> = { readonly init: Init } | { readonly id: number; readonly job: Job }
 
 type FromThread<Result> =
+  | { readonly loaded: true }
   | { readonly ready: true }
   | { readonly id: number; readonly result: Result }
   | { readonly id: number; readonly error: TravellingError }
@@ -34,21 +36,26 @@ interface Waiting<Job, Result> {
   readonly reject: (error: unknown) => void
 }
 
-interface Member<Job, Result> {
+/** A worker thread. */
+export interface Thread {
   readonly worker: Worker
+  /** Resolves when it has loaded its code, or never will. */
+  readonly loaded: Promise<void>
+}
+
+interface Member<Job, Result> extends Thread {
   readonly jobs: Map<number, Waiting<Job, Result>>
   isReady: boolean
-  /** Resolves when it has loaded everything, or never will. */
-  readonly started: Promise<void>
 }
 
 // One job at work and one that waits.
 const IN_FLIGHT = 2
 
-/** Does jobs in the calling thread at first, and in worker threads when there is more to do. */
+/** Does jobs in the calling thread, and in worker threads as well when there is more to do. */
 export class ThreadPool<Init, Job, Result> {
-  readonly #url: URL
   readonly #init: Init
+  readonly #use: ThreadUse
+  readonly #threads: PreparedThreads
   readonly #width: number
   readonly #own: Doer<Job, Result>
   readonly #members: Member<Job, Result>[] = []
@@ -57,12 +64,19 @@ export class ThreadPool<Init, Job, Result> {
   #nextId = 0
   #isRunning = false
 
-  /** `url`: a module that calls `serveJobs`. `own` does jobs until the workers have started. */
-  constructor(url: URL, init: Init, own: Doer<Job, Result>, width: number) {
-    this.#url = url
+  /** Of `width` threads one is the calling one, where `own` does jobs. Those that are prepared for this begin at once. */
+  constructor(
+    use: ThreadUse,
+    init: Init,
+    own: Doer<Job, Result>,
+    options: { readonly width: number; readonly threads: PreparedThreads },
+  ) {
+    this.#use = use
     this.#init = init
     this.#own = own
-    this.#width = Math.max(1, width)
+    this.#width = options.width
+    this.#threads = options.threads
+    if (this.#threads.has(use)) this.#start()
   }
 
   /** Does a job. Memory in `transfer` is given away. */
@@ -74,15 +88,11 @@ export class ThreadPool<Init, Job, Result> {
   }
 
   async close(): Promise<void> {
-    await Promise.all(this.#members.map(endWorker))
+    await Promise.all(this.#members.map(endThread))
     this.#own.close()
   }
 
   #handOut(): void {
-    if (!this.#members.some(({ isReady }) => isReady)) {
-      if (!this.#isRunning && this.#queue.length > 0) this.#runOwn()
-      return
-    }
     for (let load = 0; load < IN_FLIGHT; load++) {
       for (const { worker, jobs, isReady } of this.#members) {
         if (!isReady || jobs.size > load) continue
@@ -93,6 +103,7 @@ export class ThreadPool<Init, Job, Result> {
         worker.postMessage({ id, job: waiting.job } satisfies ToThread<Init, Job>, waiting.transfer)
       }
     }
+    if (!this.#isRunning && this.#queue.length > 0) this.#runOwn()
   }
 
   #runOwn(): void {
@@ -107,16 +118,18 @@ export class ThreadPool<Init, Job, Result> {
       }
       this.#isRunning = false
       this.#aloneMs += performance.now() - start
-      if (this.#width > 1 && this.#aloneMs > ALONE_MS) this.#start()
+      if (this.#aloneMs > ALONE_MS) this.#start()
       if (this.#queue.length > 0) this.#handOut()
     })
   }
 
   #start(): void {
-    while (this.#members.length < this.#width) {
-      const worker = new Worker(this.#url)
-      const member: Member<Job, Result> = { worker, jobs: new Map(), isReady: false, started: startOf(worker) }
+    while (this.#members.length < this.#width - 1) {
+      const thread = this.#threads.take(this.#use)
+      const { worker } = thread
+      const member: Member<Job, Result> = { ...thread, jobs: new Map(), isReady: false }
       worker.on('message', (message: FromThread<Result>) => {
+        if ('loaded' in message) return
         if ('ready' in message) {
           member.isReady = true
           this.#handOut()
@@ -139,18 +152,20 @@ export class ThreadPool<Init, Job, Result> {
   }
 }
 
-/** Resolves with the first message of a worker, which says that it has started; or when it ends without one. */
-export function startOf(worker: Worker): Promise<void> {
-  return new Promise((resolve) => {
+/** Starts a thread of a module whose first message says that it is loaded. */
+export function startThread(module: URL): Thread {
+  const worker = new Worker(module)
+  const loaded = new Promise<void>((resolve) => {
     worker.once('message', () => resolve())
     worker.once('exit', () => resolve())
   })
+  return { worker, loaded }
 }
 
-/** Ends a worker. Not while it loads koffi: a native module that is interrupted there takes the process with it. */
-export async function endWorker(member: { readonly worker: Worker; readonly started: Promise<void> }): Promise<void> {
-  await member.started
-  await member.worker.terminate()
+/** Ends a thread. Not while it loads koffi: a native module that is interrupted there takes the process with it. */
+export async function endThread({ worker, loaded }: Thread): Promise<void> {
+  await loaded
+  await worker.terminate()
 }
 
 /** Makes a worker's module one that does the jobs of a pool. */
@@ -170,6 +185,7 @@ export function serveJobs<Init, Job, Result>(make: (init: Init) => Doer<Job, Res
       parentPort?.postMessage({ id, error: packError(error) } satisfies FromThread<Result>)
     }
   })
+  parentPort?.postMessage({ loaded: true } satisfies FromThread<Result>)
 }
 
 export function packError(error: unknown): TravellingError {

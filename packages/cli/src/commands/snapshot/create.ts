@@ -86,7 +86,7 @@ export function defineCreate(command: Command, session: Session): void {
     if (dirs.length === 0) throw new UsageError('what to save is not said', 'name a directory, or use --stdin-tar')
     const paths = dirs.map((dir) => pathArgument(dir))
     const targets = targetsOf(paths, options)
-    await withRepository(options, session, async (repository) => {
+    const save = async (repository: Repository) => {
       const parent = await parentOf(repository, options.parent, session)
       const report = await createSnapshot(repository, {
         targets,
@@ -96,7 +96,8 @@ export function defineCreate(command: Command, session: Session): void {
         onProgress: session.output.progress,
       })
       render(report, paths, session)
-    })
+    }
+    await withRepository(options, session, save, { threads: { for: 'create', width: workers } })
   })
 }
 

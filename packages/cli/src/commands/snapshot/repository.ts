@@ -7,6 +7,7 @@ import {
   defaultCacheDirectory,
   findSnapshot,
   localPathIn,
+  type OpenOptions,
   openBackend,
   parseSnapshotName,
   Repository,
@@ -192,19 +193,20 @@ export function cacheDirectoryOf({ cache, cacheDir }: RepositoryOptions): string
 
 /**
  * Opens the repository of the options for as long as `use` runs. `isJudged`: what lies there is what counts, and not what
- * was read of it before.
+ * was read of it before. `threads`: as `Repository.open` has them.
  */
 export async function withRepository<T>(
   options: RepositoryOptions,
   session: Session,
   use: (repository: Repository) => Promise<T>,
-  { isJudged = false }: { readonly isJudged?: boolean } = {},
+  { isJudged = false, threads }: { readonly isJudged?: boolean; readonly threads?: OpenOptions['threads'] } = {},
 ): Promise<T> {
   const backend = backendFor(options.repository, options, session)
   try {
     const repository = await Repository.open(backend, {
       password: passwordOf(options),
       cacheDirectory: isJudged ? undefined : cacheDirectoryOf(options),
+      threads,
       signal: session.signal,
     })
     try {

@@ -1,7 +1,13 @@
 import { createWriteStream } from 'node:fs'
 import { isArchiveForm, type LayerForm, type Namespace } from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
-import { type RestoreAction, type RestoreReport, restoreSnapshot, restoreSnapshotAs } from '@lsync/snapshot'
+import {
+  type Repository,
+  type RestoreAction,
+  type RestoreReport,
+  restoreSnapshot,
+  restoreSnapshotAs,
+} from '@lsync/snapshot'
 import { type Command, Option } from 'commander'
 import { examples } from '../../examples.ts'
 import { UsageError } from '../../failure.ts'
@@ -90,7 +96,7 @@ export function defineRestore(command: Command, session: Session): void {
       if (options.delete === true) {
         await session.confirm(`this removes from ${printable(target)} what the snapshot does not have`, options)
       }
-      await withRepository(options, session, async (repository) => {
+      const restore = async (repository: Repository) => {
         const { snapshot, path } = await snapshotOf(repository, name, options, session)
         const report = await restoreSnapshot(repository, {
           snapshot,
@@ -102,7 +108,8 @@ export function defineRestore(command: Command, session: Session): void {
           ...(dryRun === true ? { onAction: (action, entry) => renderAction(action, entry, session) } : {}),
         })
         render(report, target, dryRun === true, session)
-      })
+      }
+      await withRepository(options, session, restore, { threads: { for: 'restore', width: workers } })
     },
   )
 }
