@@ -1,5 +1,5 @@
 import { appendFileSync, chmodSync, mkdirSync, renameSync, rmSync, writeFileSync } from 'node:fs'
-import { ContainerRoot } from '@lsync/container-root'
+import { ContainerRoot, type LayerStorage } from '@lsync/container-root'
 import { expect, test } from 'vitest'
 import { dir, file, symlink } from '../support/build.ts'
 import { useFileSystem } from '../support/image.ts'
@@ -26,9 +26,9 @@ function change(merged: string): void {
 }
 
 /** A root with changes, mounted on node `one`, and what it shows. */
-async function prepare(): Promise<{ site: Site; before: Tree }> {
+async function prepare(layerForm: LayerStorage): Promise<{ site: Site; before: Tree }> {
   const at = disk.current.fresh()
-  const site = await makeSite(at, at, base())
+  const site = await makeSite(at, at, base(), layerForm)
   const root = await ContainerRoot.open(site.home, 'lab', { state: site.node('one') })
   await root.mount()
   change(root.mergedPath)
@@ -82,20 +82,22 @@ function pointsOf(calls: number, count: number): number[] {
   return [...new Set(Array.from({ length: count }, (_, i) => Math.round((i * (calls - 1)) / (count - 1))))]
 }
 
-const VERBS: readonly (readonly [name: string, verb: Verb, points: number])[] = [
-  ['solidify', (root) => root.solidify(), 12],
-  ['live solidify', (root) => root.solidify({ live: true }), 8],
+const VERBS: readonly (readonly [name: string, verb: Verb, points: number, layerForm: LayerStorage])[] = [
+  ['solidify', (root) => root.solidify(), 12, 'tree'],
+  ['live solidify', (root) => root.solidify({ live: true }), 8, 'tree'],
+  ['solidify to a sealed layer', (root) => root.solidify(), 12, 'sealed'],
+  ['live solidify to a sealed layer', (root) => root.solidify({ live: true }), 8, 'sealed'],
 ]
 
 test.skipIf(!canRun).each(VERBS)(
   'a %s that is cut off anywhere loses nothing',
-  async (_, verb, count) => {
-    const first = await prepare()
+  async (_, verb, count, layerForm) => {
+    const first = await prepare(layerForm)
     const calls = (await cutAt(first.site, Number.POSITIVE_INFINITY, verb)) as number
     await assertNothingLost(first.site, first.before, false)
     const versions = new Set<number>()
     for (const [i, at] of pointsOf(calls, count).entries()) {
-      const { site, before } = await prepare()
+      const { site, before } = await prepare(layerForm)
       const isCut = (await cutAt(site, at, verb)) === undefined
       const published = await assertNothingLost(site, before, i % 2 === 1).catch((error: Error) => {
         error.message = `cut at call ${at} of ${calls}: ${error.message}`

@@ -1,5 +1,5 @@
 import { mkdirSync } from 'node:fs'
-import { ContainerRoot, initHome, NodeState } from '@lsync/container-root'
+import { ContainerRoot, initHome, type LayerStorage, NodeState } from '@lsync/container-root'
 import type { HostPath } from '@lsync/posix'
 import { buildTree, type DirectorySpec } from '../support/build.ts'
 import { type DiffOptions, diffTrees, readTree, type Tree } from '../support/tree.ts'
@@ -12,7 +12,12 @@ export interface Site {
 }
 
 /** Makes a home in `store` of one base, and nodes whose state is in `local` (a file system that can hold uppers). */
-export async function makeSite(store: string, local: string, base: DirectorySpec): Promise<Site> {
+export async function makeSite(
+  store: string,
+  local: string,
+  base: DirectorySpec,
+  layerForm?: LayerStorage,
+): Promise<Site> {
   const basePath = `${local}/base` as HostPath
   buildTree(basePath, base)
   const home = `${store}/home` as HostPath
@@ -25,7 +30,7 @@ export async function makeSite(store: string, local: string, base: DirectorySpec
     states.set(name, state)
     return state
   }
-  const made = await initHome({ home, bases: [basePath], node: node('one').node })
+  const made = await initHome({ home, bases: [basePath], node: node('one').node, ...(layerForm && { layerForm }) })
   made.close()
   return { home, base: basePath, node }
 }

@@ -1,7 +1,10 @@
 import { type MergeReport, merge } from '@lsync/overlay-merge'
-import { type HostPath, randomHex } from '@lsync/posix'
+import type { HostPath } from '@lsync/posix'
 import { type RootContext, withLayersInUse } from './context.ts'
+import { newLayer } from './home.ts'
+import { withLayerTrees } from './layer-trees.ts'
 import type { LayerRecord } from './records.ts'
+import { sealInto } from './seal-into.ts'
 
 /** When layers are worth folding into one. */
 export interface CompactPolicy {
@@ -46,45 +49,40 @@ export async function compact(context: RootContext, policy: CompactPolicy = {}):
     if (folded.length < 2 || policy.dryRun === true) {
       return { ...nothing, after: before, elapsedMs: performance.now() - startMs }
     }
-    const id = randomHex(16)
-    const isBottom = folded.at(-1)?.isBottom === true
-    const record: LayerRecord = {
-      format: 1,
-      id,
-      form: 'tree',
-      isBottom,
+    const record = newLayer({
+      isBottom: folded.at(-1)?.isBottom === true,
       covers: folded.flatMap(({ covers }) => covers),
       madeBy: 'compact',
-      createdAtMs: Date.now(),
-    }
-    const counts = await fold(context, folded, record, policy.signal)
+    })
+    const { id } = record
+    const counts = await withLayerTrees(context, folded, (trees) => fold(context, trees, record, policy.signal))
     const after = [...before.slice(0, from), id, ...before.slice(to)]
     return { ...nothing, after, layerId: id, counts, elapsedMs: performance.now() - startMs }
   })
 }
 
-/** The longest run of deltas that are trees, once there are more layers than the policy allows; with the bottom if it says so. */
+/** The longest run of deltas, once there are more layers than the policy allows; with the bottom if it says so. */
 function rangeToFold(layers: readonly LayerRecord[], policy: CompactPolicy): readonly [from: number, to: number] {
   const { maxLayers = MAX_LAYERS, intoBottom = false } = policy
   if (layers.length <= maxLayers) return [0, 0]
   let best: readonly [number, number] = [0, 0]
   let from = 0
-  for (const [i, { form, isBottom }] of layers.entries()) {
-    if (form !== 'tree' || (isBottom && !intoBottom)) from = i + 1
+  for (const [i, { isBottom }] of layers.entries()) {
+    if (isBottom && !intoBottom) from = i + 1
     else if (i + 1 - from > best[1] - best[0]) best = [from, i + 1]
   }
   return best
 }
 
 async function fold(
-  { home }: RootContext,
-  folded: readonly LayerRecord[],
+  context: RootContext,
+  [upper, ...lowers]: readonly HostPath[],
   record: LayerRecord,
   signal: AbortSignal | undefined,
 ): Promise<MergeReport['counts']> {
-  const [upper, ...lowers] = folded.map(({ id }) => `${home.layerPath(id)}/tree` as HostPath)
-  return home.withScratch(0, record.id, async (path, name) => {
-    const { counts } = await merge({
+  const { home, root } = context
+  const mergeTo = (path: HostPath) =>
+    merge({
       mode: record.isBottom ? 'output' : 'delta',
       upper: upper as HostPath,
       lowers,
@@ -93,7 +91,18 @@ async function fold(
       allowEmpty: true,
       ...(signal === undefined ? {} : { signal }),
     })
-    home.promote(0, name, record)
+  if (home.record.layerForm === 'tree') {
+    return home.withScratch(0, record.id, async (path, name) => {
+      const { counts } = await mergeTo(path)
+      home.promote(0, name, record)
+      return counts
+    })
+  }
+  return root.withScratch(async (path) => {
+    const { counts } = await mergeTo(path)
+    const onLoss = (error: Error) => context.events.emit('problem', { verb: 'compact', error })
+    const request = { tree: `${path}/tree` as HostPath, record, epoch: 0, scratch: path, onLoss, signal }
+    await sealInto(home, request, (name, sealed) => home.promote(0, name, sealed))
     return counts
   })
 }

@@ -1,5 +1,4 @@
 import { EventEmitter } from 'node:events'
-import { cloneLayer } from '@lsync/overlay-merge'
 import { bytesOf, type HostPath, randomHex, textOf } from '@lsync/posix'
 import type { Sync } from '@lsync/sync'
 import { type CompactPolicy, type CompactReport, compact } from './compact.ts'
@@ -16,7 +15,9 @@ import {
   UpperStaleError,
   withLayersInUse,
 } from './context.ts'
+import { type ConvertReport, type ConvertRequest, convertLayers } from './convert.ts'
 import { FileLeases } from './file-lease.ts'
+import { type ForkRequest, fork } from './fork.ts'
 import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 import { Home } from './home.ts'
 import type { Lease, Leases } from './lease.ts'
@@ -48,14 +49,6 @@ export interface RollbackRequest {
   readonly message?: string
   /** Give up changes that are in no version. */
   readonly discard?: boolean
-  readonly signal?: AbortSignal
-}
-
-export interface ForkRequest {
-  /** The home to make. */
-  readonly home: HostPath
-  /** Number or tag; default the newest. */
-  readonly version?: number | string
   readonly signal?: AbortSignal
 }
 
@@ -330,32 +323,13 @@ export class ContainerRoot {
   }
 
   /** Makes a second root that begins as a version of this one. Its layers are clones, by the cheapest way that works. */
-  async fork(request: ForkRequest): Promise<Home> {
-    const { home, node } = this.#context
-    const version = request.version === undefined ? home.head() : home.version(request.version)
-    const { namespace, id: rootId } = home.record
-    const record = {
-      format: 1,
-      id: randomHex(16),
-      createdAtMs: Date.now(),
-      namespace,
-      forkedFrom: { rootId, version: version.number },
-    } as const
-    return withLayersInUse(this.#context, version.number, version.layers, (layers) =>
-      Home.create(request.home, record, async (fork) => {
-        const ids: string[] = []
-        for (const { id, isBottom } of layers) {
-          const copied = await fork.withScratch(0, id, async (path) => {
-            const tree = `${path}/tree` as HostPath
-            const from = `${home.layerPath(id)}/tree` as HostPath
-            await cloneLayer({ from, to: tree, namespace, sharesInodes: true })
-            return fork.adoptTree(tree, { isBottom, madeBy: 'fork' })
-          })
-          ids.push(copied)
-        }
-        fork.publishFirst({ layers: ids, madeBy: 'fork', nodeId: node.id, nodeName: node.name })
-      }),
-    )
+  fork(request: ForkRequest): Promise<Home> {
+    return fork(this.#context, request)
+  }
+
+  /** Makes the layers of a version sealed ones, or trees again; see `convertLayers`. */
+  convert(request: ConvertRequest): Promise<ConvertReport> {
+    return convertLayers(this.#context, request)
   }
 
   /** Folds layers of a version into one; see `compact`. Waits for nothing, and nothing waits for it. */

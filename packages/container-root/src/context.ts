@@ -188,6 +188,7 @@ export function startFrom(context: RootContext, version: VersionRecord): void {
   }
   root.discardUpper()
   root.clearIndex()
+  root.clearStaging()
   // Without an upper, whatever happens next makes a new one for the base that it finds.
   root.writeConfig(next)
   makeUpperOn(context, next.base.layers)

@@ -1,5 +1,6 @@
 import {
   type ByteString,
+  close,
   errnoOf,
   fsync,
   makeDirectory,
@@ -7,8 +8,10 @@ import {
   O_NOFOLLOW,
   O_RDONLY,
   openat,
+  randomHex,
   readDirents,
   statFd,
+  tryLock,
   tryStatAt,
 } from '@lsync/posix'
 
@@ -46,4 +49,17 @@ export function ensureDirectory(fd: number, name: ByteString): void {
     if (errnoOf(cause) !== 'EEXIST') throw cause
   }
   fsync(fd, name)
+}
+
+/** Makes a directory under a name that begins with `prefix`, and locks it: an fd, and the lock lasts as long as it is open. */
+export function makeLocked(fd: number, prefix: string): { readonly fd: number; readonly name: ByteString } {
+  for (;;) {
+    const name = `${prefix}${randomHex(8)}` as ByteString
+    makeDirectory(fd, name, 0o700)
+    const made = tryOpenDirectory(fd, name)
+    if (made === undefined) continue
+    // Whoever sweeps what nobody has locked may have come before.
+    if (tryLock(made, 'exclusive') && tryStatAt(fd, name) !== undefined) return { fd: made, name }
+    close(made)
+  }
 }

@@ -352,10 +352,11 @@ export class Home {
 
   /** Moves a tree of this store, durable and nobody else's, into a layer of its own. Gives its id. */
   adoptTree(tree: HostPath, { isBottom, madeBy }: Pick<LayerRecord, 'isBottom' | 'madeBy'>): string {
-    const id = randomHex(16)
+    const record = newLayer({ isBottom, madeBy })
+    const { id } = record
     const place = this.makeIncoming(0, id)
     withFd(openRoot(place, O_NOFOLLOW), (fd) => rename(AT_FDCWD, tree, fd, TREE))
-    this.promote(0, id, { format: 1, id, form: 'tree', isBottom, covers: [id], madeBy, createdAtMs: Date.now() })
+    this.promote(0, id, record)
     return id
   }
 
@@ -470,6 +471,14 @@ export class Home {
       use({ fd, path: `${this.path}/${directory}` as HostPath }),
     )
   }
+}
+
+/** The record of a layer of a tree that nobody else has; `covers` where it stands for others. */
+export function newLayer(
+  about: Pick<LayerRecord, 'isBottom' | 'madeBy'> & Partial<Pick<LayerRecord, 'id' | 'covers'>>,
+): LayerRecord {
+  const { id = randomHex(16), covers = [id], ...rest } = about
+  return { format: 1, id, form: 'tree', covers, createdAtMs: Date.now(), ...rest }
 }
 
 function realHome(path: HostPath): HostPath {

@@ -2,14 +2,15 @@ export * from './cgroup.ts'
 export { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 export {
   ContainerRoot,
-  type ForkRequest,
   type MountRequest,
   type OpenOptions,
   type RollbackRequest,
 } from './container-root.ts'
 export { leaseNameOf, type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
+export { type ConvertReport, type ConvertRequest, StoreHoldsNoTreesError } from './convert.ts'
 export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
 export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
+export type { ForkRequest } from './fork.ts'
 export { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 export * from './home.ts'
 export * from './hooks.ts'
@@ -47,6 +48,7 @@ export {
 export * from './repository-target.ts'
 export * from './root-hooks.ts'
 export {
+  LayerDamagedError,
   mountSealed,
   SealFailedError,
   SealLossyError,

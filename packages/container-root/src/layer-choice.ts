@@ -2,7 +2,7 @@ import type { LayerRecord } from './records.ts'
 
 /**
  * The layers to mount for a version's list, top first: of all that there are, the cheapest that stand for the whole of it, and
- * among equally cheap ones the fewest. `undefined` where some of the list is there in no form. Total, O(list × layers).
+ * among equally cheap ones the fewest, and of those the ones made last. `undefined` where some of the list is there in no form. Total, O(list × layers).
  */
 export function chooseLayers(
   list: readonly string[],
@@ -45,10 +45,12 @@ interface Choice {
   readonly layer: LayerRecord | undefined
 }
 
-// The last comparison only makes the choice the same on every run.
+// Of two layers that stand for the same, somebody wanted the later one. The last comparison only makes the choice the same on every run.
 function isBetter(choice: Choice, than: Choice | undefined): boolean {
   if (than === undefined) return true
   if (choice.cost !== than.cost) return choice.cost < than.cost
   if (choice.count !== than.count) return choice.count < than.count
+  const [age, thanAge] = [choice.layer?.createdAtMs ?? 0, than.layer?.createdAtMs ?? 0]
+  if (age !== thanAge) return age > thanAge
   return (choice.layer?.id ?? '') < (than.layer?.id ?? '')
 }

@@ -8,6 +8,7 @@ import {
   type HostPath,
   LsyncError,
   makeDirectory,
+  mountsBeneath,
   O_DIRECTORY,
   O_RDONLY,
   openat,
@@ -19,9 +20,10 @@ import {
   rename,
   tryLock,
   tryStatAt,
+  unmount,
   withFd,
 } from '@lsync/posix'
-import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, namesIn, tryOpenDirectory } from './directory.ts'
+import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, makeLocked, namesIn, tryOpenDirectory } from './directory.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
 import { NodeRecord, NodeRootRecord, RECORD_ID, RootName, SolidifyRecord } from './records.ts'
 import { sweepGone, throwAway } from './throw-away.ts'
@@ -68,6 +70,8 @@ const CONFIG_JSON = 'config.json' as ByteString
 const SOLIDIFY_JSON = 'solidify.json' as ByteString
 const ROOTS = 'roots' as ByteString
 const JOURNAL = 'journal' as ByteString
+const SCRATCH = 'scratch-'
+const STAGING = 'staging' as ByteString
 
 /** Where the state of a node is: `LSYNC_STATE`, or /var/lib/lsync. */
 export function defaultNodeState(): HostPath {
@@ -154,6 +158,7 @@ export class NodeRoot {
     try {
       if (!tryLock(fd, 'exclusive', this.path)) throw new RootBusyError(this.path)
       sweepGone(this.fd)
+      this.#sweepScratch()
       withFd(openat(this.fd, 'replicas' as ByteString, DIRECTORY_FLAGS), sweepGone)
       return await use()
     } finally {
@@ -264,6 +269,41 @@ export class NodeRoot {
   clearIndex(): void {
     throwAway(this.fd, 'index' as ByteString)
     ensureDirectory(this.fd, 'index' as ByteString)
+  }
+
+  /** A directory of this node for a while; what a killed process left of it, mounts included, goes with the next command. */
+  async withScratch<T>(use: (path: HostPath) => Promise<T>): Promise<T> {
+    const { fd, name } = makeLocked(this.fd, SCRATCH)
+    try {
+      return await use(`${this.path}/${name}` as HostPath)
+    } finally {
+      throwAway(this.fd, name)
+      close(fd)
+    }
+  }
+
+  #sweepScratch(): void {
+    for (const name of namesIn(this.fd)) {
+      const fd = name.startsWith(SCRATCH) ? tryOpenDirectory(this.fd, name) : undefined
+      if (fd === undefined) continue
+      withFd(fd, () => {
+        if (!tryLock(fd, 'exclusive')) return
+        for (const { target } of mountsBeneath(`${this.path}/${name}` as HostPath)) unmount(target, { lazy: true })
+        throwAway(this.fd, name)
+      })
+    }
+  }
+
+  /** Where a copy of the upper is kept on this node while it is to be sealed: made with its parents. */
+  makeStaging(upperId: string): HostPath {
+    ensureDirectory(this.fd, STAGING)
+    withFd(openat(this.fd, STAGING, DIRECTORY_FLAGS), (fd) => ensureDirectory(fd, upperId as ByteString))
+    return `${this.path}/${STAGING}/${upperId}` as HostPath
+  }
+
+  /** Removes that copy. */
+  clearStaging(): void {
+    throwAway(this.fd, STAGING)
   }
 
   /** Removes the upper with all that is in it. */

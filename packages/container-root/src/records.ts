@@ -24,6 +24,8 @@ export const RootRecord = z.strictObject({
   createdAtMs: AtMs,
   /** Whose marks the layers have. */
   namespace: z.enum(['trusted', 'user']),
+  /** How new layers are kept: as directories, or each as one image. What is there in the other form stays good. */
+  layerForm: z.enum(['tree', 'sealed']),
   /** The version of another root that this one began as. */
   forkedFrom: z.strictObject({ rootId: RecordId, version: VersionNumber }).exactOptional(),
 })

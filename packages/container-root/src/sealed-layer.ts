@@ -1,4 +1,5 @@
 import { spawn } from 'node:child_process'
+import { createHash } from 'node:crypto'
 import { createReadStream, createWriteStream } from 'node:fs'
 import { mkdir, mkdtemp, open, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -45,6 +46,8 @@ export interface SealRequest {
 
 export interface SealReport {
   readonly sizeBytes: number
+  /** Of the image, in hex. */
+  readonly sha256: string
   /** Names in the layer, the root included. */
   readonly entries: number
   /** The content of its files. */
@@ -92,6 +95,16 @@ export class SealLossyError extends LsyncError {
   }
 }
 
+/** An image is not what its record says. */
+export class LayerDamagedError extends LsyncError {
+  constructor(path: string) {
+    super('LAYER_DAMAGED', `${printable(path)} is not what was written: its SHA-256 differs`, {
+      path,
+      hint: 'restore it from a backup of the store, or roll back to another version',
+    })
+  }
+}
+
 // EROFS has no inode flags. Everything else that differs is a failure: erofs-utils 1.5 writes some images that cannot be read back.
 const LOSABLE: ReadonlySet<string> = new Set(['flags'])
 const SAID_BYTES = 4096
@@ -113,7 +126,7 @@ export async function sealLayer(request: SealRequest): Promise<SealReport> {
     const built = `${scratch}/layer.erofs`
     await buildImage(layer, built, signal)
     await mkdir(dirname(written), { recursive: true })
-    await copyDurably(built, written, signal)
+    const sha256 = await copyDurably(built, written, signal)
     const compared = await compareWith(layer, bytesOf(written) as HostPath, signal)
     const losses = compared.differences.filter(({ what }) => LOSABLE.has(what))
     const failures = compared.differences.filter(({ what }) => !LOSABLE.has(what))
@@ -122,7 +135,7 @@ export async function sealLayer(request: SealRequest): Promise<SealReport> {
     publish(bytesOf(written), image)
     await syncDirectoryOf(written)
     const { size } = await stat(textOf(image))
-    return { sizeBytes: size, entries: compared.entries, contentBytes: compared.bytes, losses }
+    return { sizeBytes: size, sha256, entries: compared.entries, contentBytes: compared.bytes, losses }
   } finally {
     await rm(scratch, { recursive: true, force: true })
     await rm(written, { force: true })
@@ -228,13 +241,21 @@ function reasonIn(said: string): string | undefined {
   return reasons.length === 0 ? undefined : `mkfs.erofs says: ${reasons.join('; ')}`
 }
 
-/** Copies a file to where nothing is; it is durable when this resolves, and not whole when it rejects. */
-export async function copyDurably(from: string, to: string, signal: AbortSignal | undefined): Promise<void> {
+/** Copies a file to where nothing is; it is durable when this resolves, and not whole when it rejects. Gives its SHA-256 in hex. */
+export async function copyDurably(from: string, to: string, signal: AbortSignal | undefined): Promise<string> {
+  const hash = createHash('sha256')
   await pipeline(
     createReadStream(from, { highWaterMark: PIECE_BYTES }),
+    async function* (pieces: AsyncIterable<Buffer>) {
+      for await (const piece of pieces) {
+        hash.update(piece)
+        yield piece
+      }
+    },
     createWriteStream(to, { flags: 'wx', mode: 0o600, highWaterMark: PIECE_BYTES, flush: true }),
-    ...(signal === undefined ? [] : [{ signal }]),
+    { ...(signal && { signal }) },
   )
+  return hash.digest('hex')
 }
 
 /** Gives the image its name unless something has that. */

@@ -3,9 +3,11 @@ import { bytesOf, type HostPath, LsyncError, O_NOFOLLOW, openRoot, printable, ra
 import { type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
 import { thawCgroup } from './cgroup.ts'
 import { assertCurrent, configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
+import type { Home } from './home.ts'
 import { findMount, unmountRoot } from './mount.ts'
 import type { Quiescence } from './quiescence.ts'
 import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
+import { sealInto } from './seal-into.ts'
 
 /** Some of the upper could not be carried to the store. Nothing was published. */
 export class SolidifyIncompleteError extends LsyncError {
@@ -43,10 +45,18 @@ export interface SolidifyReport {
   readonly isMounted: boolean
 }
 
+/** Where the copy of an upper is kept: on the store as the layer that it will be, and before it is sealed on this node. */
+function placeOfCopy({ home, root }: RootContext, { incomingEpoch, upperId }: NodeRootRecord): HostPath {
+  return isSealing(home) ? root.makeStaging(upperId) : home.makeIncoming(incomingEpoch, upperId)
+}
+
+function isSealing({ record }: Home): boolean {
+  return record.layerForm === 'sealed'
+}
+
 /** The copy of an upper has one name for the sync's index, in whatever epoch's directory it lies. */
-export function incomingTarget(context: RootContext, { incomingEpoch, upperId }: NodeRootRecord): LocalTarget {
-  const place = context.home.makeIncoming(incomingEpoch, upperId)
-  return new LocalTarget(`${place}/tree` as HostPath, `incoming ${upperId}`)
+function copyTarget(context: RootContext, config: NodeRootRecord): LocalTarget {
+  return new LocalTarget(`${placeOfCopy(context, config)}/tree` as HostPath, `incoming ${config.upperId}`)
 }
 
 /** Follows the upper, which is made where it is missing (or, with `once`, compares it when asked to flush) and keeps its copy on the store. */
@@ -58,7 +68,7 @@ export function openUpperSync(
   if (!context.root.has('upper')) makeUpperOn(context, config.base.layers)
   return openSync({
     source: context.root.upperPath,
-    targets: [incomingTarget(context, config)],
+    targets: [copyTarget(context, config)],
     stateDir: context.root.indexPath,
     namespace: context.home.record.namespace,
     // The directory is made for this copy alone.
@@ -72,7 +82,7 @@ export function openUpperSync(
 
 /**
  * Makes a version of what the upper holds. Stopped: the synced copy becomes the layer and the upper its local replica, each by
- * one rename. Live: the copy is cloned. Killed anywhere, the next command on the root (`recoverSolidify`) brings the state
+ * one rename. Live: the copy is cloned. Where layers are sealed, an image is made of the upper, or live of its copy. Killed anywhere, the next command on the root (`recoverSolidify`) brings the state
  * before or the one after. The caller holds the root's lock.
  */
 export async function solidify(
@@ -97,11 +107,12 @@ class Solidify {
   }
 
   async stopped(running: Sync | undefined): Promise<SolidifyReport> {
-    const { root } = this.#context
+    const { root, home } = this.#context
     const lease = await ensureLease(this.#context, this.#request)
     const config = configOf(this.#context)
     assertCurrent(this.#context, config)
     const wasMounted = findMount(root) !== undefined
+    if (isSealing(home)) return await this.#stoppedToSeal(running, config, lease.epoch, wasMounted)
     let journal = this.#journal(config, lease.epoch, config.upperId, wasMounted)
     const sync = running ?? (await openUpperSync(this.#context, config, { ...this.#request, once: true }))
     try {
@@ -118,19 +129,50 @@ class Solidify {
       journal = { ...journal, step: 'promoting' }
       root.writeSolidify(journal)
       const version = await this.#publish(journal, config.upperId)
-      this.#step('published')
-      finish(this.#context, { ...journal, version: version.number })
-      if (this.#request.goesOn !== false) {
-        if (wasMounted) mountBase(this.#context)
-        await this.#goOn()
-        this.#step('mounted')
-      }
-      return this.#report(version, config.upperId)
+      return await this.#end(journal, version)
     } catch (error) {
       await sync.stop().catch((problem: unknown) => this.#tell(problem))
       await this.#giveBack(journal)
       throw error
     }
+  }
+
+  /** An image is made of the upper itself: a copy would be no nearer to it. */
+  async #stoppedToSeal(
+    running: Sync | undefined,
+    config: NodeRootRecord,
+    epoch: number,
+    wasMounted: boolean,
+  ): Promise<SolidifyReport> {
+    const { root } = this.#context
+    const journal = this.#journal(config, epoch, config.upperId, wasMounted)
+    try {
+      if (!root.has('upper')) makeUpperOn(this.#context, config.base.layers)
+      this.#step('copied')
+      root.writeSolidify(journal)
+      await this.#rest()
+      if (wasMounted) unmountRoot(root)
+      this.#step('stopped')
+      await running?.stop()
+      const version = await this.#seal(root.upperPath, journal)
+      return await this.#end(journal, version)
+    } catch (error) {
+      await running?.stop().catch((problem: unknown) => this.#tell(problem))
+      await this.#giveBack(journal)
+      throw error
+    }
+  }
+
+  /** What follows the publication of a version that the upper was used up for. */
+  async #end(journal: SolidifyRecord, version: VersionRecord): Promise<SolidifyReport> {
+    this.#step('published')
+    finish(this.#context, { ...journal, version: version.number })
+    if (this.#request.goesOn !== false) {
+      if (journal.wasMounted) mountBase(this.#context)
+      await this.#goOn()
+      this.#step('mounted')
+    }
+    return this.#report(version, journal.layerId)
   }
 
   async live(running: Sync | undefined): Promise<SolidifyReport> {
@@ -151,18 +193,8 @@ class Solidify {
       await this.#barrier(sync, config)
       await this.#goOn()
       this.#step('synced')
-      const version = await home.withScratch(lease.epoch, layerId, async (path, name) => {
-        await cloneLayer({
-          from: `${home.path}/incoming/${config.incomingEpoch}/${config.upperId}/tree` as HostPath,
-          to: `${path}/tree` as HostPath,
-          namespace: home.record.namespace,
-          sharesInodes: false,
-          ...(this.#request.signal === undefined ? {} : { signal: this.#request.signal }),
-        })
-        this.#step('cloned')
-        root.writeSolidify({ ...journal, step: 'promoting' })
-        return this.#publish(journal, name)
-      })
+      const copy = `${placeOfCopy(this.#context, config)}/tree` as HostPath
+      const version = await (isSealing(home) ? this.#seal(copy, journal) : this.#clone(copy, journal))
       this.#step('published')
       finish(this.#context, { ...journal, version: version.number })
       return this.#report(version, layerId)
@@ -171,9 +203,49 @@ class Solidify {
       recoverSolidify(this.#context)
       throw error
     } finally {
-      if (running === undefined) await sync.stop()
-      else sync.resume()
+      if (running === undefined) {
+        await sync.stop()
+        // Nobody keeps it up to date, and it takes as much space as the upper.
+        if (isSealing(home)) forgetCopy(this.#context)
+      } else sync.resume()
     }
+  }
+
+  /** The copy of the upper is cloned on the store, and the clone published. */
+  #clone(copy: HostPath, journal: SolidifyRecord): Promise<VersionRecord> {
+    const { home, root } = this.#context
+    const { signal } = this.#request
+    return home.withScratch(journal.epoch, journal.layerId, async (path, name) => {
+      await cloneLayer({
+        from: copy,
+        to: `${path}/tree` as HostPath,
+        namespace: home.record.namespace,
+        sharesInodes: false,
+        ...(signal === undefined ? {} : { signal }),
+      })
+      this.#step('cloned')
+      root.writeSolidify({ ...journal, step: 'promoting' })
+      return this.#publish(journal, name)
+    })
+  }
+
+  /** An image is made of a tree of this node, which nobody changes meanwhile, and published. */
+  #seal(tree: HostPath, journal: SolidifyRecord): Promise<VersionRecord> {
+    const { home, root } = this.#context
+    const { epoch } = journal
+    const request = {
+      tree,
+      record: layerOf(journal),
+      epoch,
+      scratch: root.path,
+      onLoss: (loss: unknown) => this.#tell(loss),
+      signal: this.#request.signal,
+    }
+    return sealInto(home, request, (name, record) => {
+      this.#step('sealed')
+      root.writeSolidify({ ...journal, step: 'promoting' })
+      return this.#publish(journal, name, record)
+    })
   }
 
   #journal(config: NodeRootRecord, epoch: number, layerId: string, wasMounted: boolean): SolidifyRecord {
@@ -198,11 +270,11 @@ class Solidify {
 
   /** All of the upper is durable on the store, and the store says so. */
   async #barrier(sync: Sync, config: NodeRootRecord): Promise<void> {
-    const { home, root } = this.#context
+    const { root } = this.#context
     const report = await sync.flush({ sweep: true })
     if (report.failures.length > 0) throw new SolidifyIncompleteError(root.upperPath, report)
     if (!report.isSettled && this.#request.live !== true) throw new SolidifyIncompleteError(root.upperPath, report)
-    const place = home.makeIncoming(config.incomingEpoch, config.upperId)
+    const place = placeOfCopy(this.#context, config)
     const held = withFd(openRoot(place, O_NOFOLLOW), (fd) =>
       TargetPlace.peek(fd, bytesOf('tree'), `${place}/tree` as HostPath),
     )
@@ -212,19 +284,10 @@ class Solidify {
     }
   }
 
-  async #publish(journal: SolidifyRecord, name: string): Promise<VersionRecord> {
+  async #publish(journal: SolidifyRecord, name: string, layer = layerOf(journal)): Promise<VersionRecord> {
     const { home, node, root } = this.#context
     const lease = await ensureLease(this.#context, this.#request)
     if (lease.epoch !== journal.epoch) throw new Error('the lease changed while a version was made under it')
-    const layer: LayerRecord = {
-      format: 1,
-      id: journal.layerId,
-      form: 'tree',
-      isBottom: false,
-      covers: [journal.layerId],
-      madeBy: journal.isLive ? 'live' : 'solidify',
-      createdAtMs: journal.createdAtMs,
-    }
     home.promote(journal.epoch, name, layer)
     const version = await home.publishVersion(
       {
@@ -294,6 +357,25 @@ class Solidify {
   }
 }
 
+/** What the layer of a version will be, as a tree. */
+function layerOf({ layerId: id, isLive, createdAtMs }: SolidifyRecord): LayerRecord {
+  return {
+    format: 1,
+    id,
+    form: 'tree',
+    isBottom: false,
+    covers: [id],
+    madeBy: isLive ? 'live' : 'solidify',
+    createdAtMs,
+  }
+}
+
+/** What a sync knew of the upper, and its copy on this node. */
+function forgetCopy({ root }: RootContext): void {
+  root.clearIndex()
+  root.clearStaging()
+}
+
 /**
  * Finishes or takes back what an interrupted solidify left. If a version names its layer, it happened; else the layer is the
  * copy of the upper again. May be interrupted and repeated. The caller holds the root's lock.
@@ -308,7 +390,7 @@ export function recoverSolidify(context: RootContext): 'nothing' | 'finished' | 
     finish(context, { ...journal, version: version.number })
     return 'finished'
   }
-  if (journal.isLive) {
+  if (journal.isLive || isSealing(home)) {
     home.trashLayer(journal.layerId)
     home.removeIncoming(journal.epoch, `.clone-${journal.layerId}`)
   } else if (journal.step !== 'syncing') home.demote(journal.epoch, journal.layerId)
@@ -325,7 +407,7 @@ function finish(context: RootContext, journal: Published): void {
   else {
     if (journal.ranOn) keepUpper(context, journal)
     else replaceUpper(context, journal)
-    root.clearIndex()
+    forgetCopy(context)
     home.forgetSyncState(journal.layerId)
   }
   root.removeSolidify()

@@ -1,5 +1,6 @@
-import { closeSync, mkdirSync, openSync, rmSync, writeSync } from 'node:fs'
-import { type Ability, type HostPath, probe, randomHex, textOf } from '@lsync/posix'
+import { closeSync, existsSync, mkdirSync, openSync, rmSync, writeSync } from 'node:fs'
+import { dirname } from 'node:path'
+import { type Ability, bytesOf, type HostPath, probe, randomHex, textOf } from '@lsync/posix'
 
 /** How the layers of a home are kept: as directories, or each as one image. */
 export type LayerStorage = 'tree' | 'sealed'
@@ -30,6 +31,12 @@ const NEEDED: readonly Ability[] = [
 ]
 const TRIES = 9
 const CONTENT = Buffer.alloc(1024, 'lsync')
+
+/** What a home that is to be made at `path` should keep its layers as: see `tryStore`. */
+export function layerFormFor(path: HostPath): LayerStorage {
+  const text = textOf(path)
+  return tryStore(existsSync(text) ? path : (bytesOf(dirname(text)) as HostPath)).storage
+}
 
 /** Tries what the store that holds `directory` can keep. Everything that it makes there is gone afterwards. */
 export function tryStore(directory: HostPath): StoreFindings {

@@ -1,6 +1,7 @@
 import { compareStacks, type TreeDifference } from '@lsync/overlay-merge'
 import type { HostPath } from '@lsync/posix'
 import { type RootContext, withLayersInUse } from './context.ts'
+import { withLayerTrees } from './layer-trees.ts'
 import type { VersionRecord } from './records.ts'
 
 /** A name that two versions do not show alike. `what` says in what: `mode`, `owner`, `times`, `size`, `content`, `xattr NAME` … */
@@ -22,13 +23,12 @@ export async function diffVersions(
   to: VersionRecord,
   options: { readonly content?: boolean; readonly signal?: AbortSignal } = {},
 ): Promise<VersionDifference[]> {
-  const { home } = context
-  const stackOf = (ids: readonly { readonly id: string }[]) => {
-    const [upper, ...lowers] = ids.map(({ id }) => `${home.layerPath(id)}/tree` as HostPath)
-    return { upper: upper as HostPath, lowers, namespace: home.record.namespace }
-  }
-  const { differences } = await withLayersInUse(context, from.number, from.layers, (before) =>
-    withLayersInUse(context, to.number, to.layers, (after) =>
+  const { namespace } = context.home.record
+  const stackOf = ([upper, ...lowers]: readonly HostPath[]) => ({ upper: upper as HostPath, lowers, namespace })
+  const treesOf = <T>({ number, layers }: VersionRecord, use: (trees: readonly HostPath[]) => Promise<T>) =>
+    withLayersInUse(context, number, layers, (chosen) => withLayerTrees(context, chosen, use))
+  const { differences } = await treesOf(from, (before) =>
+    treesOf(to, (after) =>
       compareStacks(stackOf(before), stackOf(after), {
         content: options.content === true,
         limit: Number.POSITIVE_INFINITY,

@@ -2,7 +2,9 @@ import {
   type ContainerRoot,
   initHome,
   type LayerStatus,
+  type LayerStorage,
   type RootStatus,
+  type SealLossyError,
   type VersionRecord,
 } from '@lsync/container-root'
 import { type HostPath, printable, textOf } from '@lsync/posix'
@@ -33,6 +35,7 @@ export function define(command: Command, session: Session): void {
   add('rollback', 'make an earlier version the newest one', defineRollback)
   add('fork', 'make a second root of a version', defineFork)
   add('compact', 'fold layers of the newest version into one', defineCompact)
+  add('seal', 'make the layers of a version sealed ones, each an image', defineSeal)
   add('gc', 'remove old versions, and layers that nobody needs', defineGc)
 }
 
@@ -48,19 +51,39 @@ const defineInit: Definer = (command, session) => {
         .argParser(pathsArgument)
         .makeOptionMandatory(),
     )
-    .action(async (name: string, options: StateOption & { home: HostPath; base: HostPath[] }) => {
-      const { home: path, base: bases } = options
-      const { node } = stateOf(options)
-      const home = await initHome({ home: path, bases, node, signal: session.signal })
-      home.close()
-      await withToldRoot(name, options, session, async (root) => {
-        session.output.data(
-          () => ({ type: 'init', name, home: textOf(path), rootId: root.home.record.id, version: 1 }),
-          () => `made ${printable(path)}, version 1`,
-        )
-        session.output.note(`next: lsync root mount ${name}`)
-      })
-    })
+    .addOption(layerFormOption())
+    .action(
+      async (name: string, options: StateOption & { home: HostPath; base: HostPath[]; layerForm?: LayerStorage }) => {
+        const { home: path, base: bases, layerForm } = options
+        const { node, path: scratch } = stateOf(options)
+        const onLoss = ({ code, message }: SealLossyError) => session.output.warning(code, message)
+        const home = await initHome({
+          home: path,
+          bases,
+          node,
+          scratch,
+          onLoss,
+          signal: session.signal,
+          ...given({ layerForm }),
+        })
+        home.close()
+        await withToldRoot(name, options, session, async (root) => {
+          const { id: rootId, layerForm } = root.home.record
+          session.output.data(
+            () => ({ type: 'init', name, home: textOf(path), rootId, layerForm, version: 1 }),
+            () => `made ${printable(path)}, version 1${layerForm === 'sealed' ? ', its layers sealed' : ''}`,
+          )
+          session.output.note(`next: lsync root mount ${name}`)
+        })
+      },
+    )
+}
+
+function layerFormOption(): Option {
+  return new Option(
+    '--layer-form <form>',
+    'how layers are kept; default: sealed where the store holds no trees',
+  ).choices(['tree', 'sealed'])
 }
 
 const defineMount: Definer = (command, session) => {
@@ -231,10 +254,11 @@ const defineFork: Definer = (command, session) => {
   named(command)
     .requiredOption('--to-home <dir>', 'the home to make', pathArgument)
     .option('--version-of <version>', 'number or tag; default the newest')
-    .action((name: string, options: StateOption & { toHome: HostPath; versionOf?: string }) =>
+    .addOption(layerFormOption())
+    .action((name: string, options: StateOption & { toHome: HostPath; versionOf?: string; layerForm?: LayerStorage }) =>
       withToldRoot(name, options, session, async (root) => {
-        const { toHome: home, versionOf: version } = options
-        const fork = await root.fork({ home, signal: session.signal, ...given({ version }) })
+        const { toHome: home, versionOf: version, layerForm } = options
+        const fork = await root.fork({ home, signal: session.signal, ...given({ version, layerForm }) })
         const { record } = fork
         fork.close()
         session.output.data(
@@ -276,6 +300,25 @@ function compactText(
   if (folded.length < 2) return `${before.length} layers; nothing to fold`
   if (dryRun) return `would fold ${folded.length} of ${before.length} layers`
   return `folded ${folded.length} layers in ${durationOf(elapsedMs)}; ${after.length} are left`
+}
+
+const defineSeal: Definer = (command, session) => {
+  named(command)
+    .option('--undo', 'make trees of sealed layers')
+    .option('--version-of <version>', 'number or tag; default the newest')
+    .action((name: string, options: StateOption & { undo?: true; versionOf?: string }) =>
+      withToldRoot(name, options, session, async (root) => {
+        const { undo, versionOf: version } = options
+        const to = undo === true ? 'tree' : 'sealed'
+        const report = await root.convert({ to, signal: session.signal, ...given({ version }) })
+        session.output.data(
+          () => ({ type: 'seal', to, ...report }),
+          () =>
+            `${to === 'tree' ? 'unsealed' : 'sealed'} ${report.made.length} layers in ${durationOf(report.elapsedMs)}`,
+        )
+        if (report.made.length > 0) session.output.note(`the next mount takes them; then: lsync root gc ${name}`)
+      }),
+    )
 }
 
 const defineGc: Definer = (command, session) => {

@@ -1,0 +1,37 @@
+import { type HostPath, textOf } from '@lsync/posix'
+import type { Home } from './home.ts'
+import type { LayerRecord } from './records.ts'
+import { SealLossyError, sealLayer } from './sealed-layer.ts'
+
+export interface SealIntoRequest {
+  readonly tree: HostPath
+  /** What the layer will be; its form, its image and what was counted are added. */
+  readonly record: LayerRecord
+  /** In whose incoming area it is made. */
+  readonly epoch: number
+  /** A directory of this node, where the image is built. */
+  readonly scratch: HostPath
+  /** Hears of chattr flags, which no image can hold. */
+  readonly onLoss?: ((loss: SealLossyError) => void) | undefined
+  readonly signal?: AbortSignal | undefined
+}
+
+/** Makes a sealed layer of a tree that nobody changes meanwhile; `publish` gets the record with which it is promoted, and does that. */
+export function sealInto<T>(
+  home: Home,
+  { tree, record, epoch, scratch, onLoss, signal }: SealIntoRequest,
+  publish: (name: string, record: LayerRecord) => Promise<T> | T,
+): Promise<T> {
+  return home.withScratch(epoch, record.id, async (path, name) => {
+    const report = await sealLayer({
+      layer: tree,
+      image: `${path}/layer.erofs` as HostPath,
+      scratch: textOf(scratch),
+      lossy: true,
+      signal,
+    })
+    const { sizeBytes, sha256, entries, contentBytes, losses } = report
+    if (losses.length > 0) onLoss?.(new SealLossyError(tree, losses))
+    return publish(name, { ...record, form: 'erofs', entries, contentBytes, image: { sizeBytes, sha256 } })
+  })
+}
