@@ -76,6 +76,9 @@ const ENGINE = [
   /node_modules\/(koffi|xxhash-wasm)\//,
 ]
 
+// But for workers, the sources of this workspace do nothing when they are loaded that others than their importers notice.
+const OURS = /\/packages\/[\w-]+\/src\/(?!.*worker\.ts$)/
+
 /**
  * A few files: what the common commands need is one, and what others add comes with them. Sixty modules take twice as
  * long to find and link (`bench merge`, row start-up), in every worker thread again.
@@ -95,8 +98,8 @@ export default defineConfig({
   platform: 'node',
   // lmdb finds its native part beside itself. Those of ssh2 are not built; it goes without them.
   external: [/^node:/, 'lmdb', /\.node$/],
-  // Whoever uses nothing of lmdb does not load it.
-  treeshake: { moduleSideEffects: 'no-external' },
+  // Whoever uses nothing of lmdb, or of a package of ours, does not load it: a worker of a sync has no use for tar files.
+  treeshake: { moduleSideEffects: (id, isExternal) => !isExternal && !OURS.test(id) },
   plugins: [builtins, workers, koffi, ssh2],
   output: {
     dir: 'dist',

@@ -60,13 +60,18 @@ class WorkerPool {
     return Math.max(WIDTH, this.#members.length)
   }
 
+  /** Starts the threads for a session that is about to be opened: what it needs can be opened meanwhile. */
+  warm(): void {
+    while (this.#members.length < WIDTH) this.#start(this.#members.length)
+  }
+
   open(init: Omit<SessionInit, 'session'>): number {
     const session = this.#nextSession++
     const whole = { ...init, session }
     for (const { worker } of this.#members) worker.postMessage({ open: whole } satisfies ToWorker)
     this.#sessions.set(session, whole)
     if (isRemote(init.delivery)) this.#most = REMOTE_WIDTH
-    while (this.#members.length < WIDTH) this.#start(this.#members.length)
+    this.warm()
     return session
   }
 
@@ -86,7 +91,12 @@ class WorkerPool {
             }),
         ),
     )
-    // Another session that is being closed still waits for the answers of these threads: the last one ends them.
+    await this.cool()
+  }
+
+  /** Ends the threads if no session has any use for them. */
+  async cool(): Promise<void> {
+    // A session that is being closed still waits for the answers of these threads: the last one ends them.
     if (this.#sessions.size === 0 && this.#members.every(({ closing }) => closing.size === 0)) {
       this.#most = WIDTH
       this.#failure = undefined

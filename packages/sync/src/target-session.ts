@@ -217,6 +217,7 @@ export class TargetSession {
    */
   async open(): Promise<void> {
     const { target, stateDir, upperFd, signal, adopt } = this.#request
+    workers.warm()
     await mkdir(stateDir, { recursive: true, mode: 0o700 })
     const unfinished = await this.#openJournal()
     const root = rowOf(NO_NAME, rawStatFd(upperFd))
@@ -451,6 +452,7 @@ export class TargetSession {
   async close(): Promise<void> {
     this.#phase = 'closed'
     if (this.#session !== 0) await workers.close(this.#session)
+    else await workers.cool()
     await this.#journal?.close()
     await this.#index?.close()
     await this.#request.target.close()
@@ -1424,7 +1426,10 @@ export class TargetSession {
     // What the workers write themselves is paid for afterwards: who pays next waits until it is made up for.
     if (this.#request.target.delivery.mode === 'direct') {
       if ('operations' in job) await this.#pay(0, job.operations.length)
-      else if (result !== undefined && 'bytes' in result) await this.#pay(result.bytes, Math.max(1, result.files))
+      else if (result !== undefined && 'bytes' in result) {
+        this.#request.target.wrote?.(result.bytes, result.files)
+        await this.#pay(result.bytes, Math.max(1, result.files))
+      }
     }
     return result
   }

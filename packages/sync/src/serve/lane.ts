@@ -13,6 +13,8 @@ export interface BatchResult {
   readonly failures: readonly Failure[]
   /** The highest stage number that it used; -1 for none. */
   readonly highestStage: number
+  /** How many came to their end. */
+  readonly operations: number
 }
 
 /** Decides whether an operation may be carried out: `done` means that nothing has to be. Throws to refuse it. */
@@ -44,7 +46,7 @@ export class Lane implements OperationReceiver {
     this.#decoder.decode(batch, this)
     // Between batches another lane may move a directory. A file that is open keeps its own.
     if (this.#file === undefined) this.#applier.forget()
-    return { failures: this.#failures, highestStage: this.#highestStage }
+    return { failures: this.#failures, highestStage: this.#highestStage, operations: this.#ended }
   }
 
   /** A barrier comes: directories that were made before it are not new any more. */

@@ -52,6 +52,8 @@ export type ServeResult =
       readonly done: Uint8Array
       readonly target?: ServedTarget
       readonly highestStage?: number
+      /** Operations that were carried out. */
+      readonly files?: number
       readonly news?: readonly MadeNews[]
     }
   | { readonly failed: Uint8Array; readonly isBroken: boolean; readonly reason: string }
@@ -90,8 +92,8 @@ function run(job: ServeJob): ServeResult {
     case 'batch': {
       const bytes = job.isCompressed ? decompressed(job.bytes) : job.bytes
       made.learn(job.news)
-      const { failures, highestStage } = laneOf(job.lane).run(bytes)
-      return { done: encodeFailures(failures), highestStage, news: made.takeNews() }
+      const { failures, highestStage, operations } = laneOf(job.lane).run(bytes)
+      return { done: encodeFailures(failures), highestStage, files: operations, news: made.takeNews() }
     }
     case 'disown':
       for (const lane of lanes.values()) lane.disown()

@@ -23,6 +23,7 @@ import {
 } from '../protocol/frame.ts'
 import { decodeCheckpoint, decodeDescribe, decodePath, encodeCheckpoint, encodeError } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES, MAX_PATH_BYTES } from '../protocol/operation-codec.ts'
+import { WriteBack } from '../write-back.ts'
 import { AccessRefusedError } from './errors.ts'
 import { peekServed } from './place.ts'
 import type { ServedTarget, ServeJob, ServeResult } from './serve-worker.ts'
@@ -122,6 +123,7 @@ class Server {
   #inFlightBytes = 0
   #nextStage = 0
   #target: ServedTarget | undefined
+  #writeBack: WriteBack | undefined
   /** Requests other than batches, one after the other. */
   #chain: Promise<void> = Promise.resolve()
   #report = { batches: 0, receivedBytes: 0 }
@@ -175,6 +177,7 @@ class Server {
       signal?.removeEventListener('abort', abort)
       input.removeAllListeners('data')
       input.resume()
+      await this.#writeBack?.end()
       // The first one keeps the target's lock, so it ends last.
       const [first, ...others] = this.#members
       await Promise.all(others.map((member) => member.end()))
@@ -236,11 +239,13 @@ class Server {
     if (this.#target === undefined) throw new ProtocolError('a batch before a target was opened')
     this.#report.batches++
     const member = this.#members[lane % this.#members.length] as Member
+    const { length } = payload
     const job = { job: 'batch', lane, bytes: payload, isCompressed, news: member.takeNews() } as const
     const batch = member.run(job, [payload.buffer as ArrayBuffer]).then((result) => {
       if ('done' in result) {
         this.#nextStage = Math.max(this.#nextStage, (result.highestStage ?? -1) + 1)
         for (const other of this.#members) if (other !== member) other.hear(result.news ?? [])
+        this.#writeBack?.wrote(length, result.files ?? 0)
       }
       this.#settle(result, settle)
     })
@@ -277,8 +282,10 @@ class Server {
       } else {
         // `close`: the target is free when it is answered.
         await Promise.all(this.#batches)
+        await this.#writeBack?.end()
         await Promise.all(this.#members.map((member) => member.run({ job: 'end' })))
         this.#target = undefined
+        this.#writeBack = undefined
         settle(FRAME.done, new Uint8Array(0))
       }
     } catch (error) {
@@ -297,6 +304,7 @@ class Server {
     const result = await (first as Member).run(job)
     if (!('done' in result)) return result
     this.#target = result.target
+    this.#writeBack = result.target && new WriteBack(result.target.rootFd)
     if (result.target !== undefined) {
       for (const member of others) await member.run({ job: 'target', target: result.target })
     }

@@ -2,6 +2,7 @@ import { type HostPath, LsyncError, printable, syncFileSystemAsync } from '@lsyn
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
 import { TargetPlace } from '../target-state.ts'
+import { WriteBack } from '../write-back.ts'
 import type { Target, TargetState } from './target.ts'
 
 /** A directory of this machine, on whatever file system it is: the workers write into it themselves. */
@@ -9,6 +10,7 @@ export class LocalTarget implements Target {
   readonly description: string
   readonly #path: HostPath
   #place: TargetPlace | undefined
+  #writeBack: WriteBack | undefined
 
   /** `description` is what index and journal are kept for; another one than the path for a target that moves about. */
   constructor(path: HostPath, description: string = printable(path)) {
@@ -24,6 +26,7 @@ export class LocalTarget implements Target {
   async open(signal: AbortSignal, isKnown = false): Promise<TargetState> {
     signal.throwIfAborted()
     this.#place = TargetPlace.open(this.#path, { create: !isKnown, isKnown })
+    this.#writeBack = new WriteBack(this.#place.rootFd)
     return this.#place.state
   }
 
@@ -41,6 +44,10 @@ export class LocalTarget implements Target {
     throw new Error('operations at a local target are carried out by the workers')
   }
 
+  wrote(bytes: number, files: number): void {
+    this.#writeBack?.wrote(bytes, files)
+  }
+
   async barrier(checkpoint?: Checkpoint): Promise<void> {
     const place = this.#opened
     await syncFileSystemAsync(place.rootFd, this.#path)
@@ -49,6 +56,8 @@ export class LocalTarget implements Target {
   }
 
   async close(): Promise<void> {
+    // Until then its file system could not be unmounted.
+    await this.#writeBack?.end()
     this.#place?.close()
     this.#place = undefined
   }

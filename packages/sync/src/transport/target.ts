@@ -54,6 +54,8 @@ export interface Target {
    * they were carried out (not yet durable) with those that failed. Back-pressure: a call may wait before it takes more.
    */
   deliver(lane: number, batch: Uint8Array): Promise<readonly Failure[]>
+  /** So much was written by the workers since the last call. Absent where operations are delivered. Never waits. */
+  wrote?(bytes: number, files: number): void
   /**
    * The files that have one name in a directory, as they are; what was carried out before shows. `undefined`: this target
    * cannot tell. Absent where the workers look there themselves.
