@@ -17,6 +17,7 @@ import {
 } from './context.ts'
 import { type ConvertReport, type ConvertRequest, convertLayers } from './convert.ts'
 import { FileLeases } from './file-lease.ts'
+import { Follower, FollowerSocket, isFollowed, pauseFollower } from './follower.ts'
 import { type ForkRequest, fork } from './fork.ts'
 import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 import { Home } from './home.ts'
@@ -60,6 +61,10 @@ export class ContainerRoot {
   readonly events: EventEmitter<RootEvents>
   readonly #context: RootContext
   #sync: Sync | undefined
+  /** Another process that follows the root, and leaves it alone as long as this one works on it. */
+  #paused: ReturnType<typeof pauseFollower> | undefined
+  #isFollower = false
+  #working = 0
 
   private constructor(context: RootContext) {
     this.#context = context
@@ -165,10 +170,14 @@ export class ContainerRoot {
 
   /** Ends what runs, without changing anything: a mounted root stays mounted, and the lease stands. */
   async close(): Promise<void> {
-    await this.#sync?.stop()
-    await this.#context.lease?.pause()
-    this.#context.root.close()
-    this.#context.home.close()
+    try {
+      await this.#sync?.stop()
+    } finally {
+      await this.#giveBack()
+      await this.#context.lease?.pause()
+      this.#context.root.close()
+      this.#context.home.close()
+    }
   }
 
   /** What is known without claiming, waiting or changing anything. */
@@ -242,9 +251,63 @@ export class ContainerRoot {
     return this.#exclusive(async () => {
       const lease = await ensureLease(this.#context, options)
       lease.keepAlive()
-      this.#sync ??= await openUpperSync(this.#context, configOf(this.#context), { ...options, once: false })
-      return this.#sync
+      return (
+        this.#sync ??
+        this.#following(await openUpperSync(this.#context, configOf(this.#context), { ...options, once: false }))
+      )
     })
+  }
+
+  /**
+   * Follows the upper of the root, and the ones that take its place, until it is aborted; the event `following` tells of each sync. Other
+   * processes on this node may work on the root meanwhile: for as long, this one leaves it alone. It waits while the root is not mounted
+   * and this node has no lease.
+   * @throws {RootBusyError} if another process follows the root already; {LeaseHeldError}, {LeaseLostError}
+   */
+  async follow({ signal }: { readonly signal: AbortSignal }): Promise<void> {
+    const { root } = this.#context
+    if (await isFollowed(root)) throw new RootBusyError(root.path, 'another lsync follows it')
+    this.#isFollower = true
+    const follower = new Follower({
+      start: async () => void (await this.startSync({ signal })),
+      stop: () => root.locked(() => this.#leaveAlone()),
+      sync: () => this.#sync,
+      isNeeded: () => findMount(root) !== undefined || configOf(this.#context).lease !== undefined,
+      onProblem: (error) => void this.events.emit('problem', { verb: 'sync', error }),
+    })
+    try {
+      await this.startSync({ signal })
+      const socket = await FollowerSocket.listen(root, follower)
+      try {
+        await follower.run(signal)
+      } finally {
+        await socket.close()
+      }
+    } finally {
+      this.#isFollower = false
+    }
+  }
+
+  async #giveBack(): Promise<void> {
+    const paused = this.#paused
+    this.#paused = undefined
+    // What went wrong with it was said to whoever asked.
+    ;(await paused?.catch(() => undefined))?.giveBack()
+  }
+
+  /** Ends the sync, and what this process knows of the lease: another one may give it back meanwhile. */
+  async #leaveAlone(): Promise<void> {
+    const sync = this.#sync
+    this.#sync = undefined
+    await sync?.stop()
+    await this.#context.lease?.pause()
+    this.#context.lease = undefined
+  }
+
+  #following(sync: Sync): Sync {
+    this.#sync = sync
+    this.events.emit('following', sync)
+    return sync
   }
 
   /** Makes a version of what the root holds now. @throws {SolidifyIncompleteError}, {LeaseLostError}, {RootBusyError} */
@@ -266,7 +329,7 @@ export class ContainerRoot {
       // Where nothing was begun it runs still, and has the target.
       await ended.stop()
       if (findMount(this.#context.root) === undefined) return
-      this.#sync = await openUpperSync(this.#context, configOf(this.#context), { once: false })
+      this.#following(await openUpperSync(this.#context, configOf(this.#context), { once: false }))
     } catch (cause) {
       const error = cause instanceof Error ? cause : new Error(String(cause))
       this.events.emit('problem', { verb: 'solidify', error })
@@ -339,7 +402,9 @@ export class ContainerRoot {
 
   /** Removes old versions and layers that nobody needs, in the home and of the replicas here. */
   async gc(policy: GcPolicy = {}): Promise<GcReport & { readonly replicas: readonly string[] }> {
-    const report = await collectGarbage(this.#context.home, policy)
+    const { home, leases } = this.#context
+    const claim = policy.claim ?? (await leases.read(policy.signal))?.claim
+    const report = await collectGarbage(home, { ...policy, ...(claim && { claim }) })
     const replicas = await this.#dropReplicas(policy.dryRun === true)
     return { ...report, replicas }
   }
@@ -357,11 +422,19 @@ export class ContainerRoot {
     })
   }
 
-  #exclusive<T>(use: () => Promise<T>): Promise<T> {
-    return this.#context.root.locked(async () => {
-      recoverSolidify(this.#context)
-      return await use()
-    })
+  async #exclusive<T>(use: () => Promise<T>): Promise<T> {
+    const { root } = this.#context
+    this.#working++
+    try {
+      if (this.#sync === undefined && !this.#isFollower) this.#paused ??= pauseFollower(root)
+      await this.#paused
+      return await root.locked(async () => {
+        recoverSolidify(this.#context)
+        return await use()
+      })
+    } finally {
+      if (--this.#working === 0 && this.#sync === undefined) await this.#giveBack()
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 import type { EventEmitter } from 'node:events'
 import { close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
+import type { Sync } from '@lsync/sync'
 import type { Home } from './home.ts'
 import { type Lease, LeaseLostError, type Leases } from './lease.ts'
 import { copyRootMeta, findMount, mountRoot, withLayers } from './mount.ts'
@@ -33,6 +34,8 @@ export interface RootEvents {
   step: [{ readonly verb: string; readonly step: string; readonly elapsedMs: number }]
   /** Something went wrong that did not end the operation. */
   problem: [{ readonly verb: string; readonly error: Error }]
+  /** An upper of the root is followed from now on; the one before ended. */
+  following: [Sync]
 }
 
 /** One root on one node, with all that its operations need. */

@@ -1,5 +1,6 @@
 import type { Home } from './home.ts'
 import { chooseLayers } from './layer-choice.ts'
+import type { LeaseClaim } from './lease.ts'
 import type { LayerRecord, VersionRecord } from './records.ts'
 
 /** What `gc` keeps. The newest version, versions with tags, and what a node has in use stay in any case. */
@@ -8,6 +9,8 @@ export interface GcPolicy {
   readonly keep?: number
   /** A layer that no version names can be one that is about to be named: it is kept for so long. Default a day. */
   readonly graceMs?: number
+  /** The newest claim. Copies of uppers from before it go, once it is known for `graceMs`: until then a dead node's can be saved. */
+  readonly claim?: Pick<LeaseClaim, 'epoch' | 'takenAt'>
   readonly dryRun?: boolean
   readonly signal?: AbortSignal
 }
@@ -17,6 +20,8 @@ export interface GcReport {
   readonly layers: readonly string[]
   /** Layers that came into use again while they were taken away, and were brought back. */
   readonly restored: readonly string[]
+  /** `EPOCH/NAME` in the incoming area: copies of uppers that nobody may publish, and what killed processes left. */
+  readonly incoming: readonly string[]
 }
 
 const KEEP = 10
@@ -40,7 +45,10 @@ export async function collectGarbage(home: Home, policy: GcPolicy = {}): Promise
     .layers()
     .filter(({ id, covers, createdAtMs }) => !needed.has(id) && (named.has(covers[0] as string) || createdAtMs < oldMs))
     .map(({ id }) => id)
-  if (dryRun) return { versions: drop, layers, restored }
+  const { epoch = 0, takenAt } = policy.claim ?? {}
+  const isOver = takenAt !== undefined && Date.parse(takenAt) < oldMs
+  const incoming = home.removeOldIncoming(isOver ? epoch : 0, oldMs, dryRun)
+  if (dryRun) return { versions: drop, layers, restored, incoming }
   // Those that never counted first, while what makes them not count is there.
   for (const number of [...home.overtakenVersions(), ...drop]) home.trashVersion(number)
   for (const id of layers) {
@@ -51,7 +59,12 @@ export async function collectGarbage(home: Home, policy: GcPolicy = {}): Promise
   const gone = home.trashNames()
   const back = restoreNeeded(home)
   home.emptyTrash(gone)
-  return { versions: drop, layers: layers.filter((id) => !back.includes(id)), restored: [...restored, ...back] }
+  return {
+    versions: drop,
+    layers: layers.filter((id) => !back.includes(id)),
+    restored: [...restored, ...back],
+    incoming,
+  }
 }
 
 function versionsToDrop(versions: readonly VersionRecord[], home: Home, keep: number): number[] {

@@ -45,6 +45,16 @@ export class HomeExistsError extends LsyncError {
   }
 }
 
+/** A directory has what homes have, and not the record that makes it one: what is in it may be all that is left of a root. */
+export class HomeDamagedError extends LsyncError {
+  constructor(path: string) {
+    super('HOME_DAMAGED', `${printable(path)} has lost its root.json`, {
+      path,
+      hint: 'restore root.json from a backup of the store, or name another directory; nothing was changed',
+    })
+  }
+}
+
 /** Others than the user that lsync runs as could write the home. */
 export class HomeUntrustedError extends LsyncError {
   constructor(path: string) {
@@ -80,6 +90,7 @@ export type VersionDraft = Omit<VersionRecord, 'format' | 'number' | 'epoch' | '
 const DIRECTORIES = ['layers', 'versions', 'mounted', 'incoming', 'trash', 'lease'] as const
 type HomeDirectory = (typeof DIRECTORIES)[number]
 const ROOT_JSON = 'root.json' as ByteString
+const INIT_JSON = 'init.json' as ByteString
 const LAYER_JSON = 'layer.json' as ByteString
 const TREE = 'tree' as ByteString
 const SYNC_STATE = '.lsync.sync.tree' as ByteString
@@ -122,20 +133,23 @@ export class Home {
 
   /**
    * Makes a home. `fill` puts its layers and first version into it; only then it counts. What an earlier `create` left half
-   * made is made anew.
-   * @throws {HomeExistsError} if the path is there and is no half-made home
+   * made, and nothing else, is made anew.
+   * @throws {HomeExistsError} if the path is there and is no half-made home; {HomeDamagedError} if it was a whole one
    */
   static async create(path: HostPath, record: RootRecord, fill: (home: Home) => Promise<void>): Promise<Home> {
     const fd = openNewHome(path)
     const home = new Home(realPath(path), fd, record)
+    const place = { fd, path: home.path }
     try {
+      // As long as it has this name, nobody has written anything else into the home.
+      replaceRecord(place, INIT_JSON, record)
       for (const name of DIRECTORIES) {
         removeTree(fd, name as ByteString)
         makeDirectory(fd, name as ByteString, 0o700)
       }
       await fill(home)
       fsync(fd, home.path)
-      if (!createRecord({ fd, path: home.path }, ROOT_JSON, record)) throw new HomeExistsError(path)
+      move(fd, INIT_JSON, fd, ROOT_JSON)
       return home
     } catch (error) {
       close(fd)
@@ -327,6 +341,26 @@ export class Home {
     )
   }
 
+  /**
+   * Removes what lies in `incoming` of no use: copies of uppers from before `epoch`, which nobody may publish any more, and what killed
+   * processes left half made before `oldMs` (with no lease, as epoch 0). Gives the names.
+   */
+  removeOldIncoming(epoch: number, oldMs: number, dryRun: boolean): string[] {
+    const epochs = this.#in('incoming', ({ fd }) =>
+      namesIn(fd)
+        .filter((name) => /^\d{1,15}$/.test(name))
+        .map(Number),
+    )
+    return epochs.flatMap((one) => {
+      if (one >= epoch && one > 0) return []
+      const old = this.#inEpoch(one, (fd) =>
+        namesIn(fd).filter((name) => one > 0 || Number(tryStatAt(fd, name)?.mtimeNs ?? 0n) / 1e6 < oldMs),
+      )
+      if (!dryRun) for (const name of old) this.removeIncoming(one, name)
+      return old.map((name) => `${one}/${name}`)
+    })
+  }
+
   /** Moves the copy of an upper from one lease's directory to another's: the same node got a new lease. */
   moveIncoming(id: string, fromEpoch: number, toEpoch: number): void {
     if (fromEpoch === toEpoch || !this.incomingEpochs(id).includes(fromEpoch)) return
@@ -499,8 +533,9 @@ function openNewHome(path: HostPath): number {
   const fd = openRoot(path, O_NOFOLLOW)
   try {
     if (!isOursAlone(fd)) throw new HomeUntrustedError(path)
-    const isOurs = (name: string) => (DIRECTORIES as readonly string[]).includes(name) || name.startsWith('.new-')
-    if (!namesIn(fd).every(isOurs)) throw new HomeExistsError(path)
+    const names = namesIn(fd).filter((name) => name !== INIT_JSON && !name.startsWith('.new-'))
+    if (!names.every((name) => (DIRECTORIES as readonly string[]).includes(name))) throw new HomeExistsError(path)
+    if (names.length > 0 && tryStatAt(fd, INIT_JSON) === undefined) throw new HomeDamagedError(path)
     return fd
   } catch (error) {
     close(fd)

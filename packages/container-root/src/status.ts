@@ -1,5 +1,6 @@
-import type { Sync } from '@lsync/sync'
+import { readableStatus, type Sync, type SyncStatus } from '@lsync/sync'
 import { configOf, type RootContext } from './context.ts'
+import { followerStatus } from './follower.ts'
 import { chooseLayers } from './layer-choice.ts'
 import { findMount } from './mount.ts'
 import type { LayerRecord } from './records.ts'
@@ -37,7 +38,8 @@ export interface RootStatus {
   readonly nodes?: readonly { readonly node: string; readonly version: number }[]
   /** What an interrupted operation left, to be recovered by the next one. */
   readonly unfinished?: 'solidify'
-  readonly sync?: Sync['status']
+  /** Of whoever follows the root on this node, in whatever process. */
+  readonly sync?: SyncStatus
   /** What could not be found out, and why. */
   readonly errors: readonly { readonly what: string; readonly code: string; readonly message: string }[]
 }
@@ -57,6 +59,7 @@ export async function statusOf(context: RootContext, sync: Sync | undefined): Pr
     }
   }
   const mounted = findMount(root)
+  const following = sync === undefined ? await attempt('sync', () => followerStatus(root)) : readableStatus(sync.status)
   const head = await attempt('head', () => home.head().number)
   const layers = await attempt('layers', () => layersOf(context, config.base.layers))
   const state = await attempt('lease', () => leases.read())
@@ -88,7 +91,7 @@ export async function statusOf(context: RootContext, sync: Sync | undefined): Pr
         }),
     ...(nodes === undefined ? {} : { nodes }),
     ...(root.readSolidify() === undefined ? {} : { unfinished: 'solidify' as const }),
-    ...(sync === undefined ? {} : { sync: sync.status }),
+    ...(following === undefined ? {} : { sync: following }),
     errors,
   }
 }

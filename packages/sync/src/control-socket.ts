@@ -114,12 +114,12 @@ async function carryOut(sync: Sync, request: { do?: unknown; sweep?: unknown }):
       return sync.flush({ sweep: request.sweep === true })
     case 'pause':
       sync.pause()
-      return readable(sync.status)
+      return readableStatus(sync.status)
     case 'resume':
       sync.resume()
-      return readable(sync.status)
+      return readableStatus(sync.status)
     case 'status':
-      return readable(sync.status)
+      return readableStatus(sync.status)
     default:
       throw new SyncRequestError(
         `${String(request.do)} is nothing to ask a sync for`,
@@ -128,7 +128,8 @@ async function carryOut(sync: Sync, request: { do?: unknown; sweep?: unknown }):
   }
 }
 
-function readable(status: SyncStatus): SyncStatus {
+/** A status whose names are text (`textOf`), as it is sent to other processes. */
+export function readableStatus(status: SyncStatus): SyncStatus {
   return {
     ...status,
     source: textOf(status.source) as HostPath,

@@ -12,6 +12,7 @@ export {
   type ControlAnswers,
   ControlSocket,
   type ControlVerb,
+  readableStatus,
   SyncNotRunningError,
   SyncRunningError,
 } from './control-socket.ts'

@@ -127,18 +127,24 @@ const defineSync: Definer = (command, session) => {
   named(command).action((name: string, options: StateOption) =>
     withToldRoot(name, options, session, async (root) => {
       const { output, signal } = session
-      const sync = await root.startSync({ signal })
-      sync.events.on('checkpoint', (checkpoint) =>
+      root.events.on('following', (sync) => {
+        sync.events.on('checkpoint', (checkpoint) =>
+          output.data(
+            () => ({ type: 'checkpoint', ...checkpoint }),
+            () => undefined,
+          ),
+        )
+        sync.events.on('problem', ({ error }) => {
+          output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
+        })
         output.data(
-          () => ({ type: 'checkpoint', ...checkpoint }),
+          () => ({ type: 'following', name }),
           () => undefined,
-        ),
-      )
-      sync.events.on('problem', ({ error }) => {
-        output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
+        )
+        output.flush()
+        output.note(`following ${printable(root.mergedPath)}`)
       })
-      output.note(`following ${printable(root.mergedPath)}`)
-      await new Promise<void>((resolve) => signal.addEventListener('abort', () => resolve(), { once: true }))
+      await root.follow({ signal })
     }),
   )
 }
