@@ -100,6 +100,14 @@ export default defineConfig({
   external: [/^node:/, 'lmdb', /\.node$/],
   // Whoever uses nothing of lmdb, or of a package of ours, does not load it: a worker of a sync has no use for tar files.
   treeshake: { moduleSideEffects: (id, isExternal) => !isExternal && !OURS.test(id) },
+  treeshake: {
+    moduleSideEffects: [
+      // Whoever uses nothing of lmdb does not load it,
+      { external: true, sideEffects: false },
+      // and a merge not what compares and converts. Only a worker does something by being loaded.
+      { test: /packages\/(posix|overlay-merge)\/src\/(?!([\w-]+-)?worker\.ts)/, sideEffects: false },
+    ],
+  },
   plugins: [builtins, workers, koffi, ssh2],
   output: {
     dir: 'dist',

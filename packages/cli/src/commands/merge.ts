@@ -1,15 +1,4 @@
-import {
-  type CloneMethod,
-  compareWithRecord,
-  type MergeReport,
-  type MergeRequest,
-  merge,
-  type RecordedView,
-  recordView,
-  recover,
-  type VerifyReport,
-  verify,
-} from '@lsync/overlay-merge'
+import { type CloneMethod, type MergeReport, type MergeRequest, merge } from '@lsync/overlay-merge'
 import { type HostPath, printable, textOf } from '@lsync/posix'
 import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
@@ -27,7 +16,6 @@ import { countOf, durationOf } from '../progress-line.ts'
 import type { Session } from '../session.ts'
 import { shellWord } from '../shell-word.ts'
 import { stackPart } from '../stack-text.ts'
-import { renderVerification } from '../verification.ts'
 
 interface MergeOptions extends LayerOptions {
   readonly inPlace?: true
@@ -73,7 +61,9 @@ export function define(command: Command, session: Session): void {
     if (request.mode === 'in-place') await session.confirm(`this uses up ${printable(options.upper)}`, options)
     const { output, signal } = session
     const isVerified = options.verify === true && options.dryRun !== true
-    const before = isVerified && request.mode === 'in-place' ? await recordBefore(request, session) : undefined
+    // What merges need is loaded; what compares is as much again.
+    const verification = isVerified ? await import('../merge-verification.ts') : undefined
+    const before = request.mode === 'in-place' ? await verification?.recordBefore(request, session) : undefined
     try {
       const report = await merge({
         ...request,
@@ -82,37 +72,11 @@ export function define(command: Command, session: Session): void {
         ...(output.isJson ? { onPlanLine: (line) => output.line(line.trimEnd()) } : {}),
       })
       render(options, report, session)
-      if (isVerified) renderVerification(await verifyMerged(options, report, before, session), report.target, session)
+      await verification?.verifyMerged(request, report, before, session)
     } finally {
       before?.close()
     }
   })
-}
-
-/** What the stack shows, before it is used up. */
-async function recordBefore(request: MergeRequest, { output, signal }: Session): Promise<RecordedView> {
-  const { upper, lowers, data, namespace, workdir, workers } = request
-  const target = lowers[0] as HostPath
-  const effects = { signal, onProgress: output.progress }
-  // What a crash left is neither the old view nor the new one.
-  const { outcome } = await recover(target, { ...given({ workers }), ...effects })
-  if (outcome !== 'nothing') output.note(`an interrupted merge of ${printable(target)} was ${outcome} first`)
-  // Refused now rather than after everything was read.
-  await merge({ ...request, dryRun: true, ...effects })
-  return recordView({ layers: [upper, ...lowers], ...given({ data, namespace, workdir }), ...effects })
-}
-
-function verifyMerged(
-  options: MergeOptions,
-  { target }: MergeReport,
-  before: RecordedView | undefined,
-  { output, signal }: Session,
-): Promise<VerifyReport> {
-  const { upper, lower, data, namespace, plain } = options
-  const shared = { ...given({ data }), namespace, against: target, signal, onProgress: output.progress }
-  if (before !== undefined) return compareWithRecord(before, { ...shared, againstLowers: lower.slice(1) })
-  // A layer's escaped marks are for the mount to unescape; a plain tree is what it is.
-  return verify({ ...shared, layers: [upper, ...lower], asLayer: plain !== true })
 }
 
 function requestOf(options: MergeOptions): MergeRequest {
