@@ -1,6 +1,6 @@
-import { existsSync, mkdirSync, readdirSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
-import { LayerCache, sealLayer } from '@lsync/container-root'
+import { type ContainerRoot, LayerCache, type LayerStorage, sealLayer } from '@lsync/container-root'
 import { type HostPath, mountOverlay, unmount } from '@lsync/posix'
 import { describe, expect, test } from 'vitest'
 import { buildTree, dir, file, whiteout } from '../support/build.ts'
@@ -9,6 +9,7 @@ import { needs } from '../support/needs.ts'
 import { canMountImages } from '../support/ready.ts'
 import { isPresent } from '../support/system.ts'
 import { diffTrees, readTree } from '../support/tree.ts'
+import { changesSince, makeSite, shown, withRoot } from './roots.ts'
 
 const path = (text: string) => text as HostPath
 const id = (digit: string) => digit.repeat(32)
@@ -120,6 +121,73 @@ describe.skipIf(!needs('root, mkfs.erofs and file-system tools', canMountImages(
       await LayerCache.open({ directory, limitBytes: 1 })
       expect(readdirSync(directory)).toEqual([])
       expect(existsSync(directory)).toBe(true)
+    })
+  },
+)
+
+describe.skipIf(!needs('root, mkfs.erofs and file-system tools', canMountImages() && isPresent('mkfs.erofs')))(
+  'the cache of a node',
+  () => {
+    const store = useFileSystem('tmpfs')
+    const disk = useFileSystem('ext4')
+    const base = () => dir({ etc: dir({ hostname: file('base\n') }), big: file('x'.repeat(500_000)) })
+
+    /** Whether the kernel has a layer of the mount from there. */
+    const isFrom = (root: ContainerRoot, directory: string) =>
+      readFileSync('/proc/self/mountinfo', 'utf8')
+        .split('\n')
+        .some((line) => line.includes(` ${root.mergedPath} `) && line.includes(`=${directory}/`))
+
+    test.each<LayerStorage>(['tree', 'sealed'])('a root is mounted from it, and shows the same (%s)', async (form) => {
+      const site = await makeSite(store.current.fresh(), disk.current.fresh(), base(), form)
+      const state = site.node('one')
+      await withRoot(site, 'one', async (root) => {
+        await root.mount()
+        writeFileSync(`${root.mergedPath}/etc/new`, 'x')
+        await root.solidify()
+        await root.unmount()
+      })
+      await withRoot(site, 'two', async (root) => {
+        await root.mount()
+        const before = shown(root)
+        if (form === 'tree') expect(isFrom(root, site.home)).toBe(true)
+        await root.unmount()
+        await site.node('two').openCache(10_000_000)
+        await withRoot(site, 'two', async (again) => {
+          expect(await again.prefetch()).toEqual({ version: 2, local: 2, of: 2 })
+          await again.mount()
+          expect(isFrom(again, site.home)).toBe(false)
+          if (form === 'tree') expect(isFrom(again, `${site.node('two').path}/cache`)).toBe(true)
+          expect((await again.status()).layers?.map(({ local }) => local)).toEqual(['cache', 'cache'])
+          expect(changesSince(before, again)).toEqual([])
+          // What is mounted stays, whatever the limit.
+          await site.node('two').openCache(0)
+          expect((await again.status()).layers?.map(({ local }) => local)).toEqual(['cache', 'cache'])
+          expect(changesSince(before, again)).toEqual([])
+        })
+        // The kernel lets go of an image a moment later.
+        const isEmpty = async () => (await site.node('two').openCache(0))?.entries().length === 0
+        for (let look = 0; look < 100 && !(await isEmpty()); look++) await delay(50)
+        await root.mount()
+        expect((await root.status()).layers?.map(({ local }) => local)).toEqual([undefined, undefined])
+        expect(changesSince(before, root)).toEqual([])
+      })
+      // The node that made the layer has the upper that it was.
+      await state.openCache(10_000_000)
+      await withRoot(site, 'one', async (root) => {
+        await root.mount({ prefetch: true })
+        expect((await root.status()).layers?.map(({ local }) => local)).toEqual(['replica', 'cache'])
+      })
+    })
+
+    test('a layer that has no place is read from the store', async () => {
+      const site = await makeSite(store.current.fresh(), disk.current.fresh(), base())
+      await site.node('one').openCache(100_000)
+      await withRoot(site, 'one', async (root) => {
+        await root.mount({ prefetch: true })
+        expect((await root.status()).layers?.map(({ local }) => local)).toEqual([undefined])
+        expect(readFileSync(`${root.mergedPath}/etc/hostname`, 'utf8')).toBe('base\n')
+      })
     })
   },
 )

@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import {
   CachedLayer,
+  CacheRecord,
   HooksRecord,
   LayerRecord,
   LeaseClaim,
@@ -58,6 +59,7 @@ test.each(written)('docs/format.md explains each field of %s, and no other', (na
 
 test.each(
   Object.entries({
+    CacheRecord,
     CachedLayer,
     HooksRecord,
     LayerRecord,

@@ -31,6 +31,13 @@ export function countArgument(text: string): number {
   return Number(text)
 }
 
+/** A size in bytes: `800k`, `50M`, `20G`. */
+export function sizeArgument(text: string): number {
+  const [, count, unit = ''] = /^(\d{1,9})([kKMGT]?)$/.exec(text) ?? []
+  if (count === undefined || Number(count) === 0) throw new InvalidArgumentError('Expected bytes such as 800k or 50M.')
+  return Number(count) * 1000 ** (unit === '' ? 0 : 'kMGT'.indexOf(unit.replace('K', 'k')) + 1)
+}
+
 /** For an option that may come more than once. */
 export function textsArgument(text: string, before: string[] | undefined): string[] {
   return [...(before ?? []), text]

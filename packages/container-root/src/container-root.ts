@@ -7,6 +7,8 @@ import {
   ensureLease,
   giveLeaseBack,
   mountBase,
+  type PrefetchReport,
+  prefetch,
   type RootContext,
   type RootEvents,
   standsOn,
@@ -21,6 +23,7 @@ import { Follower, FollowerSocket, isFollowed, pauseFollower } from './follower.
 import { type ForkRequest, fork } from './fork.ts'
 import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 import { Home } from './home.ts'
+import type { LayerCache } from './layer-cache.ts'
 import type { Lease, Leases } from './lease.ts'
 import { findMount, unmountRoot } from './mount.ts'
 import { type NodeRoot, NodeState, RootBusyError, RootNameTakenError, RootUnknownError } from './node-state.ts'
@@ -34,6 +37,8 @@ export interface OpenOptions {
   readonly state?: NodeState
   /** Who keeps the right to write. Default: files in the home. */
   readonly leases?: (home: Home) => Leases
+  /** Where layers are kept near by. Default: the cache of the state, if it has one (`NodeState.openCache`). */
+  readonly cache?: LayerCache
 }
 
 export interface MountRequest {
@@ -41,6 +46,8 @@ export interface MountRequest {
   readonly discard?: boolean
   /** Take the lease over from a node that is silent, or by force. */
   readonly takeover?: 'expired' | 'force'
+  /** Copy the layers that this node lacks into its cache before, so that the mount is of those. */
+  readonly prefetch?: boolean
   readonly signal?: AbortSignal
 }
 
@@ -78,6 +85,7 @@ export class ContainerRoot {
    */
   static async open(homePath: HostPath, name: string, options: OpenOptions = {}): Promise<ContainerRoot> {
     const state = options.state ?? NodeState.open()
+    const cache = options.cache ?? (await state.openCache())
     const home = Home.open(homePath)
     let root: NodeRoot | undefined
     try {
@@ -88,6 +96,7 @@ export class ContainerRoot {
         node: state.node,
         root,
         leases: options.leases?.(home) ?? new FileLeases(home.leaseDirectory),
+        cache,
         events: new EventEmitter<RootEvents>(),
         lease: undefined,
       }
@@ -215,8 +224,12 @@ export class ContainerRoot {
         assertNothingLost()
         startFrom(this.#context, head)
       }
+      const { base } = configOf(this.#context)
+      if (request.prefetch === true && findMount(root) === undefined) {
+        await prefetch(this.#context, { number: base.version, layers: base.layers }, request.signal)
+      }
       mountBase(this.#context)
-      return configOf(this.#context).base
+      return base
     })
   }
 
@@ -393,6 +406,15 @@ export class ContainerRoot {
   /** Makes the layers of a version sealed ones, or trees again; see `convertLayers`. */
   convert(request: ConvertRequest): Promise<ConvertReport> {
     return convertLayers(this.#context, request)
+  }
+
+  /** Copies the layers of a version (default the newest) into the cache of this node; the next mount takes them. */
+  prefetch(
+    options: { readonly version?: number | string; readonly signal?: AbortSignal } = {},
+  ): Promise<PrefetchReport> {
+    const { home } = this.#context
+    const version = options.version === undefined ? home.head() : home.version(options.version)
+    return prefetch(this.#context, version, options.signal)
   }
 
   /** Folds layers of a version into one; see `compact`. Waits for nothing, and nothing waits for it. */

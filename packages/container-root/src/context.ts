@@ -2,6 +2,7 @@ import type { EventEmitter } from 'node:events'
 import { close, type HostPath, LsyncError, printable, randomHex } from '@lsync/posix'
 import type { Sync } from '@lsync/sync'
 import type { Home } from './home.ts'
+import type { LayerCache, OpenedLayer } from './layer-cache.ts'
 import { type Lease, LeaseLostError, type Leases } from './lease.ts'
 import { copyRootMeta, findMount, mountRoot, withLayers } from './mount.ts'
 import type { NodeRoot } from './node-state.ts'
@@ -45,6 +46,8 @@ export interface RootContext {
   readonly node: NodeRecord
   readonly root: NodeRoot
   readonly leases: Leases
+  /** The layers of all roots that lie on this node. */
+  readonly cache: LayerCache | undefined
   readonly events: EventEmitter<RootEvents>
   /** The lease that this process has, kept between operations. */
   lease: Lease | undefined
@@ -154,27 +157,75 @@ const LOCAL_COST = 1
 const STORE_COST = 3
 
 /** The layers that this node mounts for a version's list: replicas where it has them, and as few as possible. */
-export function layersFor({ home, root }: RootContext, list: readonly string[]): readonly LayerRecord[] {
-  const local = new Set(root.replicas())
-  return home.requireLayers(list, ({ id }) => (local.has(id) ? LOCAL_COST : STORE_COST))
+export function layersFor(context: RootContext, list: readonly string[]): readonly LayerRecord[] {
+  const isLocal = localLayers(context)
+  return context.home.requireLayers(list, ({ id }) => (isLocal(id) === undefined ? STORE_COST : LOCAL_COST))
 }
 
-/** Opens the nearest copy of a layer: an fd of its root directory, to be closed. */
-export function openLayer({ home, root }: RootContext, { id, form }: LayerRecord): number {
+/** Tells where this node has a layer: as the upper that it was made of, or in its cache. */
+export function localLayers({ root, cache }: RootContext): (id: string) => 'replica' | 'cache' | undefined {
+  const replicas = new Set(root.replicas())
+  return (id) => (replicas.has(id) ? 'replica' : cache?.has(id) === true ? 'cache' : undefined)
+}
+
+/** Opens the nearest copy of a layer. */
+function openLayer({ home, root, cache }: RootContext, { id, form }: LayerRecord): OpenedLayer {
   const replica = root.openReplica(id)
-  if (replica !== undefined) return replica
-  return form === 'erofs' ? openSealed(`${home.layerPath(id)}/layer.erofs` as HostPath) : home.openLayerTree(id)
+  if (replica !== undefined) return closing(replica)
+  const cached = cache?.openLayer(id)
+  if (cached !== undefined) return cached
+  return closing(
+    form === 'erofs' ? openSealed(`${home.layerPath(id)}/layer.erofs` as HostPath) : home.openLayerTree(id),
+  )
+}
+
+function closing(fd: number): OpenedLayer {
+  return { fd, close: () => close(fd) }
+}
+
+/** How many of the layers of a version this node has, and of how many it needs. */
+export interface PrefetchReport {
+  readonly version: number
+  readonly local: number
+  readonly of: number
+}
+
+/** Copies layers of a version into the cache of this node, unless it has them. What has no place stays away. */
+export async function prefetch(
+  context: RootContext,
+  { number: version, layers: list }: Pick<VersionRecord, 'number' | 'layers'>,
+  signal?: AbortSignal,
+): Promise<PrefetchReport> {
+  const { home } = context
+  return withLayersInUse(
+    context,
+    version,
+    list,
+    async (layers) => {
+      const isLocal = localLayers(context)
+      const missing = layers.filter(({ id }) => isLocal(id) === undefined)
+      const { namespace } = home.record
+      const wanted = missing.map(({ id, form }) => ({
+        id,
+        source: {
+          form,
+          path: `${home.layerPath(id)}/${form === 'erofs' ? 'layer.erofs' : 'tree'}` as HostPath,
+          namespace,
+        },
+      }))
+      const came = (await context.cache?.prefetch(wanted, signal)) ?? 0
+      return { version, local: layers.length - missing.length + came, of: layers.length }
+    },
+    () => layersFor(context, list),
+  )
 }
 
 /** Makes an empty upper for a list of layers: it looks like their root. */
 export function makeUpperOn(context: RootContext, list: readonly string[]): void {
   const [top] = layersFor(context, list)
-  const fd = openLayer(context, top as LayerRecord)
-  try {
-    context.root.makeUpper((upper) => copyRootMeta(fd, upper, context.home.record.namespace))
-  } finally {
-    close(fd)
-  }
+  withLayers([() => openLayer(context, top as LayerRecord)], ([fd]) => {
+    context.root.makeUpper((upper) => copyRootMeta(fd as number, upper, context.home.record.namespace))
+  })
 }
 
 /** Goes on from a version with an empty upper; the copy of the old one goes. There must be no changes, or they are given up. */
@@ -239,11 +290,12 @@ export async function withLayersInUse<T>(
   version: number,
   list: readonly string[],
   use: (layers: readonly LayerRecord[]) => Promise<T>,
+  choose: () => readonly LayerRecord[] = () => context.home.requireLayers(list),
 ): Promise<T> {
   const { home } = context
   const id = randomHex(16)
   try {
-    return await use(recordUse(context, { purpose: 'work', id, version, epoch: 0 }, () => home.requireLayers(list)))
+    return await use(recordUse(context, { purpose: 'work', id, version, epoch: 0 }, choose))
   } finally {
     home.forgetMounted(id)
   }

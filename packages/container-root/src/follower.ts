@@ -2,7 +2,7 @@ import { createConnection, createServer, type Server, type Socket } from 'node:n
 import { createInterface } from 'node:readline'
 import { setTimeout as delay } from 'node:timers/promises'
 import { type ByteString, errnoOf, LsyncError, unlink } from '@lsync/posix'
-import { readableStatus, type Sync, type SyncStatus } from '@lsync/sync'
+import { readableStatus, type Sync, SyncRequestError, type SyncStatus } from '@lsync/sync'
 import { z } from 'zod'
 import { LeaseHeldError, LeaseLostError } from './lease.ts'
 import { type NodeRoot, RootBusyError } from './node-state.ts'
@@ -142,7 +142,7 @@ export class FollowerSocket {
         return { result: null }
       }
       if (verb === 'status') return { result: this.#following.status ?? null }
-      return { error: { code: 'SYNC_REQUEST', message: 'not understood' } }
+      throw new SyncRequestError(`${verb} is nothing to ask for`, 'ask for pause or status')
     } catch (error) {
       const { code = 'BUG', message, hint } = error as Error & { code?: string; hint?: string }
       return { error: { code, message, ...(hint === undefined ? {} : { hint }) } }

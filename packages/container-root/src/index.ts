@@ -6,7 +6,7 @@ export {
   type OpenOptions,
   type RollbackRequest,
 } from './container-root.ts'
-export { leaseNameOf, type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
+export { leaseNameOf, type PrefetchReport, type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
 export { type ConvertReport, type ConvertRequest, StoreHoldsNoTreesError } from './convert.ts'
 export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
 export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
@@ -35,6 +35,7 @@ export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './node-state.ts'
 export * from './quiescence.ts'
 export {
+  CacheRecord,
   LayerRecord,
   MountedRecord,
   NodeRecord,

@@ -1,6 +1,6 @@
 import { readFileSync, utimesSync, writeFileSync } from 'node:fs'
 import { mkdir, stat } from 'node:fs/promises'
-import { convertLayer, removeTree } from '@lsync/overlay-merge'
+import { convertLayer, type Namespace, removeTree } from '@lsync/overlay-merge'
 import {
   type ByteString,
   close,
@@ -44,6 +44,14 @@ export type CachedLayer = z.infer<typeof CachedLayer>
 export interface LayerSource {
   readonly form: 'tree' | 'erofs'
   readonly path: HostPath
+  /** Whose marks a directory has. Default `trusted`. */
+  readonly namespace?: Namespace
+}
+
+/** The root of a layer, open for a mount. */
+export interface OpenedLayer {
+  readonly fd: number
+  close(): void
 }
 
 export interface LayerCacheOptions {
@@ -106,7 +114,7 @@ export class LayerCache {
    * The root of a cached layer as an fd that an overlay takes for a lower, and that the caller closes when it is mounted: until
    * then, and while it is mounted, the layer stays. `undefined` where the cache does not have it.
    */
-  openLayer(id: string): { readonly fd: number; close(): void } | undefined {
+  openLayer(id: string): OpenedLayer | undefined {
     const entry = this.#tryOpenEntry(id)
     if (entry === undefined) return undefined
     try {
@@ -236,11 +244,12 @@ export class LayerCache {
       await copyDurably(textOf(source.path), `${textOf(to)}/${IMAGE}`, signal)
       return size
     }
+    const form = source.namespace === 'user' ? 'kernel-user' : 'kernel-trusted'
     const { bytes, entries } = await convertLayer({
       from: source.path,
-      fromForm: 'kernel-trusted',
+      fromForm: form,
       to: `${to}/${TREE}` as HostPath,
-      toForm: 'kernel-trusted',
+      toForm: form,
       ...(signal && { signal }),
     })
     return bytes + entries * NAME_BYTES

@@ -1,7 +1,6 @@
 import { isMark, MARKS, type Namespace, readXattrs, writeMeta } from '@lsync/overlay-merge'
 import {
   type ByteString,
-  close,
   errnoOf,
   type Mount,
   type MountOptions,
@@ -19,6 +18,7 @@ import {
   upperUse,
   withFd,
 } from '@lsync/posix'
+import type { OpenedLayer } from './layer-cache.ts'
 import { liveUsers } from './live-users.ts'
 import { type NodeRoot, RootBusyError } from './node-state.ts'
 
@@ -137,13 +137,13 @@ export function copyRootMeta(from: number, to: number, namespace: Namespace): vo
   writeMeta(to, '', 'directory', { mode, uid, gid, atimeNs, mtimeNs, xattrs }, {})
 }
 
-/** Opens directories as the layers of a mount, and closes them afterwards. */
-export function withLayers<T>(open: readonly (() => number)[], use: (fds: readonly number[]) => T): T {
-  const fds: number[] = []
+/** Opens the layers of a mount, and closes them afterwards. */
+export function withLayers<T>(open: readonly (() => OpenedLayer)[], use: (fds: readonly number[]) => T): T {
+  const opened: OpenedLayer[] = []
   try {
-    for (const one of open) fds.push(one())
-    return use(fds)
+    for (const one of open) opened.push(one())
+    return use(opened.map(({ fd }) => fd))
   } finally {
-    for (const fd of fds) close(fd)
+    for (const one of opened) one.close()
   }
 }

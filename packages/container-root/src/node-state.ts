@@ -24,8 +24,9 @@ import {
   withFd,
 } from '@lsync/posix'
 import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, makeLocked, namesIn, tryOpenDirectory } from './directory.ts'
+import { LayerCache } from './layer-cache.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
-import { NodeRecord, NodeRootRecord, RECORD_ID, RootName, SolidifyRecord } from './records.ts'
+import { CacheRecord, NodeRecord, NodeRootRecord, RECORD_ID, RootName, SolidifyRecord } from './records.ts'
 import { sweepGone, throwAway } from './throw-away.ts'
 
 /** Nothing is known of a root of this name on this node. */
@@ -66,6 +67,7 @@ export class StateUntrustedError extends LsyncError {
 }
 
 const NODE_JSON = 'node.json' as ByteString
+const CACHE_JSON = 'cache.json' as ByteString
 const CONFIG_JSON = 'config.json' as ByteString
 const SOLIDIFY_JSON = 'solidify.json' as ByteString
 const ROOTS = 'roots' as ByteString
@@ -99,6 +101,22 @@ export class NodeState {
       createRecord(place, NODE_JSON, NodeRecord.parse({ format: 1, id: randomHex(16), name: hostname().slice(0, 200) }))
       return new NodeState(real, readRecord(place, NODE_JSON, NodeRecord) as NodeRecord)
     })
+  }
+
+  /**
+   * The cache of this node's layers; `undefined` where nobody has asked for one. `limitBytes` is how much it may hold from now on; what is
+   * beyond that, and not mounted, goes.
+   */
+  async openCache(limitBytes?: number): Promise<LayerCache | undefined> {
+    const limit = withFd(openRoot(this.path), (fd) => {
+      const place = { fd, path: this.path }
+      if (limitBytes !== undefined) replaceRecord(place, CACHE_JSON, CacheRecord.parse({ format: 1, limitBytes }))
+      return readRecord(place, CACHE_JSON, CacheRecord)?.limitBytes
+    })
+    if (limit === undefined) return undefined
+    const cache = await LayerCache.open({ directory: `${this.path}/cache` as HostPath, limitBytes: limit })
+    if (limitBytes !== undefined) cache.evict()
+    return cache
   }
 
   /** The names of the roots on this node, sorted. */
@@ -277,8 +295,7 @@ export class NodeRoot {
     try {
       return await use(`${this.path}/${name}` as HostPath)
     } finally {
-      throwAway(this.fd, name)
-      close(fd)
+      withFd(fd, () => throwAway(this.fd, name))
     }
   }
 

@@ -98,6 +98,10 @@ export type MountedRecord = z.infer<typeof MountedRecord>
 export const NodeRecord = z.strictObject({ format: z.literal(1), id: RecordId, name: Line })
 export type NodeRecord = z.infer<typeof NodeRecord>
 
+/** `cache.json` in the state of a node: how much its cache of layers may hold. Replaced as a whole. */
+export const CacheRecord = z.strictObject({ format: z.literal(1), limitBytes: z.int().nonnegative() })
+export type CacheRecord = z.infer<typeof CacheRecord>
+
 /** The right to write that a node has, to take it up again in another process. */
 const HeldLease = z.strictObject({ epoch: z.int().positive(), token: RecordId })
 

@@ -1,5 +1,5 @@
 import { readableStatus, type Sync, type SyncStatus } from '@lsync/sync'
-import { configOf, type RootContext } from './context.ts'
+import { configOf, localLayers, type RootContext } from './context.ts'
 import { followerStatus } from './follower.ts'
 import { chooseLayers } from './layer-choice.ts'
 import { findMount } from './mount.ts'
@@ -9,7 +9,8 @@ import type { LayerRecord } from './records.ts'
 export interface LayerStatus extends Pick<LayerRecord, 'id' | 'form' | 'isBottom' | 'madeBy'> {
   /** How many of a version's layers it stands for. */
   readonly covers: number
-  readonly isLocal: boolean
+  /** Where this node has it, nearer than the store: the upper that it was, or a copy in the cache. */
+  readonly local?: 'replica' | 'cache'
 }
 
 /** Where a root stands, on this node and in its home. */
@@ -96,14 +97,10 @@ export async function statusOf(context: RootContext, sync: Sync | undefined): Pr
   }
 }
 
-function layersOf({ home, root }: RootContext, list: readonly string[]): LayerStatus[] | undefined {
-  const local = new Set(root.replicas())
-  return chooseLayers(list, home.layers())?.map(({ id, form, isBottom, madeBy, covers }) => ({
-    id,
-    form,
-    isBottom,
-    madeBy,
-    covers: covers.length,
-    isLocal: local.has(id),
-  }))
+function layersOf(context: RootContext, list: readonly string[]): LayerStatus[] | undefined {
+  const isLocal = localLayers(context)
+  return chooseLayers(list, context.home.layers())?.map(({ id, form, isBottom, madeBy, covers }) => {
+    const local = isLocal(id)
+    return { id, form, isBottom, madeBy, covers: covers.length, ...(local && { local }) }
+  })
 }

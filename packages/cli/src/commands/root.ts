@@ -11,7 +11,15 @@ import { type HostPath, printable, textOf } from '@lsync/posix'
 import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { UsageError } from '../failure.ts'
-import { addDryRunOption, addYesOption, countArgument, given, pathArgument, pathsArgument } from '../options.ts'
+import {
+  addDryRunOption,
+  addYesOption,
+  countArgument,
+  given,
+  pathArgument,
+  pathsArgument,
+  sizeArgument,
+} from '../options.ts'
 import { durationOf } from '../progress-line.ts'
 import { addStateOption, type StateOption, stateOf, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
@@ -27,6 +35,7 @@ export function define(command: Command, session: Session): void {
     definer(command.command(name).description(summary), session)
   add('init', 'make a home of a directory, a tar or an OCI layout', defineInit)
   add('mount', 'mount a root on this node, for writing', defineMount)
+  add('prefetch', 'copy the layers of a root to this node', definePrefetch)
   add('unmount', 'unmount a root', defineUnmount)
   add('sync', 'follow a root and carry its changes to the store, until interrupted', defineSync)
   add('status', 'say where the roots of this node stand', defineStatus)
@@ -92,15 +101,27 @@ const defineMount: Definer = (command, session) => {
     .option('--discard', 'give up changes that are in no version, and begin with the newest one')
     .option('--takeover', 'take the lease over from a node that is silent; waits until it is known to be')
     .option('--force', 'take the lease over at once: the other node is surely dead')
+    .option('--prefetch', 'copy its layers to this node before')
+    .option('--cache-limit <size>', CACHE_LIMIT, sizeArgument)
     .action(
       async (
         name: string,
-        options: StateOption & { home?: HostPath; discard?: true; takeover?: true; force?: true },
+        options: CacheOptions & {
+          home?: HostPath
+          discard?: true
+          takeover?: true
+          force?: true
+          prefetch?: true
+        },
       ) => {
-        const { discard, takeover, force } = options
+        const { discard, takeover, force, prefetch } = options
+        await setCache(options, prefetch === true)
         const from = force === true ? 'force' : takeover === true ? 'expired' : undefined
         await withToldRoot(name, options, session, async (root) => {
-          const { version } = await root.mount({ signal: session.signal, ...given({ discard, takeover: from }) })
+          const { version } = await root.mount({
+            signal: session.signal,
+            ...given({ discard, takeover: from, prefetch }),
+          })
           session.output.data(
             () => ({ type: 'mount', name, path: textOf(root.mergedPath), version }),
             () => `version ${version} on ${printable(root.mergedPath)}`,
@@ -108,6 +129,38 @@ const defineMount: Definer = (command, session) => {
         })
       },
     )
+}
+
+interface CacheOptions extends StateOption {
+  readonly cacheLimit?: number
+}
+
+const CACHE_LIMIT = 'how much this node keeps of the layers of all its roots, from now on; default 20G'
+const CACHE_LIMIT_BYTES = 20e9
+
+/** Sets the limit of the cache, if one is given, and makes a cache where one `isNeeded`. */
+async function setCache(options: CacheOptions, isNeeded: boolean): Promise<void> {
+  const state = stateOf(options)
+  const { cacheLimit } = options
+  if (cacheLimit !== undefined) await state.openCache(cacheLimit)
+  else if (isNeeded && (await state.openCache()) === undefined) await state.openCache(CACHE_LIMIT_BYTES)
+}
+
+const definePrefetch: Definer = (command, session) => {
+  named(command)
+    .option('--home <dir>', 'the home of the root, the first time on this node', pathArgument)
+    .option('--version-of <version>', 'number or tag; default the newest')
+    .option('--cache-limit <size>', CACHE_LIMIT, sizeArgument)
+    .action(async (name: string, options: CacheOptions & { home?: HostPath; versionOf?: string }) => {
+      await setCache(options, true)
+      await withToldRoot(name, options, session, async (root) => {
+        const report = await root.prefetch({ signal: session.signal, ...given({ version: options.versionOf }) })
+        session.output.data(
+          () => ({ type: 'prefetch', ...report }),
+          () => `${report.local} of ${report.of} layers of version ${report.version} are on this node`,
+        )
+      })
+    })
 }
 
 const defineUnmount: Definer = (command, session) => {
@@ -182,11 +235,11 @@ function statusText(status: RootStatus): string {
   ].join('\n')
 }
 
-function layerText({ id, form, isBottom, madeBy, covers, isLocal }: LayerStatus): string {
+function layerText({ id, form, isBottom, madeBy, covers, local }: LayerStatus): string {
   const about = [
     isBottom ? 'bottom' : undefined,
     form === 'erofs' ? 'sealed' : undefined,
-    isLocal ? 'local' : undefined,
+    local === undefined ? undefined : local === 'replica' ? 'local' : 'cached',
   ]
   const of = covers > 1 ? `${madeBy} of ${covers}` : madeBy
   return `${id.slice(0, 12)}  ${[of, ...about.filter((word) => word !== undefined)].join(', ')}`

@@ -17,7 +17,7 @@ import {
   type Target,
   type TargetStatus,
 } from '@lsync/sync'
-import { type Command, InvalidArgumentError, Option } from 'commander'
+import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { EXIT, UsageError } from '../failure.ts'
 import {
@@ -26,6 +26,7 @@ import {
   countArgument,
   given,
   pathArgument,
+  sizeArgument,
   textsArgument,
   timeArgument,
 } from '../options.ts'
@@ -365,10 +366,4 @@ function statusText(status: SyncStatus): string {
     for (const { path, code, attempts } of failures) lines.push(`    ${path}: ${code}, tried ${attempts} times`)
   }
   return lines.join('\n')
-}
-
-function sizeArgument(text: string): number {
-  const [, count, unit = ''] = /^(\d{1,9})([kKMGT]?)$/.exec(text) ?? []
-  if (count === undefined || Number(count) === 0) throw new InvalidArgumentError('Expected bytes such as 800k or 50M.')
-  return Number(count) * 1000 ** (unit === '' ? 0 : 'kMGT'.indexOf(unit.replace('K', 'k')) + 1)
 }
