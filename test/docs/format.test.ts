@@ -3,6 +3,7 @@ import { fileURLToPath } from 'node:url'
 import {
   CachedLayer,
   CacheRecord,
+  ErrorsRecord,
   HooksRecord,
   LayerRecord,
   LeaseClaim,
@@ -59,6 +60,7 @@ test.each(written)('docs/format.md explains each field of %s, and no other', (na
 
 test.each(
   Object.entries({
+    ErrorsRecord,
     CacheRecord,
     CachedLayer,
     HooksRecord,

@@ -29,7 +29,7 @@ import { findMount, unmountRoot } from './mount.ts'
 import { type NodeRoot, NodeState, RootBusyError, RootNameTakenError, RootUnknownError } from './node-state.ts'
 import type { NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
 import { openUpperSync, recoverSolidify, type SolidifyReport, type SolidifyRequest, solidify } from './solidify.ts'
-import { type RootStatus, statusOf } from './status.ts'
+import { type RootStatus, type StatusOptions, statusOf } from './status.ts'
 import { diffVersions, type VersionDifference } from './version-diff.ts'
 
 export interface OpenOptions {
@@ -103,6 +103,7 @@ export class ContainerRoot {
       if (root.readConfig() === undefined) root.writeConfig(firstConfig(name, home))
       const config = configOf(context)
       if (config.rootId !== home.record.id) throw new RootNameTakenError(name, config.home)
+      context.events.on('problem', ({ verb, error }) => context.root.noteError(verb, error))
       return new ContainerRoot(context)
     } catch (error) {
       root?.close()
@@ -190,8 +191,8 @@ export class ContainerRoot {
   }
 
   /** What is known without claiming, waiting or changing anything. */
-  status(): Promise<RootStatus> {
-    return statusOf(this.#context, this.#sync)
+  status(options: StatusOptions = {}): Promise<RootStatus> {
+    return statusOf(this.#context, this.#sync, options)
   }
 
   /**
@@ -208,7 +209,7 @@ export class ContainerRoot {
    * @throws {LeaseHeldError}, {UpperStaleError}, {LayerMissingError}, {RootBusyError} if it is mounted on an older one and used
    */
   mount(request: MountRequest = {}): Promise<NodeRootRecord['base']> {
-    return this.#exclusive(async () => {
+    return this.#noted('mount', async () => {
       const { root, home } = this.#context
       await ensureLease(this.#context, request)
       const head = home.head()
@@ -239,7 +240,7 @@ export class ContainerRoot {
    * @throws {RootBusyError} naming who uses it
    */
   unmount(): Promise<{ readonly hasChanges: boolean }> {
-    return this.#exclusive(async () => {
+    return this.#noted('unmount', async () => {
       const { root, home, node } = this.#context
       await this.#unmount()
       const hasChanges = root.hasChanges()
@@ -319,13 +320,14 @@ export class ContainerRoot {
 
   #following(sync: Sync): Sync {
     this.#sync = sync
+    sync.events.on('problem', ({ error }) => this.#context.root.noteError('sync', error))
     this.events.emit('following', sync)
     return sync
   }
 
   /** Makes a version of what the root holds now. @throws {SolidifyIncompleteError}, {LeaseLostError}, {RootBusyError} */
   solidify(request: SolidifyRequest = {}): Promise<SolidifyReport> {
-    return this.#exclusive(async () => {
+    return this.#noted('solidify', async () => {
       const running = this.#sync
       try {
         return await solidify(this.#context, request, running)
@@ -370,7 +372,7 @@ export class ContainerRoot {
    * @throws {UnsavedChangesError}, {VersionUnknownError}, {RootBusyError}
    */
   rollback(request: RollbackRequest): Promise<VersionRecord> {
-    return this.#exclusive(async () => {
+    return this.#noted('rollback', async () => {
       const { root, home, node } = this.#context
       if (findMount(root) !== undefined) throw new RootBusyError(root.mergedPath, 'it is mounted')
       const version = home.version(request.to)
@@ -419,7 +421,7 @@ export class ContainerRoot {
 
   /** Folds layers of a version into one; see `compact`. Waits for nothing, and nothing waits for it. */
   compact(policy: CompactPolicy = {}): Promise<CompactReport> {
-    return compact(this.#context, policy)
+    return this.#noting('compact', () => compact(this.#context, policy))
   }
 
   /** Removes old versions and layers that nobody needs, in the home and of the replicas here. */
@@ -442,6 +444,20 @@ export class ContainerRoot {
       if (!dryRun) for (const id of useless) root.removeReplica(id)
       return useless
     })
+  }
+
+  #noted<T>(verb: string, use: () => Promise<T>): Promise<T> {
+    return this.#noting(verb, () => this.#exclusive(use))
+  }
+
+  /** Keeps what fails, for `status`. */
+  async #noting<T>(verb: string, use: () => Promise<T>): Promise<T> {
+    try {
+      return await use()
+    } catch (error) {
+      if (!(error instanceof RootBusyError)) this.#context.root.noteError(verb, error)
+      throw error
+    }
   }
 
   async #exclusive<T>(use: () => Promise<T>): Promise<T> {

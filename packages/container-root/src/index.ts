@@ -32,10 +32,12 @@ export {
   type TakeoverRequest,
 } from './lease.ts'
 export { type LiveUser, liveUsers } from './live-users.ts'
+export * from './metrics.ts'
 export * from './node-state.ts'
 export * from './quiescence.ts'
 export {
   CacheRecord,
+  ErrorsRecord,
   LayerRecord,
   MountedRecord,
   NodeRecord,
@@ -64,7 +66,8 @@ export {
   type SolidifyReport,
   type SolidifyRequest,
 } from './solidify.ts'
-export type { LayerStatus, RootStatus } from './status.ts'
+export type { RootSpace } from './space.ts'
+export { type HomeStatus, type LayerStatus, type RootStatus, statusOfHome } from './status.ts'
 export * from './store-form.ts'
 export * from './switch.ts'
 export * from './switch-errors.ts'

@@ -26,7 +26,15 @@ import {
 import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, makeLocked, namesIn, tryOpenDirectory } from './directory.ts'
 import { LayerCache } from './layer-cache.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
-import { CacheRecord, NodeRecord, NodeRootRecord, RECORD_ID, RootName, SolidifyRecord } from './records.ts'
+import {
+  CacheRecord,
+  ErrorsRecord,
+  NodeRecord,
+  NodeRootRecord,
+  RECORD_ID,
+  RootName,
+  SolidifyRecord,
+} from './records.ts'
 import { sweepGone, throwAway } from './throw-away.ts'
 
 /** Nothing is known of a root of this name on this node. */
@@ -66,6 +74,7 @@ export class StateUntrustedError extends LsyncError {
   }
 }
 
+const ERRORS_JSON = 'errors.json' as ByteString
 const NODE_JSON = 'node.json' as ByteString
 const CACHE_JSON = 'cache.json' as ByteString
 const CONFIG_JSON = 'config.json' as ByteString
@@ -207,6 +216,29 @@ export class NodeRoot {
 
   writeConfig(config: NodeRootRecord): void {
     replaceRecord(this.#place, CONFIG_JSON, NodeRootRecord.parse(config))
+  }
+
+  /** What failed last, the newest first. */
+  lastErrors(): ErrorsRecord['errors'] {
+    return readRecord(this.#place, ERRORS_JSON, ErrorsRecord)?.errors ?? []
+  }
+
+  /** Keeps what failed, so that `status` can tell. It never fails itself: what it is about matters more. */
+  noteError(verb: string, error: unknown): void {
+    try {
+      const { code = 'BUG', message } = error as Error & { code?: unknown }
+      const noted = {
+        atMs: Date.now(),
+        verb,
+        code: String(code).slice(0, 100),
+        message: String(message).slice(0, 4000),
+      }
+      const [last, ...others] = this.lastErrors()
+      // The same again and again takes the place of itself.
+      const isSame = last?.verb === verb && last.code === noted.code && last.message === noted.message
+      const errors = [noted, ...(last === undefined || isSame ? [] : [last]), ...others].slice(0, 10)
+      replaceRecord(this.#place, ERRORS_JSON, { format: 1, errors })
+    } catch {}
   }
 
   readSolidify(): SolidifyRecord | undefined {

@@ -98,6 +98,22 @@ export type MountedRecord = z.infer<typeof MountedRecord>
 export const NodeRecord = z.strictObject({ format: z.literal(1), id: RecordId, name: Line })
 export type NodeRecord = z.infer<typeof NodeRecord>
 
+/** `errors.json` of a root on a node: what failed last, the newest first. Replaced as a whole. */
+export const ErrorsRecord = z.strictObject({
+  format: z.literal(1),
+  errors: z
+    .array(
+      z.strictObject({
+        atMs: AtMs,
+        verb: z.string().max(100),
+        code: z.string().max(100),
+        message: z.string().max(4000),
+      }),
+    )
+    .max(10),
+})
+export type ErrorsRecord = z.infer<typeof ErrorsRecord>
+
 /** `cache.json` in the state of a node: how much its cache of layers may hold. Replaced as a whole. */
 export const CacheRecord = z.strictObject({ format: z.literal(1), limitBytes: z.int().nonnegative() })
 export type CacheRecord = z.infer<typeof CacheRecord>

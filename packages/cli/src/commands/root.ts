@@ -1,10 +1,17 @@
+import { setTimeout as delay } from 'node:timers/promises'
 import {
   type ContainerRoot,
+  FileLeases,
+  Home,
   initHome,
   type LayerStatus,
   type LayerStorage,
+  parseMetricsAddress,
+  type RootSpace,
   type RootStatus,
   type SealLossyError,
+  serveMetrics,
+  statusOfHome,
   type VersionRecord,
 } from '@lsync/container-root'
 import { type HostPath, printable, textOf } from '@lsync/posix'
@@ -19,8 +26,9 @@ import {
   pathArgument,
   pathsArgument,
   sizeArgument,
+  timeArgument,
 } from '../options.ts'
-import { durationOf } from '../progress-line.ts'
+import { durationOf, sizeOf } from '../progress-line.ts'
 import { addStateOption, type StateOption, stateOf, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
 
@@ -198,29 +206,114 @@ const defineSync: Definer = (command, session) => {
         output.note(`following ${printable(root.mergedPath)}`)
       })
       await root.follow({ signal })
+      session.obey()
     }),
   )
 }
 
+interface StatusCommandOptions extends StateOption {
+  readonly home?: HostPath
+  readonly space?: true
+  readonly watch?: number | true
+  readonly metrics?: string
+}
+
+const WATCH_MS = 2000
+
 const defineStatus: Definer = (command, session) => {
-  addStateOption(command.argument('[name]', 'the root; default: all on this node')).action(
-    async (name: string | undefined, options: StateOption) => {
-      for (const one of name === undefined ? stateOf(options).rootNames() : [name]) {
-        await withToldRoot(one, options, session, async (root) => {
-          const status = await root.status()
-          session.output.data(
-            () => ({ type: 'status', ...status }),
-            () => statusText(status),
-          )
-          if (status.errors.length > 0) session.foundProblems()
-        })
+  addStateOption(command.argument('[name]', 'the root; default: all on this node'))
+    .option('--home <dir>', 'what a home says, whatever nodes have it', pathArgument)
+    .option('--space', 'measure what it takes, too: lists every layer')
+    .option('--watch [time]', 'say it again and again, each time after so long; default 2s', timeArgument)
+    .option('--metrics <address>', 'serve it to Prometheus on unix:/PATH or 127.0.0.1:PORT, until interrupted')
+    .action(async (name: string | undefined, options: StatusCommandOptions) => {
+      const { home, watch, metrics } = options
+      if (home !== undefined) return showHome(home, session)
+      if (metrics !== undefined) return serveStatus(metrics, name, options, session)
+      for (;;) {
+        for (const status of await statusesOf(name, options, session)) showStatus(status, session)
+        if (watch === undefined || session.signal.aborted) return
+        session.output.flush()
+        await delay(watch === true ? WATCH_MS : watch, undefined, { signal: session.signal }).catch(() => undefined)
+        if (session.signal.aborted) return session.obey()
       }
-    },
+    })
+}
+
+async function statusesOf(
+  name: string | undefined,
+  options: StatusCommandOptions,
+  session: Session,
+): Promise<RootStatus[]> {
+  const statuses: RootStatus[] = []
+  for (const one of name === undefined ? stateOf(options).rootNames() : [name]) {
+    await withToldRoot(one, options, session, async (root) => {
+      statuses.push(await root.status({ signal: session.signal, ...given({ space: options.space }) }))
+    })
+  }
+  return statuses
+}
+
+function showStatus(status: RootStatus, session: Session): void {
+  session.output.data(
+    () => ({ type: 'status', ...status }),
+    () => statusText(status),
   )
+  if (status.errors.length > 0) session.foundProblems()
+}
+
+async function serveStatus(
+  text: string,
+  name: string | undefined,
+  options: StatusCommandOptions,
+  session: Session,
+): Promise<void> {
+  const address = parseMetricsAddress(text)
+  const server = await serveMetrics(address, () => statusesOf(name, options, session))
+  const where = 'path' in address ? `unix:${address.path}` : `http://${address.host}:${server.port}/metrics`
+  session.output.data(
+    () => ({ type: 'metrics', where }),
+    () => `metrics on ${where}`,
+  )
+  session.output.flush()
+  try {
+    await untilAborted(session.signal)
+  } finally {
+    await server.close()
+  }
+  session.obey()
+}
+
+function untilAborted(signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    if (signal.aborted) resolve()
+    else signal.addEventListener('abort', () => resolve(), { once: true })
+  })
+}
+
+async function showHome(path: HostPath, session: Session): Promise<void> {
+  const home = Home.open(path)
+  try {
+    const status = await statusOfHome(home, new FileLeases(home.leaseDirectory), session.signal)
+    const { rootId, head, versions, layers, layerForm, lease, nodes } = status
+    const holder = lease === undefined || lease.isReleased ? 'nobody' : lease.node
+    session.output.data(
+      () => ({ type: 'home', ...status }),
+      () =>
+        [
+          `${printable(path)}: root ${rootId.slice(0, 12)}, version ${head} of ${versions}, ${layers} layers, new ones ${layerForm}`,
+          `  lease    ${holder}${lease === undefined ? '' : `, epoch ${lease.epoch}`}`,
+          ...nodes.map(({ node, version }) => `  node     ${node} on version ${version}`),
+        ].join('\n'),
+    )
+  } finally {
+    home.close()
+  }
 }
 
 function statusText(status: RootStatus): string {
-  const { name, home, isMounted, hasChanges, version, head, liveVersion, layers, lease, unfinished, errors } = status
+  const { name, home, isMounted, hasChanges, version, head, liveVersion, layers, lease, unfinished } = status
+  const { sync, space, lastErrors, errors } = status
   const holder = lease === undefined ? 'nobody' : lease.isReleased ? 'nobody' : lease.isOurs ? 'this node' : lease.node
   return [
     `${name}: ${isMounted ? 'mounted' : 'not mounted'}, version ${version}${hasChanges ? ' with changes' : ''}`,
@@ -228,11 +321,29 @@ function statusText(status: RootStatus): string {
     `  newest   ${head ?? 'unknown'}${liveVersion === undefined ? '' : ` (of this upper: ${liveVersion})`}`,
     `  lease    ${holder}${lease === undefined ? '' : `, epoch ${lease.epoch}`}`,
     ...(layers ?? []).map((layer, i) => `  ${i === 0 ? 'layers  ' : '        '} ${layerText(layer)}`),
+    ...(sync?.targets ?? []).map(
+      ({ phase, lagMs, failures }) =>
+        `  sync     ${phase}, lag ${durationOf(lagMs)}${failures.length > 0 ? `, ${failures.length} failed` : ''}`,
+    ),
+    ...(space === undefined ? [] : [`  space    ${spaceText(space)}`]),
     ...(unfinished === undefined
       ? []
       : [`  an interrupted ${unfinished} is finished or taken back by the next command`]),
+    ...lastErrors
+      .slice(0, 3)
+      .map(
+        ({ atMs, verb, code, message }) => `  failed   ${new Date(atMs).toISOString()} ${verb}: ${message} (${code})`,
+      ),
     ...errors.map(({ what, message }) => `  unknown  ${what}: ${message}`),
   ].join('\n')
+}
+
+function spaceText({ upperBytes, replicaBytes, layerBytes, sharedBytes, shadowedBytes }: RootSpace): string {
+  return [
+    `upper ${sizeOf(upperBytes)}`,
+    `replicas ${sizeOf(replicaBytes)}`,
+    `layers ${sizeOf(layerBytes)} (shared ${sizeOf(sharedBytes)}, shadowed ${sizeOf(shadowedBytes)})`,
+  ].join(', ')
 }
 
 function layerText({ id, form, isBottom, madeBy, covers, local }: LayerStatus): string {
