@@ -52,3 +52,10 @@ export function compareGrowth(series: readonly Series[], peer: string, goal?: Go
     ...(measured === undefined ? { remark: 'too few points' } : { measured }),
   }
 }
+
+/** A figure of one series, with a goal. */
+export function figure(label: string, series: Series | undefined, unit: 'ms' | 'MB', goal?: Goal): Comparison {
+  const measured = spreadOf(series, unit === 'ms' ? 'wallMs' : 'maxRssMiB')
+  const base: Comparison = { label, unit, ...(goal === undefined ? {} : { goal }) }
+  return measured === undefined ? { ...base, remark: 'missing or failed' } : { ...base, measured }
+}

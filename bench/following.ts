@@ -2,10 +2,10 @@ import { appendFileSync, mkdirSync, rmSync, unlinkSync, writeFileSync } from 'no
 import { dirname, join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { findProgram, startCommand } from './command.ts'
-import { compare, count, find } from './compare.ts'
+import { compare, count, figure, find } from './compare.ts'
 import { type Daemon, measureRest, startDaemon } from './daemon.ts'
 import { type Cost, measureCommand } from './measure.ts'
-import { type Comparison, type Goal, type Row, type Series, spreadOf } from './report.ts'
+import type { Goal, Row, Series } from './report.ts'
 import { openPlace } from './state.ts'
 import { describe, freshTargets, makeSource, newState, type SyncContext, workloadOf } from './sync-trees.ts'
 import { listFiles, writeDirectories } from './workload.ts'
@@ -55,13 +55,6 @@ async function flush(daemon: Daemon): Promise<Flushed> {
     if (flushed.failures > 0) throw new Error(`lsync could not carry over ${flushed.failures} names`)
     if (flushed.isSettled || attempt > 20) return flushed
   }
-}
-
-/** A figure of one series, with a goal. */
-function figure(label: string, series: Series | undefined, unit: 'ms' | 'MB', goal?: Goal): Comparison {
-  const measured = spreadOf(series, unit === 'ms' ? 'wallMs' : 'maxRssMiB')
-  const base: Comparison = { label, unit, ...(goal === undefined ? {} : { goal }) }
-  return measured === undefined ? { ...base, remark: 'missing or failed' } : { ...base, measured }
 }
 
 /** Changes some files of a tree in place, removes a few and makes as many anew; a hundred changes touch a hundred names. */

@@ -9,6 +9,7 @@ import { drawRow } from './plot.ts'
 import { compilePrograms } from './program.ts'
 import type { Context, Rows } from './question.ts'
 import { formatHead, formatJson, formatRow, formatSummary, type Report, type Row } from './report.ts'
+import { type RootOptions, rootNeedsNetwork, rootRows } from './root.ts'
 import { Scratch } from './scratch.ts'
 import { keeperVersions, type SnapshotOptions, snapshotRows } from './snapshot.ts'
 import type { Fs } from './state.ts'
@@ -20,6 +21,7 @@ const help = `Measures lsync against other ways to do the same job, side by side
 
   pnpm bench merge --quick                      every row at a small size, in half a minute
   pnpm bench merge --target /srv/data --only in-place    on your own file system
+  pnpm bench root --only switch                 a container goes to another node
   pnpm bench sync --only local,ssh              a first sync beside rsync, cp, tar and unison
 
 Usage: bench QUESTION [options]      bench list      bench --help
@@ -44,6 +46,8 @@ What is run
   --followed N,N,…       files in the rows changes and restart (1000,10000,100000; 1000000 takes some minutes)
   --rate N, --seconds N  new files a second in the row latency (1,000), and for how long (20)
   --directories N        directories of the row rest (100,000)
+  --changed N,N,…        changed files in the row changed (10,100,1000,3000)
+  --sizes N,N,…          files of the root in the row size (1000,10000,30000)
   --rest-seconds N       how long that row looks at each program (10)
   --quick                small sizes and three runs, in half a minute
 
@@ -85,6 +89,8 @@ const options = {
   seconds: { type: 'string' },
   directories: { type: 'string' },
   'rest-seconds': { type: 'string' },
+  changed: { type: 'string' },
+  sizes: { type: 'string' },
   quick: { type: 'boolean' },
   lsync: { type: 'string' },
   peer: { type: 'string', multiple: true },
@@ -119,7 +125,11 @@ function readCount(values: Values, name: keyof typeof options, otherwise: number
   return number
 }
 
-function readCounts(values: Values, name: 'growth' | 'curve' | 'followed', otherwise: readonly number[]): number[] {
+function readCounts(
+  values: Values,
+  name: 'growth' | 'curve' | 'followed' | 'changed' | 'sizes',
+  otherwise: readonly number[],
+): number[] {
   const text = values[name]
   if (text === undefined) return [...otherwise]
   const numbers = text.split(',').map(Number)
@@ -202,6 +212,26 @@ function readSnapshotOptions(values: Values): SnapshotOptions {
     curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
     changes: readCount(values, 'changes', quick ? 20 : 100),
     check: values.check === true,
+    skip: readWords(values.skip),
+  }
+}
+
+function readRootOptions(values: Values): RootOptions {
+  const quick = values.quick === true
+  const [fs = 'ext4', ...more] = readFs(values)
+  if (more.length > 0 || fs === 'moosefs') throw new UsageError('root takes one file system of ext4, xfs, btrfs, tmpfs')
+  return {
+    lsync: readLsync(values),
+    runs: Math.max(1, readCount(values, 'runs', quick ? 1 : 3)),
+    seed: readCount(values, 'seed', 1),
+    fs,
+    ...(values.target === undefined ? {} : { target: resolve(values.target) }),
+    curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
+    dirty: 100,
+    files: readCount(values, 'files', quick ? 200 : 10_000),
+    changes: readCount(values, 'changes', quick ? 50 : 1000),
+    changed: readCounts(values, 'changed', quick ? [10, 50] : [10, 100, 1000, 3000]),
+    sizes: readCounts(values, 'sizes', quick ? [100, 300] : [1000, 10_000, 30_000]),
     skip: readWords(values.skip),
   }
 }
@@ -293,6 +323,22 @@ const questions: Record<string, { rows: Rows<never>; ask: (values: Values) => As
         options,
         rows,
         needsNetwork: syncNeedsNetwork(rows.map(({ id }) => id)),
+        versions: carrierVersions(options.lsync),
+        leftOut: [],
+      }
+    },
+  },
+  root: {
+    rows: rootRows,
+    ask(values) {
+      const options = readRootOptions(values)
+      if (isolation()?.privileged === false) throw new UsageError('root mounts roots for real, and needs to be root')
+      const rows = chooseRows(values, rootRows, options)
+      return {
+        name: 'root',
+        options,
+        rows,
+        needsNetwork: rootNeedsNetwork(rows.map(({ id }) => id)),
         versions: carrierVersions(options.lsync),
         leftOut: [],
       }

@@ -9,6 +9,15 @@ const emptyMetadata = '/var/lib/mfs/metadata.mfs.empty'
 /** Programs that a MooseFS of the harness's own needs. */
 export const moosefsPrograms = ['mfsmaster', 'mfschunkserver', 'mfsmount', 'mfsmakesnapshot'] as const
 
+/** A MooseFS that runs. */
+export type Moosefs = {
+  /** Where it is mounted. */
+  root: string
+  /** Mounts it once more, by a client of its own with caches of its own, as another machine would. */
+  mountAgain: (name: string) => { root: string; unmount: () => void }
+  stop: () => void
+}
+
 /**
  * Starts a MooseFS of one master and one chunkserver, with its data in the scratch folder, and mounts it.
  *
@@ -16,7 +25,7 @@ export const moosefsPrograms = ['mfsmaster', 'mfschunkserver', 'mfsmount', 'mfsm
  * find the master only from within. Returns the mount point, which allows `mfsmakesnapshot`, and a function that stops
  * everything.
  */
-export async function startMoosefs(scratch: Scratch): Promise<{ root: string; stop: () => void }> {
+export async function startMoosefs(scratch: Scratch): Promise<Moosefs> {
   const folder = scratch.folder('moosefs')
   const removeFolder = scratch.onCleanup(() => rmSync(folder, { recursive: true, force: true }))
   const [meta, chunkMeta, chunks] = ['meta', 'chunk-meta', 'chunks'].map((name) => join(folder, name)) as [
@@ -71,9 +80,12 @@ export async function startMoosefs(scratch: Scratch): Promise<{ root: string; st
     runCommand([...server, 'start'])
     return scratch.onCleanup(() => runCommand([...server, 'stop']))
   })
-  const root = scratch.folder('moosefs-mount')
-  runCommand([program('mfsmount'), root, '-H', address, '-o', 'suid,dev'])
-  const unmount = scratch.onCleanup(() => runCommand(['umount', '--lazy', root]))
+  const mountAgain: Moosefs['mountAgain'] = (name) => {
+    const root = scratch.folder(name)
+    runCommand([program('mfsmount'), root, '-H', address, '-o', 'suid,dev'])
+    return { root, unmount: scratch.onCleanup(() => runCommand(['umount', '--lazy', root])) }
+  }
+  const { root, unmount } = mountAgain('moosefs-mount')
   // The mount comes up before the chunkserver has said hello; a write then waits or fails.
   for (let attempt = 0; ; attempt++) {
     await scratch.checkInterrupted()
@@ -89,6 +101,7 @@ export async function startMoosefs(scratch: Scratch): Promise<{ root: string; st
   runCommand(['mfssettrashtime', '0', root])
   return {
     root,
+    mountAgain,
     stop: () => {
       unmount()
       for (const stop of stops.reverse()) stop()

@@ -248,7 +248,8 @@ function pathsAt(place: Pick<Place, 'root' | 'upperRoot'>, name: string, view: s
 
 const foldersOf = ({ lower, upper, work }: State) => ({ lower, upper, work })
 
-async function writeTree(scratch: Scratch, fs: Fs, lower: string, workload: Workload): Promise<void> {
+/** Writes the lower of a workload into the existing directory `lower`. */
+export async function writeTree(scratch: Scratch, fs: Fs, lower: string, workload: Workload): Promise<void> {
   if (fs !== 'moosefs') return writeLower(lower, workload, scratch)
   // A small file costs milliseconds on MooseFS, and the clone of a whole group next to nothing.
   writeGroup(lower, workload, 0)

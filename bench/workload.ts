@@ -12,7 +12,7 @@ import {
   writeFileSync,
   writeSync,
 } from 'node:fs'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { Random } from './random.ts'
 import type { Scratch } from './scratch.ts'
 
@@ -107,6 +107,26 @@ export async function writeLower(root: string, workload: Workload, scratch: Scra
     await scratch.checkInterrupted()
     writeGroup(root, workload, group)
   }
+}
+
+/**
+ * Writes so many files beneath `root`, over a tree of `writeLower` or beside it: half of them in the place of the first ones of the
+ * tree, the others in a directory of their own, `made-ROUND`. Returns the path of the last one.
+ */
+export function writeChanged(
+  root: string,
+  workload: Workload,
+  { count, round }: { count: number; round: number },
+): string {
+  const random = new Random(workload.seed * 65_537 + round)
+  const content = new Content(workload.seed)
+  const replaced = listFiles({ files: Math.min(workload.files, Math.floor(count / 2)) })
+  const made = Array.from({ length: count - replaced.length }, (_, index) => join(`made-${round}`, nameFile(index)))
+  for (const path of [...replaced, ...made]) {
+    mkdirSync(dirname(join(root, path)), { recursive: true })
+    writeFileSync(join(root, path), content.next(random))
+  }
+  return made.at(-1) ?? ''
 }
 
 /** A directory of the view and what is left in it of the lower's files. */
