@@ -76,8 +76,8 @@ const ENGINE = [
   /node_modules\/(koffi|xxhash-wasm)\//,
 ]
 
-// But for workers, the sources of this workspace do nothing when they are loaded that others than their importers notice.
-const OURS = /\/packages\/[\w-]+\/src\/(?!.*worker\.ts$)/
+// But for workers, they do nothing when they are loaded that others than their importers notice.
+const LIBRARIES = /\/packages\/(?!cli\/)[\w-]+\/src\/(?!.*worker\.ts$)/
 
 /**
  * A few files: what the common commands need is one, and what others add comes with them. Sixty modules take twice as
@@ -98,14 +98,12 @@ export default defineConfig({
   platform: 'node',
   // lmdb finds its native part beside itself. Those of ssh2 are not built; it goes without them.
   external: [/^node:/, 'lmdb', /\.node$/],
-  // Whoever uses nothing of lmdb, or of a package of ours, does not load it: a worker of a sync has no use for tar files.
-  treeshake: { moduleSideEffects: (id, isExternal) => !isExternal && !OURS.test(id) },
   treeshake: {
     moduleSideEffects: [
       // Whoever uses nothing of lmdb does not load it,
       { external: true, sideEffects: false },
-      // and a merge not what compares and converts. Only a worker does something by being loaded.
-      { test: /packages\/(posix|overlay-merge)\/src\/(?!([\w-]+-)?worker\.ts)/, sideEffects: false },
+      // and a merge not what compares and converts, a worker of a sync not what reads tar files.
+      { test: LIBRARIES, sideEffects: false },
     ],
   },
   plugins: [builtins, workers, koffi, ssh2],
