@@ -1,4 +1,4 @@
-import { chmodSync, existsSync, mkdirSync, unlinkSync } from 'node:fs'
+import { chmodSync, existsSync, mkdirSync, renameSync, unlinkSync } from 'node:fs'
 import { createConnection, createServer, type Server, type Socket } from 'node:net'
 import { createInterface } from 'node:readline'
 import { errnoOf, type HostPath, LsyncError, printable, textOf } from '@lsync/posix'
@@ -69,11 +69,15 @@ export class ControlSocket {
     const server = createServer()
     const control = new ControlSocket(server, path)
     server.on('connection', (client) => control.#serve(client, sync))
+    const fresh = `${path}.new`
+    if (existsSync(fresh)) unlinkSync(fresh)
     await new Promise<void>((resolve, reject) => {
       server.once('error', reject)
-      server.listen(path, resolve)
+      server.listen(fresh, resolve)
     })
-    chmodSync(path, 0o600)
+    // It appears with the mode that it keeps.
+    chmodSync(fresh, 0o600)
+    renameSync(fresh, path)
     return control
   }
 
