@@ -35,6 +35,7 @@ import {
   resultMeta,
   type Trash,
   takeAway,
+  whileHeld,
   withoutProtection,
 } from './effects.ts'
 import { addFlags, finishDirectory, inheritsAcls, readMeta, writeMeta } from './encodings/inode.ts'
@@ -349,7 +350,8 @@ class RecordWork {
       dropAttributes(fromDir, from, step.drop ?? [], trash)
       if (step.do === 'place') putAttributes(fromDir, from, step.set, trash)
     }
-    if (!moveOver(fromDir, from, this.#targetFd, to, trash) && !resumed) {
+    const move = () => moveOver(fromDir, from, this.#targetFd, to, trash)
+    if (!(step.was === 'file' ? whileHeld(this.#targetFd, to, move) : move()) && !resumed) {
       throw new ChangedMeanwhileError(join(this.#path, to))
     }
   }
