@@ -29,6 +29,7 @@ interface Task {
   readonly session: number
   readonly job: Job
   readonly deliver: Deliver
+  readonly pay: Pay
   readonly resolve: (done: JobDone<Job['do']>) => void
   readonly reject: (error: unknown) => void
   readonly deliveries: Promise<void>[]
@@ -36,6 +37,9 @@ interface Task {
 
 /** Hands a worker's encoded operations to a target; resolves when it has carried them out. */
 export type Deliver = (lane: number, batch: Uint8Array) => Promise<void>
+
+/** Resolves when so many bytes that a worker has written may have been. */
+export type Pay = (bytes: number) => Promise<void>
 
 export interface JobDone<K extends Job['do']> {
   readonly result: JobResults[K]
@@ -138,12 +142,18 @@ class WorkerPool {
   }
 
   /** Does a job in the next free thread. Resolves when its operations have been carried out by the target, too. */
-  run<K extends Job['do']>(session: number, job: Extract<Job, { do: K }>, deliver: Deliver): Promise<JobResults[K]> {
+  run<K extends Job['do']>(
+    session: number,
+    job: Extract<Job, { do: K }>,
+    deliver: Deliver,
+    pay: Pay,
+  ): Promise<JobResults[K]> {
     return new Promise((resolve, reject) => {
       this.#queue.push({
         session,
         job,
         deliver,
+        pay,
         resolve: ({ result }) => resolve(result as JobResults[K]),
         reject,
         deliveries: [],
@@ -207,9 +217,10 @@ class WorkerPool {
     }
     const { task } = member
     if (task === undefined) return
-    if ('batch' in message) {
-      const { length } = message.batch
-      const delivery = task.deliver(member.lane, message.batch).finally(() => {
+    if ('batch' in message || 'written' in message) {
+      const length = 'batch' in message ? message.batch.length : message.written
+      const begun = 'batch' in message ? task.deliver(member.lane, message.batch) : task.pay(length)
+      const delivery = begun.finally(() => {
         Atomics.add(member.credit, 0, length)
         Atomics.notify(member.credit, 0)
       })

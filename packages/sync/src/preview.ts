@@ -13,6 +13,9 @@ export interface PreviewedChange {
   readonly change: 'new' | 'changed' | 'gone'
 }
 
+// A comparison sends nothing.
+const nothing = () => Promise.resolve()
+
 /**
  * What a sync to one target would do now, as far as the comparison of the upper with the index tells: nothing is read
  * but the upper, and nothing is written. Before the first sync everything is new: then the root alone is given.
@@ -33,6 +36,7 @@ export async function previewSync(
     losses: [],
     namespace,
     patterns: { include, exclude },
+    isLimited: false,
   })
   try {
     if (index.row(0, '' as ByteString) === undefined) return everything
@@ -43,7 +47,7 @@ export async function previewSync(
     while (queue.length > 0) {
       const piece = queue.splice(-64).filter(({ id }) => !pending.has(id))
       const directories = piece.map((directory) => ({ ...directory, pages: index.pages(directory.id) }))
-      const found = await workers.run<'scan'>(session, { do: 'scan', directories }, () => Promise.resolve())
+      const found = await workers.run<'scan'>(session, { do: 'scan', directories }, nothing, nothing)
       const paths = new Map(piece.map(({ id, path }) => [id, path]))
       for (const { directory, name } of found.dirty) {
         const parent = paths.get(directory) ?? ''

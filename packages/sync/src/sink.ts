@@ -1,5 +1,5 @@
 import { readShared, SHARED_BYTES } from '@lsync/posix'
-import { Applier, type ApplierOptions, type ContentOperation, type FileWriter, type PlainOperation } from './applier.ts'
+import { Applier, type ApplierOptions, type ContentOperation, type PlainOperation } from './applier.ts'
 import type { TreePath } from './model/operation.ts'
 import { MAX_CONTENT_BYTES, OperationEncoder, splitKeep } from './protocol/operation-codec.ts'
 
@@ -28,17 +28,21 @@ export interface ContentSink {
 /** Carries operations out in this thread. */
 export class DirectSink implements Sink {
   readonly applier: Applier
+  readonly #pay: ((bytes: number) => void) | undefined
 
-  constructor(options: ApplierOptions) {
+  /** `pay` is told of pieces of large files as they are written, and waits where a rate wants it. */
+  constructor(options: ApplierOptions, pay?: (bytes: number) => void) {
     this.applier = new Applier(options)
+    this.#pay = pay
   }
 
   run(operation: PlainOperation): void {
     this.applier.apply(operation)
   }
 
-  open(operation: ContentOperation): FileWriter {
-    return this.applier.open(operation)
+  open(operation: ContentOperation): ContentSink {
+    const writer = this.applier.open(operation)
+    return this.#pay === undefined || operation.sizeBytes < PAID_BYTES ? writer : paid(writer, this.#pay)
   }
 
   adopt(path: TreePath): void {
@@ -52,6 +56,24 @@ export class DirectSink implements Sink {
   }
 
   flush(): void {}
+}
+
+// Smaller files are paid for as a whole, with others.
+const PAID_BYTES = 1 << 20
+
+function paid(writer: ContentSink, pay: (bytes: number) => void): ContentSink {
+  let unpaid = 0
+  return {
+    write: (offset, bytes) => {
+      writer.write(offset, bytes)
+      unpaid += bytes.length
+      if (unpaid < PAID_BYTES) return
+      pay(unpaid)
+      unpaid = 0
+    },
+    finish: () => writer.finish(),
+    discard: () => writer.discard(),
+  }
 }
 
 /** Writes operations down and hands them over in batches; `emit` waits when too much is under way. */

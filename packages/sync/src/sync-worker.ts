@@ -19,6 +19,8 @@ export type ToWorker =
 /** What a worker says to the pool. */
 export type FromWorker =
   | { readonly batch: Uint8Array<ArrayBuffer> }
+  /** So many bytes of one file were written, and it waits until they are paid for. */
+  | { readonly written: number }
   | { readonly result: JobResults[keyof JobResults] }
   | { readonly error: TravellingError }
   | { readonly closed: number }
@@ -49,9 +51,18 @@ function emit(batch: Uint8Array<ArrayBuffer>): void {
   }
 }
 
+function pay(bytes: number): void {
+  if (credit === undefined) return
+  const whole = Atomics.load(credit, 0)
+  Atomics.sub(credit, 0, bytes)
+  parentPort?.postMessage({ written: bytes } satisfies FromWorker)
+  // Nobody else takes from it while a worker writes itself.
+  for (let left = whole - bytes; left < whole; left = Atomics.load(credit, 0)) Atomics.wait(credit, 0, left)
+}
+
 parentPort?.on('message', (message: ToWorker) => {
   if ('open' in message) {
-    workshops.set(message.open.session, new Workshop(message.open, { emit, hasOwnUmask }))
+    workshops.set(message.open.session, new Workshop(message.open, { emit, pay, hasOwnUmask }))
     return
   }
   if ('close' in message) {

@@ -242,12 +242,14 @@ export class TargetSession {
   }
 
   #take(state: TargetState): void {
-    const { target, upperFd, namespace, patterns } = this.#request
+    const { target, upperFd, namespace, patterns, pace } = this.#request
     this.#losses = state.losses
     this.#nextStage = Math.max(this.#nextStage, state.nextStage)
     this.#checkpoint = state.checkpoint
     const losses = state.losses.map(({ what }) => what)
-    this.#session = workers.open({ upperFd, delivery: target.delivery, losses, namespace, patterns })
+    const { delivery } = target
+    const isLimited = pace?.isLimited === true
+    this.#session = workers.open({ upperFd, delivery, losses, namespace, patterns, isLimited })
   }
 
   /** Says that something may have changed. Quick. */
@@ -1422,13 +1424,18 @@ export class TargetSession {
 
   async #run<K extends Job['do']>(job: Extract<Job, { do: K }>): Promise<JobResults[K]> {
     this.#request.signal.throwIfAborted()
-    const result = await workers.run<K>(this.#session, job, this.#deliver)
-    // What the workers write themselves is paid for afterwards: who pays next waits until it is made up for.
+    let paidBytes = 0
+    const result = await workers.run<K>(this.#session, job, this.#deliver, (bytes) => {
+      paidBytes += bytes
+      return this.#pay(bytes, 0)
+    })
+    // Of what the workers write themselves, the pieces of large files are paid for one by one, all else afterwards: who pays
+    // next waits until it is made up for.
     if (this.#request.target.delivery.mode === 'direct') {
       if ('operations' in job) await this.#pay(0, job.operations.length)
       else if (result !== undefined && 'bytes' in result) {
         this.#request.target.wrote?.(result.bytes, result.files)
-        await this.#pay(result.bytes, Math.max(1, result.files))
+        await this.#pay(Math.max(0, result.bytes - paidBytes), Math.max(1, result.files))
       }
     }
     return result

@@ -52,6 +52,8 @@ export interface SessionInit {
   readonly losses: readonly TargetLoss['what'][]
   readonly namespace: Namespace
   readonly patterns: Patterns
+  /** A rate is to be held, inside of a large file, too. */
+  readonly isLimited: boolean
 }
 
 /** A directory that is to be carried over. */
@@ -242,6 +244,8 @@ const EMPTY_NAME = '' as ByteString
 export interface WorkshopThread {
   /** Hands over encoded operations. */
   readonly emit: (batch: Uint8Array<ArrayBuffer>) => void
+  /** Waits until so many bytes that it has just written may have been. */
+  readonly pay: (bytes: number) => void
   readonly hasOwnUmask: boolean
 }
 
@@ -252,12 +256,12 @@ export class Workshop {
   readonly #context: SendContext
   readonly #isExcluded: IsExcluded | undefined
 
-  constructor(init: SessionInit, { emit, hasOwnUmask }: WorkshopThread) {
+  constructor(init: SessionInit, { emit, pay, hasOwnUmask }: WorkshopThread) {
     this.#init = init
     const { delivery } = init
     this.#sink =
       delivery.mode === 'direct'
-        ? new DirectSink({ ...delivery, losses: new Set(init.losses), hasOwnUmask })
+        ? new DirectSink({ ...delivery, losses: new Set(init.losses), hasOwnUmask }, init.isLimited ? pay : undefined)
         : new EncodedSink(emit)
     this.#context = {
       sink: this.#sink,
