@@ -1,4 +1,4 @@
-import { mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, renameSync, statSync, utimesSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { HostPath } from '@lsync/posix'
 import { openSync } from '@lsync/sync'
@@ -29,6 +29,32 @@ test('one large file is written at the rate that is to be held, not at once and 
     await flushed
     expect(readFileSync(`${at}/t/large`).equals(content)).toBe(true)
     expect(performance.now() - startedAt).toBeLessThan(60_000)
+  } finally {
+    await sync.stop()
+  }
+})
+
+test('more changes than a batch holds are carried over in several, and what moves from one to another arrives', async () => {
+  const { path: at } = temporary()
+  const names = Array.from({ length: 33_500 }, (_, index) => `d${index % 20}/f${index}`)
+  for (let index = 0; index < 20; index++) mkdirSync(`${at}/u/d${index}`, { recursive: true })
+  for (const name of names) writeFileSync(`${at}/u/${name}`, '')
+  writeFileSync(`${at}/u/d0/content`, 'content')
+  const request = { source: `${at}/u` as HostPath, targets: [`${at}/t` as HostPath], stateDir: `${at}/state` }
+  const first = await openSync({ ...request, once: true })
+  await first.flush()
+  await first.stop()
+  for (const name of names) utimesSync(`${at}/u/${name}`, 1, 1)
+  renameSync(`${at}/u/d0/content`, `${at}/u/d19/content`)
+  const sync = await openSync({ ...request, once: true })
+  try {
+    const before = sync.status.targets[0]?.checkpoint?.sequence ?? 0
+    const { isSettled, checkpoints } = await sync.flush()
+    expect(isSettled).toBe(true)
+    expect((checkpoints[0]?.sequence ?? 0) - before).toBeGreaterThanOrEqual(2)
+    expect(names.filter((name) => statSync(`${at}/t/${name}`).mtimeMs !== 1000)).toEqual([])
+    expect(readFileSync(`${at}/t/d19/content`, 'utf8')).toBe('content')
+    expect(statSync(`${at}/t/d0/content`, { throwIfNoEntry: false })).toBeUndefined()
   } finally {
     await sync.stop()
   }

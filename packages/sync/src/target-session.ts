@@ -128,6 +128,9 @@ const CHECKPOINT_ROW_BYTES = 32 << 20
 // A pass gets on for so long, at least, between two rounds for changes.
 const PASS_LEAST_MS = 250
 const PLAN_ROUNDS = 16
+// More names than these are planned and carried out in several batches, each of which is in memory as a whole. A rename from
+// one batch to another is a removal and a new name then.
+const BATCH_NAMES = 1 << 15
 const REACH_LEVELS = 256
 const RETRY_FIRST_MS = 1000
 const RETRY_MOST_MS = 60_000
@@ -165,6 +168,8 @@ interface HintedObjects {
   /** By their keys. */
   readonly handles: Map<string, FileHandle>
 }
+
+const NO_OBJECTS: ReadonlyMap<string, HintedObjects> = new Map()
 
 /** One target of one upper: its index, its journal, and what is still to be done. */
 export class TargetSession {
@@ -819,27 +824,34 @@ export class TargetSession {
     this.#suspects.clear()
     const objects = this.#objects
     this.#objects = new Map()
+    let done = 0
     const giveBack = () => {
       for (const [key, hinted] of objects) {
         const since = this.#objects.get(key)
         this.#objects.set(key, since ? { ...hinted, handles: new Map([...hinted.handles, ...since.handles]) } : hinted)
       }
-      for (const { directory, name } of taken) this.#add(directory, name)
+      for (const { directory, name } of taken.slice(done)) this.#add(directory, name)
       for (const key of suspects) this.#suspects.add(key)
     }
     try {
-      const made = await this.#plan(taken, forced, suspects, objects)
-      if (made === undefined) {
-        giveBack()
-        return 0
-      }
-      await this.#carryOut(made, taken)
-      for (const place of taken) {
-        this.#forced.delete(keyOf(place))
-        // It was somewhere else for the moment in which it was to be carried over.
-        const row = this.#index.row(place.directory, place.name)
-        if (row?.isDirectory === true) this.#queueAnew(row.ref)
-      }
+      do {
+        const batch = taken.length <= BATCH_NAMES ? taken : taken.slice(done, done + BATCH_NAMES)
+        const isLast = done + batch.length === taken.length
+        // What was seen of an inode counts for all names that it may have by now.
+        const made = await this.#plan(batch, forced, suspects, isLast ? objects : NO_OBJECTS)
+        if (made === undefined) {
+          giveBack()
+          return done
+        }
+        await this.#carryOut(made, batch)
+        for (const place of batch) {
+          this.#forced.delete(keyOf(place))
+          // It was somewhere else for the moment in which it was to be carried over.
+          const row = this.#index.row(place.directory, place.name)
+          if (row?.isDirectory === true) this.#queueAnew(row.ref)
+        }
+        done += batch.length
+      } while (done < taken.length)
     } catch (error) {
       giveBack()
       throw error
