@@ -120,6 +120,8 @@ export class Applier {
   readonly #onlyNew: boolean
   readonly #hasOwnUmask: boolean
   readonly #parents = new Map<string, Parent>()
+  /** The one that was asked for last: the next name is mostly in it, too. */
+  #last: { readonly path: TreePath; readonly parent: Parent } | undefined
   readonly #made: MadeDirectories
   readonly #tag = randomBytes(6).toString('hex')
   #count = 0
@@ -207,6 +209,7 @@ export class Applier {
   forget(): void {
     for (const { fd } of this.#parents.values()) close(fd)
     this.#parents.clear()
+    this.#last = undefined
   }
 
   #apply(operation: PlainOperation): void {
@@ -513,6 +516,11 @@ export class Applier {
   }
 
   #parent(path: TreePath): Parent {
+    if (this.#last?.path !== path) this.#last = { path, parent: this.#findParent(path) }
+    return this.#last.parent
+  }
+
+  #findParent(path: TreePath): Parent {
     if (path === '') {
       const held = this.#parents.get('')
       if (held !== undefined) return held
@@ -550,6 +558,7 @@ export class Applier {
 
   #hold(path: TreePath, parent: Parent): Parent {
     this.#parents.set(path, parent)
+    this.#last = { path, parent }
     if (this.#parents.size > PARENTS) {
       for (const [oldest, { fd }] of this.#parents) {
         if (oldest === '') continue
@@ -563,6 +572,7 @@ export class Applier {
 
   /** Forgets a path, whose place something else takes, with all beneath it. */
   #drop(path: TreePath): void {
+    this.#last = undefined
     const beneath = `${path}/`
     for (const [held, { fd }] of this.#parents) {
       if (held !== path && !held.startsWith(beneath)) continue

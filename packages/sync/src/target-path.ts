@@ -29,31 +29,42 @@ export interface Place {
  * @throws {OperationRefusedError} for the root itself, and for what is no path of a tree
  */
 export function placeOf(path: TreePath): Place {
-  checkPath(path)
   const slash = path.lastIndexOf('/')
-  return {
-    parent: (slash < 0 ? '' : path.slice(0, slash)) as TreePath,
-    name: path.slice(slash + 1) as ByteString,
+  const parent = (slash < 0 ? '' : path.slice(0, slash)) as TreePath
+  // Most names come after another one of their directory, whose path needs no second look.
+  if (slash > 0 && parent === checkedParent) checkName(path, slash + 1, path.length)
+  else {
+    checkPath(path)
+    checkedParent = parent
   }
+  return { parent, name: path.slice(slash + 1) as ByteString }
 }
+
+let checkedParent: TreePath | undefined
 
 /** @throws {OperationRefusedError} for what is no path of a tree */
 export function checkPath(path: TreePath): void {
-  if (path.includes('\0')) throw new OperationRefusedError(path, 'a path holds no NUL')
   let depth = 0
   for (let start = 0; start <= path.length; depth++) {
     const slash = path.indexOf('/', start)
     const end = slash < 0 ? path.length : slash
-    const length = end - start
-    if (length === 0) throw new OperationRefusedError(path, 'a name is not empty')
-    if (length > NAME_MAX) throw new OperationRefusedError(path, 'a name is at most 255 bytes long')
-    if (path.charCodeAt(start) === 0x2e && (length === 1 || (length === 2 && path.charCodeAt(start + 1) === 0x2e))) {
-      throw new OperationRefusedError(path, 'neither . nor .. is a name')
-    }
-    if (start === 0 && length === 39 && STATE_INSIDE.test(path.slice(0, end))) {
-      throw new OperationRefusedError(path, 'this name is kept for the state of a target')
-    }
+    checkName(path, start, end)
     start = end + 1
   }
   if (depth > NAME_MAX_DEPTH) throw new OperationRefusedError(path, 'it is nested too deeply')
+}
+
+function checkName(path: TreePath, start: number, end: number): void {
+  const length = end - start
+  if (length === 0) throw new OperationRefusedError(path, 'a name is not empty')
+  if (length > NAME_MAX) throw new OperationRefusedError(path, 'a name is at most 255 bytes long')
+  if (path.charCodeAt(start) === 0x2e && (length === 1 || (length === 2 && path.charCodeAt(start + 1) === 0x2e))) {
+    throw new OperationRefusedError(path, 'neither . nor .. is a name')
+  }
+  for (let at = start; at < end; at++) {
+    if (path.charCodeAt(at) === 0) throw new OperationRefusedError(path, 'a path holds no NUL')
+  }
+  if (start === 0 && length === 39 && STATE_INSIDE.test(path.slice(0, end))) {
+    throw new OperationRefusedError(path, 'this name is kept for the state of a target')
+  }
 }

@@ -113,8 +113,8 @@ export class Row {
   with(known: { name?: ByteString; ref?: number; metaHash?: bigint; contentHash?: bigint; settled?: false }): Row {
     const image = Buffer.from(this.image)
     if (known.ref !== undefined) image.writeUIntLE(known.ref, REF_AT, 6)
-    if (known.metaHash !== undefined) image.writeBigUInt64LE(known.metaHash, META_HASH_AT)
-    if (known.contentHash !== undefined) image.writeBigUInt64LE(known.contentHash, CONTENT_HASH_AT)
+    if (known.metaHash !== undefined) writeHash(image, META_HASH_AT, known.metaHash)
+    if (known.contentHash !== undefined) writeHash(image, CONTENT_HASH_AT, known.contentHash)
     if (known.settled === false) image.fill(0, CHANGE_AT, MODIFICATION_AT)
     const name = known.name ?? this.name
     image[NAME_LENGTH_AT] = name.length
@@ -122,33 +122,44 @@ export class Row {
   }
 }
 
+const hash = new BigUint64Array(1)
+const hashBytes = Buffer.from(hash.buffer)
+
+// Buffer.writeBigUInt64LE takes a bigint apart byte by byte.
+function writeHash(image: Buffer, at: number, value: bigint): void {
+  hash[0] = value
+  hashBytes.copy(image, at)
+}
+
+// A first pass makes millions of images: words are put together here, where it costs least, and copied at once.
+const imageWords = new Uint32Array(ROW_BYTES / 4)
+const imageBytes = Buffer.from(imageWords.buffer)
+
 /** The image of what statx(2) has just found. `ref` is the device number of devices, else 0. */
 export function writeImage(image: Buffer, at: number, words: StatWords, nameLength: number): void {
-  const word = (to: number, from: number) => image.writeUInt32LE(words[from] as number, at + to)
-  word(0, 4) // nlink
-  word(4, 5) // uid
-  word(8, 6) // gid
   const mode = (words[7] as number) & 0xffff
-  image.writeUInt16LE(mode, at + 12)
-  image[at + NAME_LENGTH_AT] = nameLength
-  image[at + FLAGS_AT] = (words[2] as number) & 0x30
-  word(16, 8) // ino
-  word(20, 9)
-  word(24, 20) // birth
-  word(28, 21)
-  word(32, 22)
-  word(36, 24) // change
-  word(40, 25)
-  word(44, 26)
-  word(48, 28) // modification
-  word(52, 29)
-  word(56, 30)
-  word(60, 10) // size
-  word(64, 11)
+  imageWords[0] = words[4] as number // nlink
+  imageWords[1] = words[5] as number // uid
+  imageWords[2] = words[6] as number // gid
+  imageWords[3] = mode | ((nameLength & 0xff) << 16) | (((words[2] as number) & 0x30) << 24)
+  imageWords[4] = words[8] as number // ino
+  imageWords[5] = words[9] as number
+  imageWords[6] = words[20] as number // birth
+  imageWords[7] = words[21] as number
+  imageWords[8] = words[22] as number
+  imageWords[9] = words[24] as number // change
+  imageWords[10] = words[25] as number
+  imageWords[11] = words[26] as number
+  imageWords[12] = words[28] as number // modification
+  imageWords[13] = words[29] as number
+  imageWords[14] = words[30] as number
+  imageWords[15] = words[10] as number // size
+  imageWords[16] = words[11] as number
   const type = mode & S_IFMT
-  const rdev = type === S_IFCHR || type === S_IFBLK ? deviceOf(words[32] as number, words[33] as number) : 0
-  image.writeUIntLE(rdev, at + REF_AT, 6)
-  image.fill(0, at + REF_AT + 6, at + ROW_BYTES)
+  const isDevice = type === S_IFCHR || type === S_IFBLK
+  imageWords[17] = isDevice ? deviceOf(words[32] as number, words[33] as number) : 0
+  imageWords.fill(0, 18)
+  imageBytes.copy(image, at)
 }
 
 // glibc's makedev; Linux has 12 bits of major and 20 of minor numbers, so it fits into 32.
@@ -219,10 +230,12 @@ export function withoutRow(page: Buffer, name: ByteString): Buffer {
 
 /** A row as it stands in a page. */
 export function rowBytes(row: Row): Buffer {
-  const bytes = Buffer.alloc(rowLength(row.name.length))
-  row.image.copy(bytes, 0)
-  bytes[NAME_LENGTH_AT] = row.name.length
-  bytes.write(row.name, ROW_BYTES, 'latin1')
+  const { name, image } = row
+  const bytes = Buffer.allocUnsafe(rowLength(name.length))
+  image.copy(bytes, 0)
+  bytes[NAME_LENGTH_AT] = name.length
+  bytes.write(name, ROW_BYTES, 'latin1')
+  for (let at = ROW_BYTES + name.length; at < bytes.length; at++) bytes[at] = 0
   return bytes
 }
 
