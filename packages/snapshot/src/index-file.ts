@@ -23,21 +23,29 @@ export class IndexInvalidError extends LsyncError {
 
 /** The JSON of an index file. Source: restic's design document, "Indexing". */
 export function encodeIndex(packs: readonly IndexedPack[]): Buffer {
-  const texts = packs.map(({ id, objects }) => `{"id":"${id}","blobs":[${objects.map(objectText).join(',')}]}`)
+  const texts = packs.map(({ id, objects }) => packOf(id, objects.map(objectText)))
   return Buffer.from(`{"packs":[${texts.join(',')}]}`)
 }
 
-/** As `encodeIndex`, of packs by their plain headers. */
-export function encodeIndexOfHeaders(packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): Buffer {
-  const texts = packs.map(({ id, header }) => {
-    const ids = header.toString('hex')
-    const objects: string[] = []
-    visitHeader(header, (kind, offset, length, uncompressedLength, idAt) => {
-      objects.push(objectText({ id: ids.slice(idAt * 2, (idAt + 32) * 2), kind, offset, length, uncompressedLength }))
-    })
-    return `{"id":"${id}","blobs":[${objects.join(',')}]}`
+/** What an index has of a pack, by its plain header: see `indexOfTexts`. */
+export function packText(id: ObjectId, header: Buffer): Buffer {
+  const ids = header.toString('hex')
+  const objects: string[] = []
+  visitHeader(header, (kind, offset, length, uncompressedLength, idAt) => {
+    objects.push(objectText({ id: ids.slice(idAt * 2, (idAt + 32) * 2), kind, offset, length, uncompressedLength }))
   })
-  return Buffer.from(`{"packs":[${texts.join(',')}]}`)
+  return Buffer.from(packOf(id, objects), 'latin1')
+}
+
+/** As `encodeIndex`, of what `packText` made of each pack. */
+export function indexOfTexts(texts: readonly Buffer[]): Buffer {
+  const comma = Buffer.from(',')
+  const list = texts.flatMap((text, i) => (i === 0 ? [text] : [comma, text]))
+  return Buffer.concat([Buffer.from('{"packs":['), ...list, Buffer.from(']}')])
+}
+
+function packOf(id: ObjectId, objects: readonly string[]): string {
+  return `{"id":"${id}","blobs":[${objects.join(',')}]}`
 }
 
 function objectText({ id, kind, offset, length, uncompressedLength }: PackedObject): string {

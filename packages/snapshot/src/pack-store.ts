@@ -1,4 +1,4 @@
-import { encodeIndexOfHeaders, INDEX_OBJECTS, type IndexedPack } from './index-file.ts'
+import { INDEX_OBJECTS, type IndexedPack, indexOfTexts, packText } from './index-file.ts'
 import type { ObjectId } from './model/tree.ts'
 import { type ObjectKind, objectsOf, type Pack, type PackedObject, PackWriter } from './pack.ts'
 import type { Repository } from './repository.ts'
@@ -17,6 +17,8 @@ export class PackStore {
   #failure: unknown
   #failed = false
   #stored: { readonly id: ObjectId; readonly header: Buffer }[] = []
+  /** What the next index has of them: made pack by pack, while others are filled. */
+  #texts: Buffer[] = []
   #storedObjects = 0
   #indexedMs = performance.now()
   #listeners: (() => void)[] = []
@@ -101,6 +103,7 @@ export class PackStore {
     // Of a pack that comes from another thread it is a plain array.
     const header = Buffer.from(buffer, byteOffset, byteLength)
     this.#stored.push({ id, header })
+    if (this.#writesIndex) this.#texts.push(packText(id, header))
     // The shortest entry has 37 bytes, the longest 41.
     this.#storedObjects += header.length / 37
     const isDue = this.#storedObjects >= INDEX_OBJECTS || performance.now() - this.#indexedMs > INDEX_AFTER_MS
@@ -108,12 +111,13 @@ export class PackStore {
   }
 
   async #writeIndex(): Promise<ObjectId | undefined> {
-    const packs = this.#stored
+    const [packs, texts] = [this.#stored, this.#texts]
     if (packs.length === 0) return undefined
     this.#stored = []
+    this.#texts = []
     this.#storedObjects = 0
     this.#indexedMs = performance.now()
-    const id = await this.#repository.writeFile('index', encodeIndexOfHeaders(packs), this.#signal)
+    const id = await this.#repository.writeFile('index', indexOfTexts(texts), this.#signal)
     this.#repository.addIndexOfHeaders(id, packs)
     return id
   }

@@ -22,6 +22,9 @@ const decompress = promisify(zstdDecompress)
 /** The first byte of a file in format version 2: what follows is a zstd frame. */
 const COMPRESSED_JSON = 2
 const MAX_JSON_BYTES = 512 * 1024 * 1024
+/** How much smaller an index becomes by compression. */
+const EXPECTED_RATIO = 3
+const MOST_CHUNK_BYTES = 8 * 1024 * 1024
 /** What an object takes in a compressed index: 32 bytes of its id, which nothing compresses, and some of its place. */
 const INDEXED_BYTES = 42
 // Sizes of files are what somebody else says.
@@ -119,6 +122,8 @@ export class Repository {
   readonly threads: PreparedThreads
   #table = new ObjectTable()
   readonly #loadedIndexes = new Set<ObjectId>()
+  /** Packs of our latest index, whose places are not in the table yet. */
+  #unplaced: readonly { readonly id: ObjectId; readonly header: Buffer }[] = []
 
   private constructor(
     backend: Backend,
@@ -190,12 +195,14 @@ export class Repository {
 
   /** Where every object lies that an index names, as far as indexes were read. */
   get table(): ObjectTable {
+    this.#place()
     return this.#table
   }
 
   /** Forgets what indexes said, after packs were moved or removed. */
   resetIndex(): void {
     this.#table = new ObjectTable()
+    this.#unplaced = []
     this.#loadedIndexes.clear()
   }
 
@@ -229,7 +236,9 @@ export class Repository {
     if (first === 0x5b || first === 0x7b) return plain
     if (first !== COMPRESSED_JSON) throw new FileDamagedError(file, 'its encoding is unknown')
     try {
-      return await decompress(plain.subarray(1), { maxOutputLength: MAX_JSON_BYTES })
+      // Memory for the result is taken in pieces of `chunkSize`: small ones cost an index three times as much.
+      const chunkSize = chunkSizeFor(plain.length * EXPECTED_RATIO)
+      return await decompress(plain.subarray(1), { maxOutputLength: MAX_JSON_BYTES, chunkSize })
     } catch {
       throw new FileDamagedError(file, 'it is no zstd frame, or an absurdly large one')
     }
@@ -237,7 +246,9 @@ export class Repository {
 
   /** Writes a file of JSON, durable when it resolves. Returns its id. */
   async writeFile(kind: FileKind, json: Buffer, signal?: AbortSignal): Promise<ObjectId> {
-    const plain = this.compresses ? Buffer.concat([Buffer.of(COMPRESSED_JSON), await compress(json)]) : json
+    const plain = this.compresses
+      ? Buffer.concat([Buffer.of(COMPRESSED_JSON), await compress(json, { chunkSize: chunkSizeFor(json.length) })])
+      : json
     const sealed = sealBytes(this.engine, plain)
     const name = hashOf(sealed)
     await this.backend.put({ kind, name }, sealed, { signal })
@@ -286,8 +297,16 @@ export class Repository {
 
   /** Makes the objects of packs known that an index file of ours names, by their plain headers. */
   addIndexOfHeaders(id: ObjectId, packs: readonly { readonly id: ObjectId; readonly header: Buffer }[]): void {
-    for (const pack of packs) this.table.addHeader(this.table.addPack(pack.id), pack.header)
+    this.#place()
+    // Most who write do not read any more.
+    this.#unplaced = packs
     this.#loadedIndexes.add(id)
+  }
+
+  #place(): void {
+    if (this.#unplaced.length === 0) return
+    for (const pack of this.#unplaced) this.#table.addHeader(this.#table.addPack(pack.id), pack.header)
+    this.#unplaced = []
   }
 
   /**
@@ -379,6 +398,10 @@ export class KeyInUseError extends LsyncError {
       hint: 'open it with another password',
     })
   }
+}
+
+function chunkSizeFor(sizeBytes: number): number {
+  return Math.max(1024, Math.min(MOST_CHUNK_BYTES, sizeBytes))
 }
 
 const CONFIG: FileRef = { kind: 'config', name: '' }
