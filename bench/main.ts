@@ -11,7 +11,7 @@ import type { Context, Rows } from './question.ts'
 import { formatHead, formatJson, formatRow, formatSummary, type Report, type Row } from './report.ts'
 import { type RootOptions, rootNeedsNetwork, rootRows } from './root.ts'
 import { Scratch } from './scratch.ts'
-import { keeperVersions, type SnapshotOptions, snapshotRows } from './snapshot.ts'
+import { keeperVersions, type SnapshotOptions, snapshotNeedsNetwork, snapshotRows } from './snapshot.ts'
 import type { Fs } from './state.ts'
 import { syncNeedsNetwork, syncRows } from './sync.ts'
 import { carrierVersions } from './sync-peers.ts'
@@ -42,7 +42,7 @@ What is run
   --growth-changes N     changes in the row growth (1,000)
   --curve N,N,…          files below in the row curve (1000,10000,100000,1000000)
   --entries N            entries in the row memory (1,000,000)
-  --moosefs-files N      files of a sync to MooseFS (3,000)
+  --moosefs-files N      files of the row moosefs of sync and snapshot (3,000)
   --followed N,N,…       files in the rows changes and restart (1000,10000,100000; 1000000 takes some minutes)
   --rate N, --seconds N  new files a second in the row latency (1,000), and for how long (20)
   --directories N        directories of the row rest (100,000)
@@ -211,6 +211,7 @@ function readSnapshotOptions(values: Values): SnapshotOptions {
     ...(values.target === undefined ? {} : { target: resolve(values.target) }),
     curve: readCounts(values, 'curve', quick ? [300, 3000] : [1000, 10_000, 100_000, 1_000_000]),
     changes: readCount(values, 'changes', quick ? 20 : 100),
+    moosefsFiles: readCount(values, 'moosefs-files', quick ? 100 : 3000),
     check: values.check === true,
     skip: readWords(values.skip),
   }
@@ -350,7 +351,8 @@ const questions: Record<string, { rows: Rows<never>; ask: (values: Values) => As
       const options = readSnapshotOptions(values)
       const rows = chooseRows(values, snapshotRows, options)
       const versions = keeperVersions(options.lsync)
-      return { name: 'snapshot', options, rows, needsNetwork: false, versions, leftOut: [] }
+      const needsNetwork = snapshotNeedsNetwork(rows.map(({ id }) => id))
+      return { name: 'snapshot', options, rows, needsNetwork, versions, leftOut: [] }
     },
   },
 }

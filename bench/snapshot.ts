@@ -4,6 +4,7 @@ import { findProgram, runCommand, startCommand, versionOf } from './command.ts'
 import { compare, compareGrowth, compareOthers, count, find } from './compare.ts'
 import { compareFingerprints, takeFingerprint } from './fingerprint.ts'
 import { type Cost, measureCommand } from './measure.ts'
+import { moosefsPrograms } from './moosefs.ts'
 import type { Context, Rows } from './question.ts'
 import type { Comparison, Goal, Row, Series } from './report.ts'
 import { type Fs, keepsWholeSeconds, openPlace, type Place } from './state.ts'
@@ -18,6 +19,8 @@ export type SnapshotOptions = {
   seed: number
   fs: Fs
   target?: string
+  /** Files of the row moosefs. */
+  moosefsFiles: number
   /** Sizes of the rows changes and curve. */
   curve: readonly number[]
   /** Files that change in the row changes. */
@@ -31,6 +34,7 @@ type SnapshotContext = Context<SnapshotOptions>
 /** The rows of `bench snapshot` by id, in the order in which they run. */
 export const snapshotRows: Rows<SnapshotOptions> = {
   versions: { question: 'what do a first snapshot, one of nothing new and a restore cost?', rows: measureVersions },
+  moosefs: { question: 'what do they cost with a repository on MooseFS?', rows: measureMoosefs },
   changes: { question: 'what does a snapshot of some changes cost when a journal knows them?', rows: measureChanges },
   curve: { question: 'how does a first snapshot grow with the tree?', rows: measureCurve },
 }
@@ -112,6 +116,11 @@ function keepers({ options, scratch }: SnapshotContext): Keeper[] {
   ]
 }
 
+/** Whether rows need a network of their own: MooseFS does. */
+export function snapshotNeedsNetwork(rows: readonly string[]): boolean {
+  return rows.includes('moosefs')
+}
+
 /** Versions of the programs that run here, for the record. */
 export function keeperVersions(lsync: string): Record<string, string> {
   const versions: Record<string, string> = {}
@@ -148,9 +157,14 @@ function workloadOf({ seed }: SnapshotOptions, files: number, mostFiles = files)
   return { files, changes: 0, seed, content: mostFiles > mostFullFiles ? 'empty' : 'full', overlayOptions: [] }
 }
 
-function openFor({ scratch, options }: SnapshotContext, name: string, { files, content }: Workload): Promise<Place> {
+function openFor(
+  { scratch, options }: SnapshotContext,
+  name: string,
+  { files, content }: Workload,
+  fs = options.fs,
+): Promise<Place> {
   return openPlace(scratch, {
-    fs: options.fs,
+    fs,
     ...(options.target === undefined ? {} : { target: options.target }),
     name,
     // A repository and a restored tree, or one tree.
@@ -178,11 +192,19 @@ type Life = { first: Cost; again?: Cost; restore?: Cost; sizeBytes: number; diff
 
 async function live(
   context: SnapshotContext,
-  request: { keeper: Keeper; tree: string; workload: Workload; name: string; isWhole: boolean; isChecked: boolean },
+  request: {
+    keeper: Keeper
+    tree: string
+    workload: Workload
+    name: string
+    fs?: Fs
+    isWhole: boolean
+    isChecked: boolean
+  },
 ): Promise<Life> {
   const { scratch, programs, progress } = context
   const { keeper, tree, workload, name } = request
-  const place = await openFor(context, name, workload)
+  const place = await openFor(context, name, workload, request.fs)
   try {
     const repository = join(place.root, 'repository')
     const target = join(place.root, 'restored')
@@ -227,7 +249,26 @@ function sizeOf(directory: string): number {
 
 async function* measureVersions(context: SnapshotContext): AsyncGenerator<Row> {
   const { options } = context
-  const workload = workloadOf(options, options.files)
+  const setting = `${count(options.files)} small files on ${placeName(options)}, to a repository on another one`
+  yield* measureLives(context, { files: options.files, fs: options.fs, setting, hasGoals: true })
+}
+
+async function* measureMoosefs(context: SnapshotContext): AsyncGenerator<Row> {
+  const { options } = context
+  const absent = moosefsPrograms.filter((program) => findProgram(program) === undefined)
+  if (absent.length > 0) return context.missing({ name: 'row moosefs', reason: `${absent.join(', ')} not installed` })
+  const setting = `${count(options.moosefsFiles)} small files on ${placeName(options)}; the repository, and what is restored, on MooseFS`
+  yield* measureLives(context, { files: options.moosefsFiles, fs: 'moosefs', setting, hasGoals: false })
+}
+
+/** `fs`: where repositories and restored trees lie. */
+async function* measureLives(
+  context: SnapshotContext,
+  request: { files: number; fs: Fs; setting: string; hasGoals: boolean },
+): AsyncGenerator<Row> {
+  const { options } = context
+  const { files, fs, setting, hasGoals } = request
+  const workload = workloadOf(options, files)
   const tree = await makeTree(context, workload, 'versions')
   try {
     const chosen = chosenKeepers(context)
@@ -244,7 +285,7 @@ async function* measureVersions(context: SnapshotContext): AsyncGenerator<Row> {
         if (keeper === undefined || own === undefined) continue
         const isChecked = options.check && round === 0
         const name = `round ${round + 1} ${keeper.name}`
-        const life = await live(context, { keeper, tree: tree.path, workload, name, isWhole: true, isChecked })
+        const life = await live(context, { keeper, tree: tree.path, workload, name, fs, isWhole: true, isChecked })
         own.first.samples.push({ round, ...life.first })
         if (life.again !== undefined) own.again.samples.push({ round, ...life.again })
         if (life.restore !== undefined) own.restore.samples.push({ round, ...life.restore })
@@ -252,7 +293,6 @@ async function* measureVersions(context: SnapshotContext): AsyncGenerator<Row> {
         own.sizes.push(life.sizeBytes)
       }
     }
-    const setting = `${count(options.files)} small files on ${placeName(options)}, to a repository on another one`
     const row = (id: 'first' | 'again' | 'restore', title: string, goal?: Goal): Row => {
       const all = series.map((own) => own[id])
       const main = compare('lsync ÷ restic', find(all, 'lsync'), find(all, 'restic'), ['lsync', 'restic'], goal)
@@ -260,7 +300,7 @@ async function* measureVersions(context: SnapshotContext): AsyncGenerator<Row> {
         id,
         title,
         setting,
-        fs: options.fs,
+        fs,
         series: all,
         checkedAgainst: 'the source',
         comparisons: [
@@ -272,9 +312,9 @@ async function* measureVersions(context: SnapshotContext): AsyncGenerator<Row> {
         notes: contentNotes,
       }
     }
-    yield row('first', 'first snapshot', goals.first)
+    yield row('first', 'first snapshot', hasGoals ? goals.first : undefined)
     yield row('again', 'a snapshot of nothing new')
-    yield row('restore', 'restore into a new directory', goals.restore)
+    yield row('restore', 'restore into a new directory', hasGoals ? goals.restore : undefined)
   } finally {
     tree.close()
   }
