@@ -1,5 +1,5 @@
 import { spawn } from 'node:child_process'
-import { chmodSync, cpSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { chmodSync, cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { hostPath } from '@lsync/posix'
 import {
@@ -25,6 +25,7 @@ import { buildTree, dir, file } from '../support/build.ts'
 import { FailingBackend, GoneError } from '../support/failing-backend.ts'
 import { needs } from '../support/needs.ts'
 import { newRepository, PASSWORD, reopen, temporaryDirectory } from '../support/repository.ts'
+import { runs, timeLimit } from '../support/runs.ts'
 import { readTree } from '../support/tree.ts'
 
 const isRoot = needs('root', process.geteuid?.() === 0)
@@ -127,24 +128,30 @@ describe.skipIf(!isRoot)('a crash of copy', () => {
   )
 })
 
-describe.skipIf(!isRoot).each(['before', 'after'] as const)('a crash right %s any change', (when) => {
-  /** A history in which a bit of one piece of a file is flipped. */
-  async function damaged() {
-    const made = await history()
-    const repository = await reopen(made.path)
-    const context = { ...made, latest: await findSnapshot(repository, 'latest') }
-    await repository.loadIndex()
-    const located = await locatePath(repository, context.latest, hostPath(`${context.tree}/kept/f5`))
-    const [piece] = located.node?.content ?? []
-    const { packId, offset } = repository.table.locate('data', String(piece)) as { packId: string; offset: number }
-    const pack = `${context.path}/data/${packId.slice(0, 2)}/${packId}`
-    const bytes = readFileSync(pack)
-    bytes[offset + 5] = (bytes[offset + 5] as number) ^ 1
-    chmodSync(pack, 0o600)
-    writeFileSync(pack, bytes)
-    return { ...context, id: packId }
-  }
+/** A history in which a bit of one piece of a file is flipped. */
+async function damaged() {
+  const made = await history()
+  const repository = await reopen(made.path)
+  const context = { ...made, latest: await findSnapshot(repository, 'latest') }
+  await repository.loadIndex()
+  const located = await locatePath(repository, context.latest, hostPath(`${context.tree}/kept/f5`))
+  const [piece] = located.node?.content ?? []
+  const { packId, offset } = repository.table.locate('data', String(piece)) as { packId: string; offset: number }
+  const pack = `${context.path}/data/${packId.slice(0, 2)}/${packId}`
+  const bytes = readFileSync(pack)
+  bytes[offset + 5] = (bytes[offset + 5] as number) ^ 1
+  chmodSync(pack, 0o600)
+  writeFileSync(pack, bytes)
+  return { ...context, id: packId }
+}
 
+/** What a check of all content finds wrong. */
+async function errorsIn(path: string): Promise<ReadonlySet<string>> {
+  const { problems } = await checkRepository(await reopen(path), { readData: true })
+  return new Set(problems.filter(({ severity }) => severity === 'error').map(({ code, id }) => `${code} ${id}`))
+}
+
+describe.skipIf(!isRoot).each(['before', 'after'] as const)('a crash right %s any change', (when) => {
   /** Runs `operate` again and again on repositories that are gone later each time, then once to the end. */
   async function crashAtEach(
     prepare: () => Promise<{ readonly path: string }>,
@@ -169,11 +176,6 @@ describe.skipIf(!isRoot).each(['before', 'after'] as const)('a crash right %s an
       await operate(again)
       await expectRight(path)
     }
-  }
-
-  const errorsIn = async (path: string) => {
-    const { problems } = await checkRepository(await reopen(path), { readData: true })
-    return new Set(problems.filter(({ severity }) => severity === 'error').map(({ code, id }) => `${code} ${id}`))
   }
 
   test('of repair packs loses what was damaged, and nothing else', async () => {
@@ -209,13 +211,154 @@ describe.skipIf(!isRoot).each(['before', 'after'] as const)('a crash right %s an
   })
 })
 
+const CHILD = fileURLToPath(new URL('../support/snapshot-child.ts', import.meta.url))
+
+/** An operation that a process of its own runs, on a copy of what was prepared for it, until it is killed. */
+interface Killed {
+  /** `other`: what the process is told besides where the repository is. */
+  readonly prepare: () => Promise<{ readonly path: string; readonly other: string; readonly tree: string }>
+  /** The same in this process, to its end. */
+  readonly complete: (repository: Repository, other: string) => Promise<unknown>
+  /** What holds right after the kill, and what when it was completed. */
+  readonly expectKilled: (path: string, tree: string) => Promise<unknown>
+  readonly expectComplete: (path: string, tree: string) => Promise<unknown>
+}
+
+const repairsSnapshots = async (repository: Repository) =>
+  repairSnapshots(repository, { snapshots: await listSnapshots(repository), forget: true })
+
+const killed: Readonly<Record<string, Killed>> = {
+  forget: {
+    prepare: async () => {
+      const context = await history()
+      const repository = await reopen(context.path)
+      for (let i = 0; i < 10; i++) {
+        writeFileSync(`${context.tree}/kept/f1`, `version ${i}`)
+        await createSnapshot(repository, { targets: [{ path: hostPath(context.tree) }] })
+      }
+      return { ...context, other: '' }
+    },
+    complete: (repository) => forgetSnapshots(repository, { keep: { last: 1 } }),
+    expectKilled: expectWhole,
+    expectComplete: async (path, tree) => {
+      expect(await listSnapshots(await expectWhole(path, tree))).toHaveLength(1)
+    },
+  },
+  copy: {
+    prepare: async () => {
+      const { path: source, tree } = await history()
+      return { path: (await newRepository()).path, other: source, tree }
+    },
+    complete: async (repository, other) => {
+      const source = await reopen(other)
+      await copySnapshots(source, repository, { snapshots: await listSnapshots(source) })
+    },
+    // Whatever snapshots have arrived by then are whole.
+    expectKilled: async (path) => expect([...(await errorsIn(path))]).toEqual([]),
+    expectComplete: async (path, tree) => {
+      expect(await listSnapshots(await expectWhole(path, tree))).toHaveLength(2)
+    },
+  },
+  'repair index': {
+    prepare: async () => {
+      const context = await history()
+      rmSync(`${context.path}/index`, { recursive: true })
+      mkdirSync(`${context.path}/index`)
+      return { ...context, other: '' }
+    },
+    complete: (repository) => repairIndex(repository),
+    // Snapshots are as they were, and nothing but what was missing before is missing.
+    expectKilled: async (path) => {
+      expect(await listSnapshots(await reopen(path))).toHaveLength(2)
+      for (const error of await errorsIn(path)) expect(error).toMatch(/^OBJECT_MISSING /)
+    },
+    expectComplete: expectWhole,
+  },
+  'repair packs': {
+    prepare: async () => {
+      const context = await damaged()
+      return { ...context, other: context.id }
+    },
+    complete: (repository, other) => repairPacks(repository, [other]),
+    expectKilled: async (path) => {
+      expect(await listSnapshots(await reopen(path))).toHaveLength(2)
+      for (const error of await errorsIn(path)) expect(error).toMatch(/^(OBJECT|PACK)_(DAMAGED|MISSING) /)
+    },
+    expectComplete: async (path) => {
+      // The one piece that the flipped bit was in, and nothing else.
+      const errors = [...(await errorsIn(path))]
+      expect(errors).toHaveLength(1)
+      expect(errors[0]).toMatch(/^OBJECT_MISSING /)
+    },
+  },
+  'repair snapshots': {
+    prepare: async () => {
+      const context = await damaged()
+      await repairPacks(await reopen(context.path), [context.id])
+      return { ...context, other: '' }
+    },
+    complete: repairsSnapshots,
+    expectKilled: async (path) => {
+      const left = await listSnapshots(await reopen(path))
+      expect(new Set(left.map(({ original, id }) => original ?? id)).size).toBe(2)
+    },
+    expectComplete: async (path) => {
+      expect([...(await errorsIn(path))]).toEqual([])
+      expect(await listSnapshots(await reopen(path))).toHaveLength(2)
+    },
+  },
+}
+
+describe.skipIf(!isRoot)('kill -9 of a process', () => {
+  test.each(Object.keys(killed))(
+    'that does %s leaves what it had, and a second one completes it',
+    async (what) => {
+      const { prepare, complete, expectKilled, expectComplete } = killed[what] as Killed
+      const { path: prepared, other, tree } = await prepare()
+      const rounds = runs(2).numRuns ?? 1
+      // Nobody kills the first: it says how long one takes, and the others are killed at some part of that.
+      let wholeMs = 0
+      for (let round = 0; round <= rounds; round++) {
+        const path = `${temporaryDirectory()}/repository`
+        cpSync(prepared, path, { recursive: true })
+        const killMs = round === 0 ? undefined : (wholeMs * (round - 0.5)) / rounds
+        const takenMs = await runUntilKilled([path, PASSWORD, what, other], killMs)
+        if (round === 0) wholeMs = takenMs
+        await removeLocks(await reopen(path), { all: true })
+        await expectKilled(path, tree)
+        await complete(await reopen(path), other)
+        await expectComplete(path, tree)
+      }
+    },
+    timeLimit(60_000),
+  )
+})
+
+/** Runs a process. Returns how long it was at work after it said that it begins. */
+async function runUntilKilled(args: readonly string[], killMs: number | undefined): Promise<number> {
+  const child = spawn(process.execPath, [CHILD, ...args], { stdio: ['ignore', 'pipe', 'inherit'] })
+  onTestFinished(() => {
+    child.kill('SIGKILL')
+  })
+  let beganMs = 0
+  return new Promise((resolve, reject) => {
+    child.stdout.once('data', () => {
+      beganMs = performance.now()
+      if (killMs !== undefined) setTimeout(() => child.kill('SIGKILL'), killMs)
+    })
+    child.once('exit', (code, signal) => {
+      if (code === 0 || (signal === 'SIGKILL' && killMs !== undefined)) resolve(performance.now() - beganMs)
+      else reject(new Error(`the process ended with ${code ?? signal}`))
+    })
+  })
+}
+
 describe.skipIf(!isRoot)('kill -9', () => {
   test.each(['create', 'prune'])('of %s at any time loses nothing that was reported as saved', async (what) => {
     const { path, repository } = await newRepository()
     const tree = `${temporaryDirectory()}/tree`
     buildTree(tree, dir({ a: folder('a', 40), b: folder('b', 40) }))
     await createSnapshot(repository, { targets: [{ path: hostPath(tree) }] })
-    const child_ = fileURLToPath(new URL('../support/snapshot-child.ts', import.meta.url))
     const reported = new Set((await listSnapshots(repository)).map(({ id }) => id))
     for (let round = 0; round < 4; round++) {
       // Something to store, or to remove.
@@ -225,7 +368,7 @@ describe.skipIf(!isRoot)('kill -9', () => {
         await createSnapshot(await reopen(path), { targets: [{ path: hostPath(tree) }], force: true })
         await forgetSnapshots(await reopen(path), { ids: [gone.snapshotId] })
       }
-      const child = spawn(process.execPath, [child_, path, PASSWORD, what, tree], {
+      const child = spawn(process.execPath, [CHILD, path, PASSWORD, what, tree], {
         stdio: ['ignore', 'pipe', 'inherit'],
       })
       onTestFinished(() => {
@@ -241,12 +384,7 @@ describe.skipIf(!isRoot)('kill -9', () => {
           said += bytes
           killSoon()
         })
-        // A prune says nothing; its lock shows that it has begun.
-        const poll = setInterval(() => {
-          if (what === 'prune' && readdirSync(`${path}/locks`).length > 0) killSoon()
-        }, 2)
         child.once('exit', () => {
-          clearInterval(poll)
           clearTimeout(timer)
           resolve()
         })
