@@ -43,11 +43,13 @@ export function textsArgument(text: string, before: string[] | undefined): strin
   return [...(before ?? []), text]
 }
 
-/** A time such as `1s` or `200ms`, in ms. */
+const UNIT_MS: Readonly<Record<string, number>> = { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 }
+
+/** A time such as `200ms`, `1s` or `12h`, in ms. */
 export function timeArgument(text: string): number {
-  const [, count, unit] = /^(\d{1,7})(ms|s|m)?$/.exec(text) ?? []
+  const [, count, unit] = /^(\d{1,7})(ms|s|m|h|d)?$/.exec(text) ?? []
   if (count === undefined) throw new InvalidArgumentError('Expected a time such as 1s or 200ms.')
-  return Number(count) * (unit === 'ms' ? 1 : unit === 'm' ? 60_000 : 1000)
+  return Number(count) * (UNIT_MS[unit ?? 's'] as number)
 }
 
 /** `--upper`, `--lower`, `--data`, `--namespace`. */

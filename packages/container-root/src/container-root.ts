@@ -1,6 +1,8 @@
 import { EventEmitter } from 'node:events'
 import { bytesOf, type HostPath, randomHex, textOf } from '@lsync/posix'
+import type { Repository } from '@lsync/snapshot'
 import type { Sync } from '@lsync/sync'
+import { type BackupReport, backupVersion } from './backup.ts'
 import { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 import {
   configOf,
@@ -275,10 +277,10 @@ export class ContainerRoot {
   /**
    * Follows the upper of the root, and the ones that take its place, until it is aborted; the event `following` tells of each sync. Other
    * processes on this node may work on the root meanwhile: for as long, this one leaves it alone. It waits while the root is not mounted
-   * and this node has no lease.
+   * and this node has no lease; with `waits` also at first, where it would claim it.
    * @throws {RootBusyError} if another process follows the root already; {LeaseHeldError}, {LeaseLostError}
    */
-  async follow({ signal }: { readonly signal: AbortSignal }): Promise<void> {
+  async follow({ signal, waits = false }: { readonly signal: AbortSignal; readonly waits?: boolean }): Promise<void> {
     const { root } = this.#context
     if (await isFollowed(root)) throw new RootBusyError(root.path, 'another lsync follows it')
     this.#isFollower = true
@@ -290,7 +292,7 @@ export class ContainerRoot {
       onProblem: (error) => void this.events.emit('problem', { verb: 'sync', error }),
     })
     try {
-      await this.startSync({ signal })
+      if (!waits) await this.startSync({ signal })
       const socket = await FollowerSocket.listen(root, follower)
       try {
         await follower.run(signal)
@@ -417,6 +419,16 @@ export class ContainerRoot {
     const { home } = this.#context
     const version = options.version === undefined ? home.head() : home.version(options.version)
     return prefetch(this.#context, version, options.signal)
+  }
+
+  /** Saves a version (default the newest) in a repository; see `backupVersion`. */
+  backup(
+    repository: Repository,
+    options: { readonly version?: number | string; readonly signal?: AbortSignal } = {},
+  ): Promise<BackupReport> {
+    const { home } = this.#context
+    const version = options.version === undefined ? home.head() : home.version(options.version)
+    return this.#noting('backup', () => backupVersion(this.#context, repository, version, options.signal))
   }
 
   /** Folds layers of a version into one; see `compact`. Waits for nothing, and nothing waits for it. */

@@ -1,3 +1,4 @@
+export type { BackupReport } from './backup.ts'
 export * from './cgroup.ts'
 export { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 export {
@@ -34,6 +35,7 @@ export {
 export { type LiveUser, liveUsers } from './live-users.ts'
 export * from './metrics.ts'
 export * from './node-state.ts'
+export * from './policies.ts'
 export * from './quiescence.ts'
 export {
   CacheRecord,

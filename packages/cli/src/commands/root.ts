@@ -31,6 +31,7 @@ import {
 import { durationOf, sizeOf } from '../progress-line.ts'
 import { addStateOption, type StateOption, stateOf, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
+import { defineAgent, defineBackup, definePolicy } from './root-agent.ts'
 
 type Definer = (command: Command, session: Session) => void
 
@@ -52,6 +53,9 @@ export function define(command: Command, session: Session): void {
   add('rollback', 'make an earlier version the newest one', defineRollback)
   add('fork', 'make a second root of a version', defineFork)
   add('compact', 'fold layers of the newest version into one', defineCompact)
+  add('backup', 'save a version in a snapshot repository', defineBackup)
+  add('policy', 'say what is done without being asked', definePolicy)
+  add('agent', 'follow the roots of this node, and do what their policies say', defineAgent)
   add('seal', 'make the layers of a version sealed ones, each an image', defineSeal)
   add('gc', 'remove old versions, and layers that nobody needs', defineGc)
 }
