@@ -1,4 +1,7 @@
-import { EtcdLeases } from '@lsync/container-root'
+import { mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { ContainerRoot, EtcdLeases, initHome, NodeState } from '@lsync/container-root'
+import type { HostPath } from '@lsync/posix'
 import { describe, expect, test } from 'vitest'
 import { describeLeases } from '../conformance/leases.ts'
 import { hasEtcd, useEtcd } from '../support/etcd.ts'
@@ -37,6 +40,31 @@ describe.skipIf(!needs('etcd', hasEtcd))('with a real etcd', () => {
   test('a member that does not answer is passed over', async () => {
     const leases = new EtcdLeases({ endpoints: ['http://127.0.0.1:1', etcd.current.endpoint], root: 'passed-over' })
     expect((await leases.acquire({ node: 'one' })).epoch).toBe(1)
+  })
+
+  test('a home that says so has its lease in etcd, for every node that opens it', async () => {
+    const at = mkdtempSync(`${tmpdir()}/lsync-etcd-`)
+    try {
+      for (const name of ['base', 'one', 'two']) mkdirSync(`${at}/${name}`, { mode: 0o700 })
+      const home = `${at}/home` as HostPath
+      const [one, two] = ['one', 'two'].map((name) => NodeState.open(`${at}/${name}` as HostPath)) as [
+        NodeState,
+        NodeState,
+      ]
+      const lease = { etcd: [etcd.current.endpoint], durationMs: 60_000 }
+      const made = await initHome({ home, bases: [`${at}/base` as HostPath], node: one.node, namespace: 'user', lease })
+      made.close()
+      const first = await ContainerRoot.open(home, 'lab', { state: one })
+      const second = await ContainerRoot.open(home, 'lab', { state: two })
+      const { epoch, claim } = await first.keepLease()
+      expect([epoch, claim.durationMs]).toEqual([1, 60_000])
+      await expect(second.keepLease()).rejects.toMatchObject({ code: 'LEASE_HELD' })
+      expect(readdirSync(`${home}/lease`)).toEqual([])
+      await first.close()
+      await second.close()
+    } finally {
+      rmSync(at, { recursive: true })
+    }
   })
 
   test('a damaged claim is refused, and force goes on after it', async () => {

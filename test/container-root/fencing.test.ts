@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
-import { ContainerRoot, collectGarbage, FileLeases, type LeaseClaim } from '@lsync/container-root'
+import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { ContainerRoot, collectGarbage, FileLeases, type LeaseClaim, leaseNameOf } from '@lsync/container-root'
 import { setSyscallHook } from '@lsync/posix'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { dir, file } from '../support/build.ts'
@@ -121,6 +121,96 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       await root.unmount().catch(() => undefined)
       await root.close()
     }
+  })
+
+  test('a version that is published after another node took over by force does not count', async () => {
+    const site = await setUp()
+    let looksUntilSleep = 0
+    let whileItSleeps: () => Promise<unknown> = async () => undefined
+    class SleepyLeases extends FileLeases {
+      override async assertNewest(claim: LeaseClaim): Promise<void> {
+        await super.assertNewest(claim)
+        if (--looksUntilSleep === 0) await whileItSleeps()
+      }
+    }
+    const root = await ContainerRoot.open(site.home, 'lab', {
+      state: site.node('one'),
+      leases: ({ leaseDirectory }) => new SleepyLeases(leaseDirectory),
+    })
+    try {
+      await root.mount()
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      await withRoot(site, 'two', async (other) => {
+        whileItSleeps = () => other.mount({ takeover: 'force' })
+        root.events.on('step', ({ step }) => {
+          // The first look comes before the layer gets its place, the second one right before the publication.
+          if (step === 'synced') looksUntilSleep = 2
+        })
+        await expect(root.solidify()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+        writeFileSync(`${other.mergedPath}/by-two`, 'two')
+        await other.solidify()
+        expect(other.versions().map(({ layers }) => layers.length)).toEqual([1, 2])
+        expect(existsSync(`${other.mergedPath}/by-one`)).toBe(false)
+        // What it wrote is in its upper still.
+        await expect(root.mount()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+        expect(readFileSync(`${root.statePath}/upper/by-one`, 'utf8')).toBe('one')
+        await other.gc({ keep: 1, graceMs: 0 })
+        // The first one lies under both mounts; the fence and what came after it too late are gone.
+        expect(readdirSync(`${site.home}/versions`).sort()).toEqual(['1.json', '4.json'])
+      })
+    } finally {
+      await root.unmount().catch(() => undefined)
+      await root.close()
+    }
+  })
+
+  test('a node that was killed right after it had claimed the root goes on with its own claim', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async (root) => {
+      await new FileLeases(root.home.leaseDirectory).acquire({ node: leaseNameOf(root.node) })
+      await withRoot(site, 'two', (other) => expect(other.mount()).rejects.toMatchObject({ code: 'LEASE_HELD' }))
+      await root.mount()
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      expect((await root.solidify()).version.layers).toHaveLength(2)
+    })
+  })
+
+  test('a store that was restored from an older copy is refused, whoever asks first', async () => {
+    const site = await setUp()
+    const backup = `${site.home}.backup`
+    await withRoot(site, 'one', async (root) => {
+      await root.mount()
+      cpSync(site.home, backup, { recursive: true, preserveTimestamps: true })
+      await root.unmount()
+      // Two more claims, and a version, that the copy knows nothing of.
+      await root.mount()
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      await root.solidify()
+      await root.unmount()
+      await root.mount()
+      await root.unmount()
+    })
+    rmSync(site.home, { recursive: true })
+    renameSync(backup, site.home)
+    await withRoot(site, 'one', async (root) => {
+      await expect(root.mount()).rejects.toMatchObject({ code: 'STORE_WENT_BACK' })
+      await expect(root.mount({ takeover: 'expired' })).rejects.toMatchObject({ code: 'STORE_WENT_BACK' })
+      // On purpose it goes on from what the copy has.
+      await root.mount({ takeover: 'force' })
+      expect(existsSync(`${root.mergedPath}/by-one`)).toBe(false)
+    })
+  })
+
+  test('claims of numbers that a killed node left behind are collected', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async (root) => {
+      mkdirSync(`${site.home}/versions/2.claim`)
+      await root.mount()
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      expect((await root.solidify()).version.number).toBe(3)
+      await root.gc()
+      expect(readdirSync(`${site.home}/versions`).sort()).toEqual(['1.json', '3.json'])
+    })
   })
 
   test('a version that came too late to count never does, whatever gc removes', async () => {

@@ -20,6 +20,7 @@ import {
   withLayersInUse,
 } from './context.ts'
 import { type ConvertReport, type ConvertRequest, convertLayers } from './convert.ts'
+import { EtcdLeases } from './etcd-lease.ts'
 import { FileLeases } from './file-lease.ts'
 import { Follower, FollowerSocket, isFollowed, pauseFollower } from './follower.ts'
 import { type ForkRequest, fork } from './fork.ts'
@@ -37,7 +38,7 @@ import { diffVersions, type VersionDifference } from './version-diff.ts'
 export interface OpenOptions {
   /** The state of this node. Default `defaultNodeState()`. */
   readonly state?: NodeState
-  /** Who keeps the right to write. Default: files in the home. */
+  /** Who keeps the right to write. Default: as the home says. */
   readonly leases?: (home: Home) => Leases
   /** Where layers are kept near by. Default: the cache of the state, if it has one (`NodeState.openCache`). */
   readonly cache?: LayerCache
@@ -97,7 +98,7 @@ export class ContainerRoot {
         home,
         node: state.node,
         root,
-        leases: options.leases?.(home) ?? new FileLeases(home.leaseDirectory),
+        leases: options.leases?.(home) ?? leasesOf(home),
         cache,
         events: new EventEmitter<RootEvents>(),
         lease: undefined,
@@ -486,6 +487,14 @@ export class ContainerRoot {
       if (--this.#working === 0 && this.#sync === undefined) await this.#giveBack()
     }
   }
+}
+
+/** As the home says. */
+function leasesOf({ record, leaseDirectory }: Home): Leases {
+  const { etcd: endpoints, durationMs } = record.lease ?? {}
+  return endpoints === undefined
+    ? new FileLeases(leaseDirectory, { durationMs })
+    : new EtcdLeases({ endpoints, root: record.id, durationMs })
 }
 
 /** A node begins with the newest version; nothing of it is its own yet. */

@@ -104,10 +104,21 @@ export async function ensureLease(
   root.writeConfig({ ...config, lease: { epoch, token }, incomingEpoch: epoch, seenEpoch: epoch })
   return lease
 
-  function claim(): Promise<Lease> {
-    const request = { node: leaseNameOf(node), seenEpoch: config.seenEpoch, signal: options.signal }
-    if (options.takeover === undefined) return leases.acquire(request)
-    return leases.takeover({ ...request, force: options.takeover === 'force' })
+  async function claim(): Promise<Lease> {
+    const { signal, takeover } = options
+    const request = { node: leaseNameOf(node), seenEpoch: config.seenEpoch, signal }
+    if (takeover === undefined) {
+      const state = await leases.read(signal)
+      // Its own claim that it knows nothing of: the process that made it was killed before it could note it, for this one has the
+      // root's lock.
+      const isUnnoted =
+        state?.isReleased === false && state.claim.node === request.node && state.claim.epoch >= config.seenEpoch
+      // Whoever gave a lease back publishes nothing under it any more.
+      if (!isUnnoted) return leases.acquire(request)
+    }
+    const lease = await leases.takeover({ ...request, force: takeover !== 'expired' })
+    home.fence(lease.epoch)
+    return lease
   }
 }
 

@@ -22,7 +22,7 @@ export interface ForkRequest {
 export async function fork(context: RootContext, request: ForkRequest): Promise<Home> {
   const { home, node } = context
   const version = request.version === undefined ? home.head() : home.version(request.version)
-  const { namespace, id: rootId } = home.record
+  const { namespace, id: rootId, lease } = home.record
   const record = {
     format: 1,
     id: randomHex(16),
@@ -30,6 +30,7 @@ export async function fork(context: RootContext, request: ForkRequest): Promise<
     namespace,
     layerForm: request.layerForm ?? layerFormFor(request.home),
     forkedFrom: { rootId, version: version.number },
+    ...(lease === undefined ? {} : { lease }),
   } as const
   return withLayersInUse(context, version.number, version.layers, (layers) =>
     Home.create(request.home, record, async (made) => {

@@ -51,6 +51,8 @@ export async function collectGarbage(home: Home, policy: GcPolicy = {}): Promise
   if (dryRun) return { versions: drop, layers, restored, incoming }
   // Those that never counted first, while what makes them not count is there.
   for (const number of [...home.overtakenVersions(), ...drop]) home.trashVersion(number)
+  for (const number of home.neededNoMoreFences()) home.trashVersion(number)
+  home.dropOldClaims()
   for (const id of layers) {
     signal?.throwIfAborted()
     home.trashLayer(id)

@@ -18,11 +18,20 @@ import {
   tryStatAt,
   withFd,
 } from '@lsync/posix'
+import { z } from 'zod'
 import { DIRECTORY_FLAGS, ensureDirectory, isOursAlone, namesIn, tryOpenDirectory } from './directory.ts'
 import { chooseLayers } from './layer-choice.ts'
 import { type Lease, LeaseLostError } from './lease.ts'
 import { createRecord, type RecordPlace, readRecord, removeRecord, replaceRecord } from './record-file.ts'
-import { LayerRecord, MountedRecord, RECORD_ID, RecordDamagedError, RootRecord, VersionRecord } from './records.ts'
+import {
+  FenceRecord,
+  LayerRecord,
+  MountedRecord,
+  RECORD_ID,
+  RecordDamagedError,
+  RootRecord,
+  VersionRecord,
+} from './records.ts'
 import { sweepGone, throwAway } from './throw-away.ts'
 
 /** What is named as a home is none: nothing is there, or `init` did not come to its end. */
@@ -94,6 +103,7 @@ const INIT_JSON = 'init.json' as ByteString
 const LAYER_JSON = 'layer.json' as ByteString
 const TREE = 'tree' as ByteString
 const SYNC_STATE = '.lsync.sync.tree' as ByteString
+const NumberedRecord = z.union([VersionRecord, FenceRecord])
 const VERSION_FILE = /^([1-9]\d{0,14})\.json$/
 const TRASHED_LAYER = /^layer-([0-9a-f]{32})$/
 const TRASHED_VERSION = /^version-[1-9]\d{0,14}\.json$/
@@ -178,13 +188,25 @@ export class Home {
     return overtaken.filter((number) => number < head)
   }
 
-  #readVersions(): { readonly counting: VersionRecord[]; readonly overtaken: number[] } {
+  /** The fences below the newest version that counts, which does the same. Those that they overtook must be gone before. */
+  neededNoMoreFences(): number[] {
+    const { counting, fences } = this.#readVersions()
+    const head = counting.at(-1)?.number ?? 0
+    return fences.filter((number) => number < head)
+  }
+
+  #readVersions(): {
+    readonly counting: VersionRecord[]
+    readonly overtaken: number[]
+    readonly fences: number[]
+  } {
     return this.#in('versions', (place) => {
       let epoch = 0
       const versions: VersionRecord[] = []
       const overtaken: number[] = []
+      const fences: number[] = []
       for (const number of numbersIn(place)) {
-        const version = readRecord(place, `${number}.json` as ByteString, VersionRecord)
+        const version = readRecord(place, `${number}.json` as ByteString, NumberedRecord)
         // Taken away by a gc meanwhile.
         if (version === undefined) continue
         if (version.number !== number) {
@@ -195,9 +217,10 @@ export class Home {
           continue
         }
         epoch = version.epoch
-        versions.push(version)
+        if ('isFence' in version) fences.push(number)
+        else versions.push(version)
       }
-      return { counting: versions, overtaken }
+      return { counting: versions, overtaken, fences }
     })
   }
 
@@ -236,6 +259,30 @@ export class Home {
       this.requireLayers(draft.layers)
       return version
     }
+  }
+
+  /**
+   * Sees to it that nothing counts that is published from now on under an older lease: its holder may have looked whether it
+   * stands, and slept since. To be done after a lease was taken over, before the newest version is looked for.
+   */
+  fence(epoch: number): void {
+    for (let isDone = false; !isDone; ) {
+      isDone = this.#in('versions', (place) => {
+        const number = Math.max(0, ...numbersIn(place, true)) + 1
+        const record: FenceRecord = { format: 1, number, epoch, isFence: true }
+        return createRecord(place, `${number}.json` as ByteString, record)
+      })
+    }
+  }
+
+  /** Removes what claims of numbers left that are below the newest version. */
+  dropOldClaims(): void {
+    const head = this.versions().at(-1)?.number ?? 0
+    this.#in('versions', ({ fd }) => {
+      for (const name of namesIn(fd)) {
+        if (Number(/^([1-9]\d{0,14})\.claim$/.exec(name)?.[1] ?? head) < head) removeTree(fd, name)
+      }
+    })
   }
 
   /** The first version, which nobody needs a lease for. */

@@ -41,6 +41,7 @@ export {
   CacheRecord,
   ErrorsRecord,
   LayerRecord,
+  LeaseKeeping,
   MountedRecord,
   NodeRecord,
   NodeRootRecord,

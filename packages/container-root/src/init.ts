@@ -19,7 +19,7 @@ import {
 } from '@lsync/posix'
 import { importImage } from '@lsync/snapshot'
 import { Home, newLayer } from './home.ts'
-import type { NodeRecord, RootRecord } from './records.ts'
+import type { LeaseKeeping, NodeRecord, RootRecord } from './records.ts'
 import { sealInto } from './seal-into.ts'
 import type { SealLossyError } from './sealed-layer.ts'
 import { type LayerStorage, layerFormFor } from './store-form.ts'
@@ -47,6 +47,8 @@ export interface InitRequest {
   /** Hears of what sealed layers cannot hold: chattr flags. */
   readonly onLoss?: (loss: SealLossyError) => void
   readonly node: NodeRecord
+  /** Who keeps the right to write, for all nodes. Default: files in the home. */
+  readonly lease?: LeaseKeeping
   readonly signal?: AbortSignal
 }
 
@@ -68,7 +70,14 @@ export async function initHome(request: InitRequest): Promise<Home> {
   const { node, namespace = 'trusted' } = request
   if (request.bases.length === 0) throw new BaseMissingError()
   const layerForm = request.layerForm ?? layerFormFor(request.home)
-  const record: RootRecord = { format: 1, id: randomHex(16), createdAtMs: Date.now(), namespace, layerForm }
+  const record: RootRecord = {
+    format: 1,
+    id: randomHex(16),
+    createdAtMs: Date.now(),
+    namespace,
+    layerForm,
+    ...(request.lease === undefined ? {} : { lease: request.lease }),
+  }
   return Home.create(request.home, record, async (home) => {
     const layers: string[] = []
     // From the bottom up.

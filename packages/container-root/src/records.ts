@@ -17,6 +17,22 @@ const Line = z
 export const RootName = z.string().regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/)
 const AtMs = z.int().nonnegative()
 
+/**
+ * Who keeps the right to write a root. It is said once for all nodes, in the home: two that asked different keepers would both have it.
+ * Default: files in the home.
+ */
+export const LeaseKeeping = z.strictObject({
+  /** `http://host:2379` or https, of all members. */
+  etcd: z
+    .array(z.url({ protocol: /^https?$/ }))
+    .min(1)
+    .max(100)
+    .exactOptional(),
+  /** How long a claim stands after its last heartbeat. */
+  durationMs: z.int().min(1000).max(86_400_000).exactOptional(),
+})
+export type LeaseKeeping = z.infer<typeof LeaseKeeping>
+
 /** `root.json` of a home: what the home is of. Written once. */
 export const RootRecord = z.strictObject({
   format: z.literal(1),
@@ -28,6 +44,7 @@ export const RootRecord = z.strictObject({
   layerForm: z.enum(['tree', 'sealed']),
   /** The version of another root that this one began as. */
   forkedFrom: z.strictObject({ rootId: RecordId, version: VersionNumber }).exactOptional(),
+  lease: LeaseKeeping.exactOptional(),
 })
 export type RootRecord = z.infer<typeof RootRecord>
 
@@ -75,6 +92,19 @@ export const VersionRecord = z.strictObject({
   tags: z.array(RootName).max(100).exactOptional(),
 })
 export type VersionRecord = z.infer<typeof VersionRecord>
+
+/**
+ * `versions/<number>.json`, too: no version, but what whoever took a lease over puts in the place of the next one. What was
+ * published under an older lease after that does not count.
+ */
+export const FenceRecord = z.strictObject({
+  format: z.literal(1),
+  number: VersionNumber,
+  /** The lease that begins here. */
+  epoch: z.int().positive(),
+  isFence: z.literal(true),
+})
+export type FenceRecord = z.infer<typeof FenceRecord>
 
 /** `mounted/<id>.json` of a home: what a node uses, so that nobody removes it. */
 export const MountedRecord = z.strictObject({

@@ -200,11 +200,16 @@ class Solidify {
       return this.#report(version, layerId)
     } catch (error) {
       await this.#goOn().catch((problem: unknown) => this.#tell(problem))
-      recoverSolidify(this.#context)
+      try {
+        recoverSolidify(this.#context)
+      } catch (problem) {
+        // The next command on the root does so; what went wrong first is what is to be known.
+        this.#tell(problem)
+      }
       throw error
     } finally {
       if (running === undefined) {
-        await sync.stop()
+        await sync.stop().catch((problem: unknown) => this.#tell(problem))
         // Nobody keeps it up to date, and it takes as much space as the upper.
         if (isSealing(home)) forgetCopy(this.#context)
       } else sync.resume()
@@ -326,10 +331,10 @@ class Solidify {
     } catch (error) {
       // Nobody can say now whether the version is there. The container need not wait for that.
       this.#tell(error)
-      const now = root.readSolidify()
-      if (now !== undefined) root.writeSolidify({ ...now, ranOn: true })
     }
     try {
+      const left = root.readSolidify()
+      if (left !== undefined) root.writeSolidify({ ...left, ranOn: true })
       if (journal.wasMounted) mountBase(this.#context)
       await this.#goOn()
     } catch (error) {

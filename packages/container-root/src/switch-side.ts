@@ -176,7 +176,7 @@ export class SwitchSide {
       }
     } catch (error) {
       // A solidify that fails starts it again; after one that did not, nobody has, and `settle` is to find that out.
-      if (!isPublished) await this.#undone(plan)
+      if (!isPublished) await this.#undone(plan).catch((problem: Error) => void this.#tell(problem))
       throw error
     } finally {
       root.events.off('step', onStep)
@@ -285,6 +285,11 @@ export class SwitchSide {
     await this.#hook('start', 'rollback')
     await this.#undone(record)
     return true
+  }
+
+  /** What goes wrong on the way back does not hide why there had to be one. */
+  #tell(error: Error): void {
+    this.#root.events.emit('problem', { verb: 'switch', error })
   }
 
   async #undone(plan: SwitchPlan): Promise<void> {

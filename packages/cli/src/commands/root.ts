@@ -64,6 +64,26 @@ function named(command: Command): Command {
   return addStateOption(command.argument('<name>', 'the root, as this node calls it'))
 }
 
+interface InitOptions extends StateOption {
+  readonly home: HostPath
+  readonly base: HostPath[]
+  readonly layerForm?: LayerStorage
+  readonly lease?: string[]
+  readonly leaseDuration?: number
+}
+
+const SHORTEST_LEASE_MS = 1000
+
+/** `etcd://a:2379,b:2379` as the addresses of its members. */
+function etcdArgument(text: string): string[] {
+  const [, secure, hosts = ''] = /^etcd(s?):\/\/([^/?#@]+)$/.exec(text) ?? []
+  const endpoints = hosts.split(',').map((host) => `http${secure ?? ''}://${host}`)
+  if (!endpoints.every((endpoint) => URL.canParse(endpoint))) {
+    throw new UsageError(`${text} is no etcd`, 'write etcd://host:2379, with all members after commas')
+  }
+  return endpoints
+}
+
 const defineInit: Definer = (command, session) => {
   named(command)
     .requiredOption('--home <dir>', 'the home to make on the store', pathArgument)
@@ -73,31 +93,39 @@ const defineInit: Definer = (command, session) => {
         .makeOptionMandatory(),
     )
     .addOption(layerFormOption())
-    .action(
-      async (name: string, options: StateOption & { home: HostPath; base: HostPath[]; layerForm?: LayerStorage }) => {
-        const { home: path, base: bases, layerForm } = options
-        const { node, path: scratch } = stateOf(options)
-        const onLoss = ({ code, message }: SealLossyError) => session.output.warning(code, message)
-        const home = await initHome({
-          home: path,
-          bases,
-          node,
-          scratch,
-          onLoss,
-          signal: session.signal,
-          ...given({ layerForm }),
-        })
-        home.close()
-        await withToldRoot(name, options, session, async (root) => {
-          const { id: rootId, layerForm } = root.home.record
-          session.output.data(
-            () => ({ type: 'init', name, home: textOf(path), rootId, layerForm, version: 1 }),
-            () => `made ${printable(path)}, version 1${layerForm === 'sealed' ? ', its layers sealed' : ''}`,
-          )
-          session.output.note(`next: lsync root mount ${name}`)
-        })
-      },
+    .addOption(
+      new Option('--lease <etcd>', 'let etcd keep who may write: etcd://host:2379,host:2379, or etcds://').argParser(
+        etcdArgument,
+      ),
     )
+    .option('--lease-duration <time>', 'how long a silent node keeps the right to write; default 30s', timeArgument)
+    .action(async (name: string, options: InitOptions) => {
+      const { home: path, base: bases, layerForm: wanted, lease: etcd, leaseDuration: durationMs } = options
+      if (durationMs !== undefined && durationMs < SHORTEST_LEASE_MS) {
+        throw new UsageError('a lease of less than a second is lost again and again', 'name a longer --lease-duration')
+      }
+      const { node, path: scratch } = stateOf(options)
+      const lease = given({ etcd, durationMs })
+      const home = await initHome({
+        home: path,
+        bases,
+        node,
+        scratch,
+        onLoss: ({ code, message }: SealLossyError) => session.output.warning(code, message),
+        signal: session.signal,
+        ...given({ layerForm: wanted }),
+        ...(Object.keys(lease).length === 0 ? {} : { lease }),
+      })
+      home.close()
+      await withToldRoot(name, options, session, async (root) => {
+        const { id: rootId, layerForm } = root.home.record
+        session.output.data(
+          () => ({ type: 'init', name, home: textOf(path), rootId, layerForm, version: 1 }),
+          () => `made ${printable(path)}, version 1${layerForm === 'sealed' ? ', its layers sealed' : ''}`,
+        )
+        session.output.note(`next: lsync root mount ${name}`)
+      })
+    })
 }
 
 function layerFormOption(): Option {
