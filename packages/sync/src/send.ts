@@ -59,6 +59,8 @@ export interface SendContext {
   readonly keeps: (attribute: ByteString) => boolean
   /** The upper's file system lists all ACLs. It is one: no directory on another is entered. */
   readonly listsAcls: boolean
+  /** The upper's file system gives each change after a look another time. */
+  readonly hasFineTimes: boolean
 }
 
 /** Metadata of what an image describes. `name` is beneath `dirfd`, `''` the fd itself. */
@@ -89,7 +91,8 @@ export function rowOf(name: ByteString, words: Uint32Array): Row {
 }
 
 /** Whether a change time is too young to tell the next change from this one. */
-export function isRacy(row: Row): boolean {
+export function isRacy(row: Row, { hasFineTimes }: Pick<SendContext, 'hasFineTimes'>): boolean {
+  if (hasFineTimes) return false
   const seconds = Number(row.image.readBigInt64LE(36))
   return Date.now() - (seconds * 1000 + row.image.readUInt32LE(44) / 1e6) < RACY_MS
 }
@@ -181,7 +184,7 @@ function sendOnce(
   const hasWriter = hasWriters(fd) === true
   const settle = (more: { contentHash: bigint }, isUnsettled: boolean): Row =>
     row.with({ metaHash, ...more, ...(isUnsettled || hasWriter ? { settled: false as const } : {}) })
-  const isRacyNow = isRacy(row)
+  const isRacyNow = isRacy(row, context)
 
   if (sizeBytes <= SMALL_BYTES && allocated * 512 >= sizeBytes) {
     const bytes = sizeBytes === 0 ? NOTHING : readShared(fd, 0, sizeBytes)
@@ -349,7 +352,7 @@ function withoutContent(
 export function sendOther(context: SendContext, dirfd: number, row: Row, path: TreePath, known: Row | undefined): Sent {
   const { sink } = context
   const meta = metaOf(row, dirfd, row.name, context)
-  const isUnsettled = isRacy(row)
+  const isUnsettled = isRacy(row, context)
   const next = row.with({
     metaHash: metaHashOf(meta.xattrs),
     ...(isUnsettled ? { settled: false as const } : {}),

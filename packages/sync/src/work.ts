@@ -25,6 +25,7 @@ import {
 import type { PlainOperation } from './applier.ts'
 import { type DescribedFile, listingOf, NO_LISTING, openListing, type TargetListing } from './describe.ts'
 import { compilePatterns, type IsExcluded, type Patterns } from './filter.ts'
+import { hasFineTimes } from './fine-times.ts'
 import { pageRows } from './index-pages.ts'
 import type { DirectoryHandle, NamePlace } from './model/index-change.ts'
 import type { Operation, TreePath } from './model/operation.ts'
@@ -267,6 +268,7 @@ export class Workshop {
       sink: this.#sink,
       keeps: keptAttributes(init.namespace),
       listsAcls: listsAcls(init.upperFd),
+      hasFineTimes: hasFineTimes(init.upperFd),
     }
     this.#isExcluded = compilePatterns(init.patterns)
   }
@@ -590,7 +592,7 @@ function sendDirectoryMeta(
 ): { row: Row; isUnsettled: boolean } {
   const row = rowOf(name, rawStatFd(fd))
   context.sink.run({ do: 'meta', path, kind: 'directory', meta: metaOf(row, fd, '', context) })
-  const isUnsettled = isRacy(row)
+  const isUnsettled = isRacy(row, context)
   return { row: isUnsettled ? row.with({ settled: false }) : row, isUnsettled }
 }
 
