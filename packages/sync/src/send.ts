@@ -92,7 +92,8 @@ export function rowOf(name: ByteString, words: Uint32Array): Row {
 
 /** Whether a change time is too young to tell the next change from this one. */
 export function isRacy(row: Row, { hasFineTimes }: Pick<SendContext, 'hasFineTimes'>): boolean {
-  if (hasFineTimes) return false
+  // Inodes of 128 bytes (old ext4) have whole seconds.
+  if (hasFineTimes && row.image.readUInt32LE(44) !== 0) return false
   const seconds = Number(row.image.readBigInt64LE(36))
   return Date.now() - (seconds * 1000 + row.image.readUInt32LE(44) / 1e6) < RACY_MS
 }
