@@ -1,6 +1,7 @@
-import { chmodSync, mkdirSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { randomBytes } from 'node:crypto'
+import { appendFileSync, chmodSync, mkdirSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { type HostPath, hostPath, PosixError, setSyscallHook } from '@lsync/posix'
-import { type CreateRequest, createSnapshot, LocalBackend, Repository } from '@lsync/snapshot'
+import { type CreateRequest, checkRepository, createSnapshot, LocalBackend, Repository } from '@lsync/snapshot'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { buildRichTree } from '../layers/rich-tree.ts'
 import { buildTree, dir, file, socket, sparse, symlink } from '../support/build.ts'
@@ -78,6 +79,26 @@ describe.skipIf(!isRoot || !hasRestic)('a snapshot of ours', () => {
       [id, ...snapshots.map((snapshot) => snapshot.tree)].map((root) => savedTree(path, root)),
     )
     expect(ids).toEqual([ids[0], ids[0], ids[0]])
+  })
+
+  test('has of a large file, which all threads store, the very chunks that restic makes', async () => {
+    const { path, repository } = await newRepository()
+    const tree = `${temporaryDirectory()}/tree`
+    mkdirSync(tree)
+    // Text that repeats within a chunk only, behind it what has no cut, and an end that fills no chunk.
+    const piece = randomBytes(3_000_000)
+    writeFileSync(`${tree}/big`, Buffer.concat([...Array(30).fill(piece), Buffer.alloc(20_000_000), piece.subarray(7)]))
+    const ours = await save(repository, tree, { workers: 2 })
+    expect(ours.problems).toEqual([])
+    expect(ours.counts).toMatchObject({ filesNew: 1, totalBytes: 112_999_993, readBytes: 112_999_993 })
+    const restic = new Restic(path)
+    restic.run('backup', '--force', tree)
+    const [latest] = restic.json<{ tree: string }[]>('snapshots', 'latest').flat() as { tree: string }[]
+    expect(await savedTree(path, String(latest?.tree))).toBe(await savedTree(path, ours.tree))
+    restic.run('check', '--read-data')
+    // As a target of its own, too.
+    const alone = await save(repository, `${tree}/big`, { parent: 'none' })
+    expect(alone.counts).toMatchObject({ filesNew: 1, totalBytes: 112_999_993 })
   })
 
   test('is what restic calls unchanged, file by file', async () => {
@@ -245,6 +266,24 @@ describe.skipIf(!isRoot)('what cannot be saved', () => {
     ])
     expect(report.counts.filesNew).toBe(2)
     if (hasRestic) expect(new Restic(path).run('check', '--read-data')).toContain('no errors were found')
+  })
+
+  test('a large file that grows all the time is saved as it was, with a problem', async () => {
+    const { path, repository } = await newRepository()
+    const tree = `${temporaryDirectory()}/tree`
+    buildTree(tree, dir({ small: file('s') }))
+    writeFileSync(`${tree}/big`, randomBytes(70_000_000))
+    let opened = 0
+    setSyscallHook((syscall, name) => {
+      if (syscall === 'openat' && name === 'big') appendFileSync(`${tree}/big`, String(opened++))
+    })
+    onTestFinished(() => setSyscallHook(undefined))
+    const { problems, counts } = await save(repository, tree, { workers: 1 })
+    setSyscallHook(undefined)
+    expect(problems.map(({ path: at, code }) => [at, code])).toEqual([[`${tree}/big`, 'FILE_CHANGING']])
+    expect(counts.filesNew).toBe(2)
+    const { problems: found } = await checkRepository(await reopen(path), { readData: true })
+    expect(found).toEqual([])
   })
 
   test('an unreadable directory is a problem, and is left out', async () => {

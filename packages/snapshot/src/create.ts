@@ -19,17 +19,23 @@ import { type ChangeNode, changeTreeOf, type SourceChange } from './model/change
 import { parsePatterns } from './model/exclude.ts'
 import { formatTime, parseTime } from './model/go-text.ts'
 import type { Snapshot } from './model/snapshot.ts'
-import { bareDirectory, type ObjectId } from './model/tree.ts'
+import { bareDirectory, encodeNode, type ObjectId, type TreeNode } from './model/tree.ts'
 import { PackStore } from './pack-store.ts'
 import { DEFAULT_WORKERS } from './prepared-threads.ts'
 import type { Repository } from './repository.ts'
 import {
+  ATTEMPTS,
   closeNode,
   emptyCounts,
+  FileChangingError,
   joinShown,
+  type LargeFile,
+  type LargeName,
   openNode,
+  type PartTask,
   type SaveCounts,
   type SavedDirectory,
+  type SavedPart,
   type SaveProblem,
   type SaveResult,
   type SaveTask,
@@ -151,9 +157,9 @@ export async function createSnapshot(repository: Repository, request: CreateRequ
     // Other patterns show other names, also where nothing changed.
     const isSameView = parent?.excludes.join('\0') === (request.excludes ?? []).join('\0')
     const looked = isSameView && request.force !== true ? targets : targets.map(withoutChanges)
-    const isLong = !looked.every(isSoonDone)
-    const width = isLong ? (request.workers ?? DEFAULT_WORKERS) : 1
-    const pool = new SavePool(init, repository.table, { width, threads: repository.threads, signal })
+    const width = request.workers ?? DEFAULT_WORKERS
+    const isSmall = looked.every(isSoonDone)
+    const pool = new SavePool(init, repository.table, { width, isSmall, threads: repository.threads, signal })
     const store = new PackStore(repository, { signal, onWritten: (memory) => pool.recycle(memory) })
     try {
       const work = new TreeWork(repository, store, pool, request.onProgress, signal)
@@ -339,7 +345,45 @@ interface Ticket {
   readonly olderTree: ObjectId | undefined
 }
 
+/** Where a large file's node belongs. */
+interface LargePlace extends LargeName {
+  readonly frame: Frame
+  readonly part: number
+  /** The task that found it: it says where the directory is. */
+  readonly task: SaveTask
+  /** A target that is a file. */
+  readonly isTarget: boolean
+}
+
+/** A large file that is being saved in parts. */
+interface LargeWork {
+  readonly place: LargePlace
+  readonly attempt: number
+  readonly file: LargeFile
+  readonly node: TreeNode
+  /** The chunks of each part, in the order of the parts. */
+  readonly content: (readonly ObjectId[])[]
+  isCutting: boolean
+  /** How far it has been cut. */
+  cutBytes: number
+  /** Parts that are not stored yet. */
+  storing: number
+  storedBytes: number
+  isStill: boolean
+  failure: SavedPart['failure']
+}
+
+/** A part of a large file; `index`: which of those that are stored. */
+interface PartTicket {
+  readonly work: LargeWork
+  readonly index?: number
+  readonly task: PartTask
+}
+
 const PREFETCH = 8
+/** A large file is not cut much further than it is stored, so that what was read once is still in memory. */
+const PARTS_AHEAD = 8
+const PART_BYTES = 16 * 1024 * 1024
 
 /** The tree of one snapshot as it grows: hands out directories, depth first, and closes those that are complete. */
 class TreeWork implements SaveWork {
@@ -352,6 +396,8 @@ class TreeWork implements SaveWork {
   readonly #onProgress: CreateRequest['onProgress']
   readonly #signal: AbortSignal
   readonly #tickets = new Map<number, Ticket>()
+  readonly #parts = new Map<number, PartTicket>()
+  readonly #readyParts: PartTicket[] = []
   /** Ready to be handed out, and waiting for the parent snapshot's tree. */
   readonly #ready: Ticket[] = []
   readonly #waiting: Ticket[] = []
@@ -389,7 +435,9 @@ class TreeWork implements SaveWork {
   }
 
   get isComplete(): boolean {
-    return this.#tickets.size === 0 && this.#ready.length === 0 && this.#waiting.length === 0 && this.#reading === 0
+    const isOfParts = this.#parts.size > 0 || this.#readyParts.length > 0
+    const isOfTrees = this.#tickets.size > 0 || this.#ready.length > 0 || this.#waiting.length > 0 || this.#reading > 0
+    return !isOfParts && !isOfTrees
   }
 
   /** Makes the directories above the targets, and the first tasks. */
@@ -509,9 +557,15 @@ class TreeWork implements SaveWork {
     this.#read()
   }
 
-  next(limit: number): readonly SaveTask[] {
+  next(limit: number): readonly (SaveTask | PartTask)[] {
     if (this.#failed) throw this.#failure
     if (this.#store.isCongested) return []
+    // Each is much work, and where a file is cut comes before anything can be done with it.
+    const part = this.#readyParts.pop()
+    if (part !== undefined) {
+      this.#parts.set(part.task.id, part)
+      return [part.task]
+    }
     // With few directories known, each thread gets few, so that all have some.
     const share = Math.min(limit, Math.max(1, this.#ready.length >> 2))
     const tickets = this.#ready.splice(-share)
@@ -534,6 +588,7 @@ class TreeWork implements SaveWork {
     this.skipped.push(...result.skipped)
     for (const [name, count] of Object.entries(result.counts)) this.counts[name as keyof SaveCounts] += count
     for (const directory of result.directories) this.#take(directory)
+    for (const part of result.parts) this.#takePart(part)
     const { filesNew, filesChanged, filesUnmodified } = this.counts
     this.#onProgress?.({ phase: 'save', done: filesNew + filesChanged + filesUnmodified })
   }
@@ -561,10 +616,15 @@ class TreeWork implements SaveWork {
   }
 
   #take(saved: SavedDirectory): void {
-    const { frame, part, slot } = this.#tickets.get(saved.id) as Ticket
+    const { frame, part, slot, task } = this.#tickets.get(saved.id) as Ticket
     this.#tickets.delete(saved.id)
     if (slot !== undefined) {
       const [node = ''] = saved.nodes
+      const [large] = saved.large
+      if (large !== undefined) {
+        this.#beginLarge({ ...large, frame, part, index: slot, task, isTarget: true })
+        return
+      }
       if (node === '') this.#lostTargets++
       ;(frame.parts[part] as string[])[slot] = node
       this.#finishOne(frame)
@@ -585,6 +645,10 @@ class TreeWork implements SaveWork {
     }
     frame.isLost ||= saved.isLost
     frame.parts[part] = [...saved.nodes]
+    for (const large of saved.large) {
+      frame.pending++
+      this.#beginLarge({ ...large, frame, part, task, isTarget: false })
+    }
     for (const subdirectory of saved.subdirectories) this.#addSubdirectory(frame, part, subdirectory)
     this.#finishOne(frame)
   }
@@ -605,6 +669,87 @@ class TreeWork implements SaveWork {
 
   #isThere(tree: ObjectId | undefined): tree is ObjectId {
     return tree !== undefined && this.#repository.table.has('tree', tree)
+  }
+
+  #beginLarge(place: LargePlace, attempt = 1): void {
+    const { task, name } = place
+    this.#pool.useAll()
+    try {
+      const begun = this.#pool.own.beginLarge(task.source, task.path, name, shownPathOf(place))
+      const state = { isCutting: false, cutBytes: 0, storing: 0, storedBytes: 0, isStill: true, failure: undefined }
+      if (begun === undefined) this.#endLarge(place, '')
+      else this.#goOn({ place, attempt, ...begun, content: [], ...state })
+    } catch (error) {
+      if (!(error instanceof LsyncError)) throw error
+      this.#loseLarge(place, error)
+    }
+  }
+
+  #takePart({ id, lengths, content, storedBytes, isStill, failure }: SavedPart): void {
+    const { work, index } = this.#parts.get(id) as PartTicket
+    this.#parts.delete(id)
+    if (!isStill) work.isStill = false
+    work.failure ??= failure
+    if (index === undefined) {
+      work.isCutting = false
+      // Nothing of it is there any more.
+      if (lengths.length === 0) work.cutBytes = work.file.sizeBytes
+      // The first ones are the next to be taken.
+      this.#readyParts.push(
+        ...partsOf(lengths)
+          .map((part) => this.#partTicket(work, part))
+          .reverse(),
+      )
+    } else {
+      work.storing--
+      work.storedBytes += storedBytes
+      work.content[index] = content
+    }
+    this.#goOn(work)
+  }
+
+  #partTicket(work: LargeWork, lengths: readonly number[]): PartTicket {
+    const index = work.content.push([]) - 1
+    const task = { id: this.#nextId++, file: work.file, offset: work.cutBytes, lengths }
+    work.cutBytes += sumOf(lengths)
+    work.storing++
+    return { work, index, task }
+  }
+
+  /** Has some more of a large file cut; when all of it is stored, its node is known. */
+  #goOn(work: LargeWork): void {
+    const { place, file, attempt } = work
+    const isOver = work.failure !== undefined || (!work.isStill && attempt < ATTEMPTS)
+    if (!isOver && !work.isCutting && work.cutBytes < file.sizeBytes && work.storing < PARTS_AHEAD) {
+      work.isCutting = true
+      this.#readyParts.push({ work, task: { id: this.#nextId++, file, offset: work.cutBytes } })
+    }
+    if (work.isCutting || work.storing > 0) return
+    if (work.failure !== undefined) this.#loseLarge(place, work.failure)
+    else if (isOver) this.#beginLarge(place, attempt + 1)
+    else this.#closeLarge(work)
+  }
+
+  #closeLarge({ place, node, content, storedBytes, isStill }: LargeWork): void {
+    const path = shownPathOf(place)
+    if (!isStill) {
+      const { code, message } = new FileChangingError(path)
+      this.problems.push({ path, code, message })
+    }
+    this.counts[place.isNew ? 'filesNew' : 'filesChanged']++
+    this.counts.totalBytes += storedBytes
+    this.#endLarge(place, encodeNode({ ...node, sizeBytes: storedBytes, content: content.flat() }))
+  }
+
+  #loseLarge(place: LargePlace, { code, message }: { readonly code: string; readonly message: string }): void {
+    this.problems.push({ path: shownPathOf(place), code, message })
+    this.#endLarge(place, '')
+  }
+
+  #endLarge({ frame, part, index, isTarget }: LargePlace, node: string): void {
+    if (node === '' && isTarget) this.#lostTargets++
+    ;(frame.parts[part] as string[])[index] = node
+    this.#finishOne(frame)
   }
 
   /** One of the things that a directory waits for is there. The last one completes it, and maybe those above it. */
@@ -646,6 +791,29 @@ class TreeWork implements SaveWork {
     this.#wake = undefined
     wake?.()
   }
+}
+
+function shownPathOf({ task, name }: LargePlace): ByteString {
+  return joinShown(task.shownPath, name)
+}
+
+/** Chunks in groups that are worth a task each. */
+function partsOf(lengths: readonly number[]): number[][] {
+  const parts: number[][] = []
+  let room = 0
+  for (const length of lengths) {
+    if (room <= 0) {
+      parts.push([])
+      room = PART_BYTES
+    }
+    parts.at(-1)?.push(length)
+    room -= length
+  }
+  return parts
+}
+
+function sumOf(numbers: readonly number[]): number {
+  return numbers.reduce((sum, number) => sum + number, 0)
 }
 
 /** Whether a directory itself is all that may have changed. */

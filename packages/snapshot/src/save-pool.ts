@@ -1,7 +1,7 @@
 import type { ObjectTable } from './object-table.ts'
 import type { Pack } from './pack.ts'
 import type { PreparedThreads } from './prepared-threads.ts'
-import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
+import { type PartTask, type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
 import type { FromSaveWorker, ToSaveWorker } from './snapshot-worker.ts'
 import { endThread, type Thread, unpackError } from './thread-pool.ts'
 
@@ -19,7 +19,7 @@ interface Member extends Thread {
 /** What hands out work to a pool, and takes the results. */
 export interface SaveWork {
   /** The next tasks, at most so many; none: nothing to do at the moment. */
-  next(limit: number): readonly SaveTask[]
+  next(limit: number): readonly (SaveTask | PartTask)[]
   done(result: SaveResult): void
   /** Whether results may come that make more work, or nothing is left. */
   readonly isComplete: boolean
@@ -34,6 +34,7 @@ export class SavePool {
   readonly #table: ObjectTable
   readonly #width: number
   readonly #threads: PreparedThreads
+  #isSmall: boolean
   readonly #signal: AbortSignal | undefined
   readonly #members: Member[] = []
   /** How many segments of the table all threads know. */
@@ -46,12 +47,16 @@ export class SavePool {
   #rests: SealedRest[] = []
   readonly #spares: SharedArrayBuffer[] = []
 
-  /** Of `width` threads one is the calling one. Those that are prepared begin at once. */
+  /**
+   * Of `width` threads one is the calling one. Those that are prepared begin at once. `isSmall`: there is so little to do
+   * that others would be ready when it is done; they wait for `useAll`.
+   */
   constructor(
     init: SaveInit,
     table: ObjectTable,
     options: {
       readonly width: number
+      readonly isSmall: boolean
       readonly threads: PreparedThreads
       readonly signal: AbortSignal | undefined
     },
@@ -63,13 +68,19 @@ export class SavePool {
     this.#signal = options.signal
     this.own = new Saver(init)
     this.#segments = init.segments.length
-    if (this.#threads.has('create')) this.#start()
+    this.#isSmall = options.isSmall
+    if (!this.#isSmall && this.#threads.has('create')) this.#start()
   }
 
   /** Memory of a pack that has been written: a thread gets it with its next tasks. */
   recycle(memory: ArrayBufferLike): void {
     // What is not shared is small, and no use to a thread that fills packs.
     if (memory instanceof SharedArrayBuffer) this.#spares.push(memory)
+  }
+
+  /** There is more to do than it seemed. */
+  useAll(): void {
+    this.#isSmall = false
   }
 
   /** Runs until the work is complete. Stops at the first error, which it throws when no thread is at work any more. */
@@ -136,7 +147,7 @@ export class SavePool {
     if (spare !== undefined) this.own.recycle(spare)
     work.done(this.own.save(tasks))
     this.#aloneMs += performance.now() - start
-    if (this.#aloneMs > ALONE_MS) this.#start()
+    if (!this.#isSmall && this.#aloneMs > ALONE_MS) this.#start()
     return true
   }
 

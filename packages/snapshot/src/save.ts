@@ -2,6 +2,7 @@ import {
   allocate,
   type ByteString,
   errnoOf,
+  type Ino,
   LsyncError,
   type Memory,
   makeDevice,
@@ -77,6 +78,40 @@ export interface SaveTask {
   readonly looked?: readonly ByteString[]
 }
 
+/** A large file as it was when its saving began. */
+export interface LargeFile {
+  /** Index into `SaveInit.sources`. */
+  readonly source: number
+  /** Of its directory, beneath the source's root. */
+  readonly path: ByteString | ''
+  readonly name: ByteString
+  readonly ino: Ino
+  readonly ctimeNs: bigint
+  readonly sizeBytes: number
+}
+
+/** Some of a large file, to be cut, or with `lengths` to be stored: the chunks into which it has been cut. */
+export interface PartTask {
+  readonly id: number
+  readonly file: LargeFile
+  readonly offset: number
+  readonly lengths?: readonly number[]
+}
+
+/** What became of some of a large file. */
+export interface SavedPart {
+  readonly id: number
+  /** The chunks that it is cut into; the last ones of the file, or as many as one task is worth. */
+  readonly lengths: readonly number[]
+  /** The chunks that were stored. */
+  readonly content: readonly ObjectId[]
+  readonly storedBytes: number
+  /** Whether the file is what it was when its saving began. */
+  readonly isStill: boolean
+  /** Why it could not be read. */
+  readonly failure: { readonly code: string; readonly message: string } | undefined
+}
+
 /** A directory in a directory, whose tree is not known yet. */
 export interface Subdirectory {
   readonly name: ByteString
@@ -110,12 +145,21 @@ export interface SaveCounts {
   addedBytes: number
 }
 
+/** A file that is to be saved in parts. */
+export interface LargeName {
+  readonly name: ByteString
+  /** Where its node belongs in the list, which has an empty one there. */
+  readonly index: number
+  readonly isNew: boolean
+}
+
 /** What became of one task. */
 export interface SavedDirectory {
   readonly id: number
   /** Nodes in order of their names; those of subdirectories lack their tree and the closing brace. */
   readonly nodes: readonly string[]
   readonly subdirectories: readonly Subdirectory[]
+  readonly large: readonly LargeName[]
   /** The tree, where nothing is missing from it. */
   readonly tree: ObjectId | undefined
   /** The node of a source's root, without its tree and closing brace. */
@@ -129,6 +173,7 @@ export interface SavedDirectory {
 /** What a thread gives back for a list of tasks. */
 export interface SaveResult {
   readonly directories: readonly SavedDirectory[]
+  readonly parts: readonly SavedPart[]
   readonly packs: readonly Pack[]
   readonly problems: readonly SaveProblem[]
   /** Absolute paths where something else is mounted. */
@@ -144,7 +189,13 @@ export interface SealedRest {
 }
 
 const READ_BYTES = 2 * MAX_CHUNK_BYTES
-const ATTEMPTS = 3
+/** How often a file is read that changes meanwhile. */
+export const ATTEMPTS = 3
+/** Files of so much are cut by one thread at a time, and their chunks stored by all. */
+const LARGE_FILE_BYTES = 64 * 1024 * 1024
+/** So much of a large file is cut by one task: a tenth of a second's work. */
+const CUT_BYTES = 64 * 1024 * 1024
+const LARGE = 'large'
 /** What is left at the end and has so much is a pack of its own; what has less is put together with others'. */
 const LARGE_REST_BYTES = PACK_BYTES / 4
 const SLICE_NAMES = 1024
@@ -194,10 +245,16 @@ export class Saver {
   }
 
   /** Saves all of these. A directory that cannot be read at all is a problem, and its task gives no tree. */
-  save(tasks: readonly SaveTask[]): SaveResult {
-    const directories = tasks.map((task) => this.#saveTask(task))
+  save(tasks: readonly (SaveTask | PartTask)[]): SaveResult {
+    const directories: SavedDirectory[] = []
+    const parts: SavedPart[] = []
+    for (const task of tasks) {
+      if ('file' in task) parts.push(this.#savePart(task))
+      else directories.push(this.#saveTask(task))
+    }
     const result = {
       directories,
+      parts,
       packs: this.#packs,
       problems: this.#problems,
       skipped: this.#skipped,
@@ -236,6 +293,25 @@ export class Saver {
     return openNode(this.#describe(name, statFd(fd), readXattrs(fd, '')))
   }
 
+  /**
+   * A large file as it is now, and its node without content; `undefined` when it is gone.
+   * @throws {FileReplacedError} {PosixError}
+   */
+  beginLarge(
+    source: number,
+    path: ByteString | '',
+    name: ByteString,
+    shownPath: ByteString,
+  ): { readonly file: LargeFile; readonly node: TreeNode } | undefined {
+    return this.#withFile(source, path, name, (opened) => {
+      const state = opened.state()
+      if ((state.mode & S_IFMT) !== S_IFREG) throw new FileReplacedError(shownPath)
+      const { ino, ctimeNs, sizeBytes } = state
+      const node = this.#describe(name, state, opened.xattrs())
+      return { file: { source, path, name, ino, ctimeNs, sizeBytes }, node }
+    })
+  }
+
   /** Ends the packs that are full enough to stay alone. */
   finishLarge(): Pack[] {
     return Object.values(this.#writers).flatMap((writer) =>
@@ -270,6 +346,84 @@ export class Saver {
     }
   }
 
+  #withFile<T>(source: number, path: ByteString | '', name: ByteString, use: (file: SourceFile) => T): T | undefined {
+    const directory = (this.#sources[source] as Source).openDirectory(path)
+    try {
+      const file = openPresent(directory, name)
+      if (file === undefined) return undefined
+      try {
+        return use(file)
+      } finally {
+        file.close()
+      }
+    } finally {
+      directory.close()
+    }
+  }
+
+  #savePart({ id, file, offset, lengths }: PartTask): SavedPart {
+    const nothing = { id, lengths: [], content: [], storedBytes: 0, isStill: false, failure: undefined }
+    try {
+      const saved = this.#withFile(file.source, file.path, file.name, (opened): SavedPart => {
+        const part =
+          lengths === undefined
+            ? { lengths: this.#cut(opened.fd, offset, file.sizeBytes) }
+            : this.#storeChunks(opened.fd, offset, lengths)
+        const { ino, ctimeNs } = opened.state()
+        return { ...nothing, ...part, isStill: ino === file.ino && ctimeNs === file.ctimeNs }
+      })
+      return saved ?? nothing
+    } catch (error) {
+      if (!(error instanceof LsyncError)) throw error
+      return { ...nothing, failure: { code: error.code, message: error.message } }
+    }
+  }
+
+  /** Where a file is cut from `from` on, which is where a chunk begins: nothing before it matters. */
+  #cut(fd: number, from: number, sizeBytes: number): number[] {
+    const chunker = this.#ownChunker
+    const { memory, start, end } = chunker
+    const lengths: number[] = []
+    let read = from
+    let cut = 0
+    let filled = start
+    for (let isLast = false; !isLast && cut < CUT_BYTES; ) {
+      const wanted = Math.min(end - filled, sizeBytes - read)
+      const length = readInto(fd, read, memory, filled, wanted)
+      read += length
+      isLast = read === sizeBytes || length < wanted
+      filled = chunker.takeChunks(filled + length, isLast, (_, chunkLength) => {
+        lengths.push(chunkLength)
+        cut += chunkLength
+      })
+    }
+    return lengths
+  }
+
+  #storeChunks(
+    fd: number,
+    offset: number,
+    lengths: readonly number[],
+  ): { readonly content: ObjectId[]; readonly storedBytes: number } {
+    const { memory, start } = this.#ownChunker
+    const content: ObjectId[] = []
+    let at = offset
+    for (const wanted of lengths) {
+      const length = readInto(fd, at, memory, start, wanted)
+      if (length > 0) content.push(this.#store('data', memory, start, length))
+      at += length
+      this.#counts.readBytes += length
+      // It became shorter, which its times tell, too.
+      if (length < wanted) break
+    }
+    return { content, storedBytes: at - offset }
+  }
+
+  get #ownChunker(): Chunker {
+    this.#chunker ??= new Chunker(parsePolynomial(this.#init.polynomial), READ_BYTES)
+    return this.#chunker
+  }
+
   #saveDirectory(task: SaveTask, directory: SourceDirectory): SavedDirectory {
     const older = task.older === undefined ? undefined : olderNodes(task.older)
     const looked = older === undefined || task.looked === undefined ? undefined : new Set(task.looked)
@@ -281,6 +435,7 @@ export class Saver {
     }
     const nodes: string[] = []
     const subdirectories: Subdirectory[] = []
+    const large: LargeName[] = []
     for (const { name, isFile } of entries) {
       const shownPath = joinShown(task.shownPath, name)
       if (isMatched(this.#init.excludes, shownPath)) continue
@@ -296,7 +451,10 @@ export class Saver {
             ? this.#openedFileOf(directory, name, shownPath, undefined)
             : this.#nodeOf(directory, name, shownPath, before)
         if (node === undefined) continue
-        if (node.type === 'dir' && node.subtree === undefined) {
+        if (node === LARGE) {
+          large.push({ name, index: nodes.length, isNew: before === undefined })
+          nodes.push('')
+        } else if (node.type === 'dir' && node.subtree === undefined) {
           subdirectories.push({ name, index: nodes.length, olderTree: before?.subtree })
           nodes.push(openNode(node))
         } else nodes.push(encodeNode(node))
@@ -304,12 +462,13 @@ export class Saver {
         this.#problem(shownPath, error)
       }
     }
-    const isWhole = subdirectories.length === 0 && task.names === undefined
+    const isWhole = subdirectories.length === 0 && large.length === 0 && task.names === undefined
     if (task.names === undefined) this.#counts.directories++
     return {
       id: task.id,
       nodes: isWhole ? [] : nodes,
       subdirectories,
+      large,
       tree: isWhole ? this.storeTree(nodes) : undefined,
       rootNode: this.#rootNodeOf(task, directory),
       slices: [],
@@ -327,7 +486,7 @@ export class Saver {
     name: ByteString,
     shownPath: ByteString,
     older: TreeNode | undefined,
-  ): TreeNode | undefined {
+  ): TreeNode | typeof LARGE | undefined {
     const state = directory.stateOf(name)
     if (state === undefined) return undefined
     if (state.isMountRoot === true) {
@@ -387,7 +546,7 @@ export class Saver {
     shownPath: ByteString,
     state: EntryState,
     older: TreeNode | undefined,
-  ): TreeNode | undefined {
+  ): TreeNode | typeof LARGE | undefined {
     if (older !== undefined && !this.#init.force) {
       const node = this.#describe(name, state, older.xattrs, older.content)
       if (isUnchanged(node, older) && older.content?.every((id) => this.#table.has('data', id)) === true) {
@@ -404,15 +563,9 @@ export class Saver {
     name: ByteString,
     shownPath: ByteString,
     older: TreeNode | undefined,
-  ): TreeNode | undefined {
-    let file: SourceFile
-    try {
-      file = directory.openFile(name)
-    } catch (error) {
-      // Removed meanwhile: then it is not in the snapshot.
-      if (errnoOf(error) === 'ENOENT') return undefined
-      throw error
-    }
+  ): TreeNode | typeof LARGE | undefined {
+    const file = openPresent(directory, name)
+    if (file === undefined) return undefined
     try {
       return this.#readFile(file, name, shownPath, older)
     } finally {
@@ -420,10 +573,17 @@ export class Saver {
     }
   }
 
-  #readFile(file: SourceFile, name: ByteString, shownPath: ByteString, older: TreeNode | undefined): TreeNode {
+  #readFile(
+    file: SourceFile,
+    name: ByteString,
+    shownPath: ByteString,
+    older: TreeNode | undefined,
+  ): TreeNode | typeof LARGE {
     for (let attempt = 1; ; attempt++) {
       const before = file.state()
       if ((before.mode & S_IFMT) !== S_IFREG) throw new FileReplacedError(shownPath)
+      // Of one with several names the thread that read it knows the content.
+      if (before.sizeBytes >= LARGE_FILE_BYTES && before.nlink < 2) return LARGE
       const xattrs = file.xattrs()
       const { content, sizeBytes } = this.#contentOf(file.fd, before)
       const after = file.state()
@@ -460,8 +620,8 @@ export class Saver {
   }
 
   #cutChunks(fd: number, sizeBytes: number): { content: ObjectId[]; sizeBytes: number } {
-    this.#chunker ??= new Chunker(parsePolynomial(this.#init.polynomial), READ_BYTES)
-    const { memory, start, end } = this.#chunker
+    const chunker = this.#ownChunker
+    const { memory, start, end } = chunker
     const content: ObjectId[] = []
     const take = (at: number, length: number) => content.push(this.#store('data', memory, at, length))
     let read = 0
@@ -473,7 +633,7 @@ export class Saver {
       read += length
       filled += length
       isLast = read === sizeBytes || length < wanted
-      filled = this.#chunker.takeChunks(filled, isLast, take)
+      filled = chunker.takeChunks(filled, isLast, take)
     }
     this.#counts.readBytes += read
     return { content, sizeBytes: read }
@@ -516,6 +676,16 @@ export class FileChangingError extends LsyncError {
 export class FileReplacedError extends LsyncError {
   constructor(path: ByteString) {
     super('FILE_REPLACED', `${printable(path)} became something else while it was saved`, { path, hint: 'save again' })
+  }
+}
+
+/** Opens a file; `undefined` when it was removed meanwhile: then it is not in the snapshot. */
+function openPresent(directory: SourceDirectory, name: ByteString): SourceFile | undefined {
+  try {
+    return directory.openFile(name)
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT') return undefined
+    throw error
   }
 }
 
@@ -574,7 +744,16 @@ function olderNodes(content: Uint8Array): ReadonlyMap<ByteString, TreeNode> {
 }
 
 function nothingOf(id: number): SavedDirectory {
-  return { id, nodes: [], subdirectories: [], tree: undefined, rootNode: undefined, slices: [], isLost: true }
+  return {
+    id,
+    nodes: [],
+    subdirectories: [],
+    large: [],
+    tree: undefined,
+    rootNode: undefined,
+    slices: [],
+    isLost: true,
+  }
 }
 
 export function emptyCounts(): SaveCounts {

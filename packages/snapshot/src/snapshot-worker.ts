@@ -1,14 +1,14 @@
 import { parentPort } from 'node:worker_threads'
 import type { TableSegment } from './object-table.ts'
 import type { Pack } from './pack.ts'
-import { type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
+import { type PartTask, type SaveInit, type SaveResult, Saver, type SaveTask, type SealedRest } from './save.ts'
 import { packError, type TravellingError } from './thread-pool.ts'
 
 /** What the pool sends. */
 export type ToSaveWorker =
   | { readonly init: SaveInit }
   | { readonly segment: TableSegment }
-  | { readonly tasks: readonly SaveTask[]; readonly spare: ArrayBufferLike | undefined }
+  | { readonly tasks: readonly (SaveTask | PartTask)[]; readonly spare: ArrayBufferLike | undefined }
   | { readonly takeRest: true }
 
 /** What a worker sends: that its code is there, that it can begin, what it did, what it has left, or why it stopped. */
