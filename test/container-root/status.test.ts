@@ -3,8 +3,8 @@ import { request } from 'node:http'
 import { setTimeout as delay } from 'node:timers/promises'
 import {
   type ContainerRoot,
-  FileLeases,
   Home,
+  leasesOf,
   type MetricsAddress,
   metricsText,
   parseMetricsAddress,
@@ -92,7 +92,7 @@ describe.skipIf(!canMountImages())('the status of a root', () => {
       await sync.flush()
       expect((await root.status()).sync?.targets).toMatchObject([{ lagMs: 0, failures: [] }])
       const home = Home.open(made.home)
-      expect(await statusOfHome(home, new FileLeases(home.leaseDirectory))).toMatchObject({
+      expect(await statusOfHome(home, leasesOf(home))).toMatchObject({
         head: 1,
         versions: 1,
         layers: 1,

@@ -489,8 +489,8 @@ export class ContainerRoot {
   }
 }
 
-/** As the home says. */
-function leasesOf({ record, leaseDirectory }: Home): Leases {
+/** Who keeps the right to write a root, as its home says. */
+export function leasesOf({ record, leaseDirectory }: Home): Leases {
   const { etcd: endpoints, durationMs } = record.lease ?? {}
   return endpoints === undefined
     ? new FileLeases(leaseDirectory, { durationMs })

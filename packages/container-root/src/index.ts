@@ -3,6 +3,7 @@ export * from './cgroup.ts'
 export { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 export {
   ContainerRoot,
+  leasesOf,
   type MountRequest,
   type OpenOptions,
   type RollbackRequest,

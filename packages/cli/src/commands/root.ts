@@ -1,11 +1,11 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import {
   type ContainerRoot,
-  FileLeases,
   Home,
   initHome,
   type LayerStatus,
   type LayerStorage,
+  leasesOf,
   parseMetricsAddress,
   type RootSpace,
   type RootStatus,
@@ -326,7 +326,7 @@ function untilAborted(signal: AbortSignal): Promise<void> {
 async function showHome(path: HostPath, session: Session): Promise<void> {
   const home = Home.open(path)
   try {
-    const status = await statusOfHome(home, new FileLeases(home.leaseDirectory), session.signal)
+    const status = await statusOfHome(home, leasesOf(home), session.signal)
     const { rootId, head, versions, layers, layerForm, lease, nodes } = status
     const holder = lease === undefined || lease.isReleased ? 'nobody' : lease.node
     session.output.data(
