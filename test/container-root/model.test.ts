@@ -33,7 +33,7 @@ const FILES = ['a', 'b', 'd/e', 'd/f'] as const
 /** What the files hold; those that are not there are absent. */
 type Content = Partial<Record<(typeof FILES)[number], string>>
 /** So many sequences of commands, in half a minute. */
-const RUNS = 12
+const RUNS = 8
 const BASE: Content = { a: 'base', 'd/e': 'base' }
 
 /** What a node's container sees of a root, mounted or as it will be mounted next. */
