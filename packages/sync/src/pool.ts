@@ -240,8 +240,8 @@ class WorkerPool {
   }
 
   #fail(failed: Member, error: unknown): void {
-    // Those that were told to end are no members any more.
-    if (!this.#members.includes(failed)) return
+    // Those that were told to end are no members any more; and of one that has died, the first error says why.
+    if (!this.#members.includes(failed) || failed.isDead) return
     failed.isDead = true
     for (const resolve of failed.closing.values()) resolve()
     failed.closing.clear()
