@@ -85,6 +85,8 @@ describe.skipIf(!needs('root, mkfs.erofs and file-system tools', canMountImages(
       await cache.fill(id('b'), tree)
       await use(cache, id('b'))
       await use(cache, id('a'))
+      // The kernel's clock for files ticks every few milliseconds.
+      await delay(20)
       await cache.fill(id('c'), tree)
       expect(cache.entries().map((entry) => entry.id)).toEqual([id('c'), id('a')])
       const held = [id('c'), id('a')].map((one) => cache.openLayer(one))
