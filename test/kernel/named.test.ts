@@ -453,6 +453,16 @@ describe.skipIf(!canMountImages())('named cases', () => {
       { b: 'dir', f: 'f', s: 'dir', 's/y': 'y' },
     ))
 
+  test.each(['i', 'a'] as const)(
+    'a directory takes the place of a lower file that is immutable or append-only (+%s)',
+    async (flags) => {
+      await expectMerged([dir({ h: opaque({ x: file('x') }) }), dir({ h: file('h', { flags }) })], {
+        h: 'dir',
+        'h/x': 'x',
+      })
+    },
+  )
+
   test('with an index, the other name of a changed inode may lie in any lower', () =>
     expectChanged(
       [dir(), dir({ g: file('old'), h: linkTo('g'), d: dir({ i: linkTo('g') }) })],

@@ -233,10 +233,9 @@ export function moveOver(fromDir: number, from: ByteString, toDir: number, to: B
     if (attempt < 3 && code === 'EPERM') {
       clearProtection(fromDir, '')
       clearProtection(toDir, '')
-      if (tryTypeAt(toDir, to) === S_IFDIR) {
-        takeAway(toDir, to, trash)
-        continue
-      }
+      // The flags of what is in the way are asked before its type.
+      const isOfOtherType = tryTypeAt(toDir, to) === S_IFDIR || tryTypeAt(fromDir, from) === S_IFDIR
+      if (isOfOtherType && takeAway(toDir, to, trash)) continue
       const move = () => {
         const failed = tryRename(fromDir, from, toDir, to)
         if (failed !== undefined) throw new PosixError(failed, { syscall: 'renameat2', path: to })
