@@ -1,6 +1,7 @@
 import { compareStacks } from '@lsync/overlay-merge'
 import {
   type ByteString,
+  close,
   DT_DIR,
   DT_REG,
   type HostPath,
@@ -106,7 +107,7 @@ async function count(tree: HostPath, signal: AbortSignal | undefined): Promise<C
       turn = performance.now()
     }
   } finally {
-    withFd(root, () => undefined)
+    close(root)
   }
   for (const { names, nlink, sizeBytes } of linked.values()) if (nlink > names) counted.sharedBytes += sizeBytes
   return counted

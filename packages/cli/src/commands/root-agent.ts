@@ -9,7 +9,6 @@ import {
   writePolicies,
 } from '@lsync/container-root'
 import { type HostPath, textOf } from '@lsync/posix'
-import { Repository } from '@lsync/snapshot'
 import type { Command } from 'commander'
 import { UsageError } from '../failure.ts'
 import { countArgument, given, pathArgument, sizeArgument, timeArgument } from '../options.ts'
@@ -17,7 +16,7 @@ import { addStateOption, type StateOption, stateOf, withToldRoot } from '../root
 import type { Session } from '../session.ts'
 import {
   addRepositoryOptions,
-  backendFor,
+  connectRepository,
   passwordOf,
   type RepositoryOptions,
   withRepository,
@@ -134,20 +133,7 @@ async function keepOne(name: string, options: AgentOptions, session: Session): P
     signal,
     connect: async ({ repository: address, passwordFile }, during) => {
       const asked: RepositoryOptions = { repository: address, passwordFile: pathArgument(passwordFile) }
-      const backend = backendFor(address, asked, session)
-      try {
-        const repository = await Repository.open(backend, { password: passwordOf(asked), signal: during })
-        return {
-          repository,
-          close: async () => {
-            repository.close()
-            await backend.close()
-          },
-        }
-      } catch (error) {
-        await backend.close()
-        throw error
-      }
+      return connectRepository(address, asked, session, () => ({ password: passwordOf(asked), signal: during }))
     },
     onDone: ({ policy, report }) => {
       output.data(

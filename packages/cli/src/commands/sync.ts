@@ -37,6 +37,7 @@ import {
   addAccessOptions,
   backendFor,
   cacheDirectoryOf,
+  connectRepository,
   passwordOf,
   type RepositoryOptions,
 } from './snapshot/repository.ts'
@@ -235,7 +236,6 @@ async function repositoryTarget(
 ): Promise<RepositoryTarget> {
   // Whoever follows an upper to a directory does not wait for this package.
   const { RepositoryTarget } = await import('@lsync/container-root')
-  const { Repository } = await import('@lsync/snapshot')
   const address = text.slice('repo:'.length)
   const password = passwordOf(options)
   const keep = rulesOf(options)
@@ -246,26 +246,12 @@ async function repositoryTarget(
     description: `repo:${named.location}`,
     source,
     ...(Object.keys(keep).length === 0 ? {} : { keep }),
-    connect: async (signal) => {
-      const backend = backendFor(address, options, session)
-      try {
-        const repository = await Repository.open(backend, {
-          password,
-          cacheDirectory: cacheDirectoryOf(options),
-          signal,
-        })
-        return {
-          repository,
-          close: async () => {
-            repository.close()
-            await backend.close()
-          },
-        }
-      } catch (error) {
-        await backend.close()
-        throw error
-      }
-    },
+    connect: (signal) =>
+      connectRepository(address, options, session, () => ({
+        password,
+        cacheDirectory: cacheDirectoryOf(options),
+        signal,
+      })),
   })
 }
 

@@ -201,21 +201,39 @@ export async function withRepository<T>(
   use: (repository: Repository) => Promise<T>,
   { isJudged = false, threads }: { readonly isJudged?: boolean; readonly threads?: OpenOptions['threads'] } = {},
 ): Promise<T> {
-  const backend = backendFor(options.repository, options, session)
+  const { repository, close } = await connectRepository(options.repository, options, session, () => ({
+    password: passwordOf(options),
+    cacheDirectory: isJudged ? undefined : cacheDirectoryOf(options),
+    threads,
+    signal: session.signal,
+  }))
   try {
-    const repository = await Repository.open(backend, {
-      password: passwordOf(options),
-      cacheDirectory: isJudged ? undefined : cacheDirectoryOf(options),
-      threads,
-      signal: session.signal,
-    })
-    try {
-      return await use(repository)
-    } finally {
-      repository.close()
-    }
+    return await use(repository)
   } finally {
+    await close()
+  }
+}
+
+/** Opens a repository until it is closed. `how` is asked once the address is known to name one. */
+export async function connectRepository(
+  address: string | undefined,
+  options: RepositoryOptions,
+  session: Session,
+  how: () => OpenOptions,
+): Promise<{ readonly repository: Repository; close(): Promise<void> }> {
+  const backend = backendFor(address, options, session)
+  try {
+    const repository = await Repository.open(backend, how())
+    return {
+      repository,
+      close: async () => {
+        repository.close()
+        await backend.close()
+      },
+    }
+  } catch (error) {
     await backend.close()
+    throw error
   }
 }
 
