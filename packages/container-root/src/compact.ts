@@ -40,7 +40,7 @@ const MAX_LAYERS = 8
 export async function compact(context: RootContext, policy: CompactPolicy = {}): Promise<CompactReport> {
   const startMs = performance.now()
   const { home } = context
-  const { number: version, layers: list } = policy.version === undefined ? home.head() : home.version(policy.version)
+  const { number: version, layers: list } = home.version(policy.version)
   return withLayersInUse(context, version, list, async (layers) => {
     const before = layers.map(({ id }) => id)
     const [from, to] = rangeToFold(layers, policy)

@@ -418,7 +418,7 @@ export class ContainerRoot {
     options: { readonly version?: number | string; readonly signal?: AbortSignal } = {},
   ): Promise<PrefetchReport> {
     const { home } = this.#context
-    const version = options.version === undefined ? home.head() : home.version(options.version)
+    const version = home.version(options.version)
     return prefetch(this.#context, version, options.signal)
   }
 
@@ -428,7 +428,7 @@ export class ContainerRoot {
     options: { readonly version?: number | string; readonly signal?: AbortSignal } = {},
   ): Promise<BackupReport> {
     const { home } = this.#context
-    const version = options.version === undefined ? home.head() : home.version(options.version)
+    const version = home.version(options.version)
     return this.#noting('backup', () => backupVersion(this.#context, repository, version, options.signal))
   }
 

@@ -43,7 +43,7 @@ export interface ConvertReport {
 export async function convertLayers(context: RootContext, request: ConvertRequest): Promise<ConvertReport> {
   const startMs = performance.now()
   const { home } = context
-  const version = request.version === undefined ? home.head() : home.version(request.version)
+  const version = home.version(request.version)
   const form = request.to === 'sealed' ? 'erofs' : 'tree'
   if (form === 'tree') {
     const { lacking } = tryStore(home.path)

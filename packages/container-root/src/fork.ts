@@ -21,7 +21,7 @@ export interface ForkRequest {
 /** Makes a second root that begins as a version of another. Trees become clones, by the cheapest way that works. */
 export async function fork(context: RootContext, request: ForkRequest): Promise<Home> {
   const { home, node } = context
-  const version = request.version === undefined ? home.head() : home.version(request.version)
+  const version = home.version(request.version)
   const { namespace, id: rootId, lease } = home.record
   const record = {
     format: 1,

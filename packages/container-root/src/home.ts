@@ -231,8 +231,9 @@ export class Home {
     return head
   }
 
-  /** A version by its number or one of its tags (the newest that has it). @throws {VersionUnknownError} */
-  version(which: number | string): VersionRecord {
+  /** A version by its number or one of its tags (the newest that has it); default the newest. @throws {VersionUnknownError} */
+  version(which?: number | string): VersionRecord {
+    if (which === undefined) return this.head()
     const versions = this.versions()
     const found =
       versions.find(({ number }) => String(number) === String(which)) ??
