@@ -54,9 +54,7 @@ export function withToldRoot<T>(
   use: (root: ContainerRoot) => Promise<T>,
 ): Promise<T> {
   return withRoot(name, options, (root) => {
-    root.events.on('problem', ({ error }) => {
-      session.output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
-    })
+    root.events.on('problem', ({ error }) => session.warnOf(error))
     return use(root)
   })
 }

@@ -49,6 +49,13 @@ export class Session {
     return isCut && this.exitCode === EXIT.done ? EXIT.interrupted : this.exitCode
   }
 
+  /** Tells an error that ends nothing, and what it is about. */
+  warnOf(error: unknown, about?: string): void {
+    const code = (error as { code?: unknown }).code
+    const message = error instanceof Error ? error.message : String(error)
+    this.output.warning(typeof code === 'string' ? code : 'BUG', about === undefined ? message : `${about}: ${message}`)
+  }
+
   /** Ends with 3: done, but not everything is as it should be. */
   foundProblems(): void {
     this.exitCode = EXIT.problems

@@ -123,12 +123,10 @@ async function keepOne(name: string, options: AgentOptions, session: Session): P
   try {
     root = await ContainerRoot.openKnown(name, { state: stateOf(options) })
   } catch (error) {
-    output.warning((error as { code?: string }).code ?? 'BUG', `${name}: ${(error as Error).message}`)
+    session.warnOf(error, name)
     return
   }
-  root.events.on('problem', ({ verb, error }) => {
-    output.warning((error as Error & { code?: string }).code ?? 'BUG', `${name}: ${verb}: ${error.message}`)
-  })
+  root.events.on('problem', ({ verb, error }) => session.warnOf(error, `${name}: ${verb}`))
   const keeping: PoliciesOptions = {
     signal,
     connect: async ({ repository: address, passwordFile }, during) => {

@@ -227,9 +227,7 @@ const defineSync: Definer = (command, session) => {
             () => undefined,
           ),
         )
-        sync.events.on('problem', ({ error }) => {
-          output.warning((error as Error & { code?: string }).code ?? 'BUG', error.message)
-        })
+        sync.events.on('problem', ({ error }) => session.warnOf(error))
         output.data(
           () => ({ type: 'following', name }),
           () => undefined,

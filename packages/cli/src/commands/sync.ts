@@ -196,7 +196,7 @@ async function follow(source: HostPath, targets: readonly string[], options: Syn
     await socket.close()
     // A last barrier, unless that is what was interrupted.
     const failed = (error: unknown) => {
-      tell(session, error)
+      session.warnOf(error)
       session.exitCode = EXIT.failed
     }
     // What the last barrier makes is thinned, too; the end of a first pass is not waited for.
@@ -260,7 +260,7 @@ async function thin(sync: Sync, repositories: readonly RepositoryTarget[], sessi
   for (const target of repositories) {
     const status = sync.status.targets.find((one) => one.target === target.description)
     if (status === undefined || status.phase === 'first pass' || status.queuedDirectories > 0) continue
-    await target.thin().catch((error: unknown) => tell(session, error, target.description))
+    await target.thin().catch((error: unknown) => session.warnOf(error, target.description))
   }
 }
 
@@ -291,7 +291,7 @@ function report(sync: Sync, session: Session): void {
   sync.events.on('failure', ({ target, path, code, message }) =>
     output.warning(code, `${target}: ${message}; it is tried again`, { target, path: textOf(path) }),
   )
-  sync.events.on('problem', ({ target, error }) => tell(session, error, target))
+  sync.events.on('problem', ({ target, error }) => session.warnOf(error, target))
   sync.events.on('lag', ({ target, lagMs, isLate }) => {
     if (isLate) output.warning('SYNC_LATE', `${target}: a change waits for ${durationOf(lagMs)}`, { target, lagMs })
     else {
@@ -305,12 +305,6 @@ function report(sync: Sync, session: Session): void {
   })
   const startMs = performance.now()
   sync.events.on('progress', (status) => output.progressText(() => progressText(status, startMs)))
-}
-
-function tell({ output }: Session, error: unknown, target?: string): void {
-  const code = (error as { code?: unknown }).code
-  const message = error instanceof Error ? error.message : String(error)
-  output.warning(typeof code === 'string' ? code : 'BUG', target === undefined ? message : `${target}: ${message}`)
 }
 
 function progressText(status: TargetStatus, startMs: number): string {
