@@ -35,7 +35,6 @@ import {
   resultMeta,
   type Trash,
   takeAway,
-  whileHeld,
   withoutProtection,
 } from './effects.ts'
 import { addFlags, finishDirectory, inheritsAcls, readMeta, writeMeta } from './encodings/inode.ts'
@@ -350,8 +349,7 @@ class RecordWork {
       dropAttributes(fromDir, from, step.drop ?? [], trash)
       if (step.do === 'place') putAttributes(fromDir, from, step.set, trash)
     }
-    const move = () => moveOver(fromDir, from, this.#targetFd, to, trash)
-    if (!(step.was === 'file' ? whileHeld(this.#targetFd, to, move) : move()) && !resumed) {
+    if (!moveOver(fromDir, from, this.#targetFd, to, trash) && !resumed) {
       throw new ChangedMeanwhileError(join(this.#path, to))
     }
   }

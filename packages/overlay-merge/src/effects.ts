@@ -17,7 +17,6 @@ import {
   O_EXCL,
   O_NOFOLLOW,
   O_NONBLOCK,
-  O_PATH,
   O_RDONLY,
   O_RDWR,
   openat,
@@ -244,25 +243,6 @@ export function moveOver(fromDir: number, from: ByteString, toDir: number, to: B
       return true
     }
     throw new PosixError(code, { syscall: 'renameat2', path: to })
-  }
-}
-
-/**
- * Runs a change that replaces `name`, and frees the replaced inode after it: renames between directories take turns on one
- * lock for each file system, and freeing costs as much as the rest of the rename.
- */
-export function whileHeld<T>(dirfd: number, name: ByteString, change: () => T): T {
-  let fd: number
-  try {
-    fd = openat(dirfd, name, O_PATH | O_NOFOLLOW)
-  } catch (error) {
-    if (errnoOf(error) !== 'ENOENT') throw error // a run that was cut short has taken it away
-    return change()
-  }
-  try {
-    return change()
-  } finally {
-    close(fd)
   }
 }
 
