@@ -22,7 +22,7 @@ import {
 import { type ConvertReport, type ConvertRequest, convertLayers } from './convert.ts'
 import { EtcdLeases } from './etcd-lease.ts'
 import { FileLeases } from './file-lease.ts'
-import { Follower, FollowerSocket, isFollowed, pauseFollower } from './follower.ts'
+import { Follower, isFollowed, listenForCommands, pauseFollower } from './follower.ts'
 import { type ForkRequest, fork } from './fork.ts'
 import { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 import { Home } from './home.ts'
@@ -294,7 +294,7 @@ export class ContainerRoot {
     })
     try {
       if (!waits) await this.startSync({ signal })
-      const socket = await FollowerSocket.listen(root, follower)
+      const socket = await listenForCommands(root, follower)
       try {
         await follower.run(signal)
       } finally {

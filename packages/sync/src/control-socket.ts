@@ -1,7 +1,6 @@
-import { chmodSync, existsSync, mkdirSync, renameSync, unlinkSync } from 'node:fs'
-import { createConnection, createServer, type Server, type Socket } from 'node:net'
-import { createInterface } from 'node:readline'
-import { errnoOf, type HostPath, LsyncError, printable, textOf } from '@lsync/posix'
+import { existsSync, mkdirSync } from 'node:fs'
+import { close, type HostPath, hostPath, LsyncError, openRoot, printable, textOf } from '@lsync/posix'
+import { LineConnection, LineSocket } from './line-socket.ts'
 import { defaultStateDir, type FlushReport, type Sync, SyncRequestError, type SyncStatus } from './sync.ts'
 
 /** Nothing follows this upper. */
@@ -33,26 +32,19 @@ export interface ControlAnswers {
 }
 export type ControlVerb = keyof ControlAnswers
 
-interface Answer {
-  readonly result?: unknown
-  readonly error?: { readonly code: string; readonly message: string; readonly hint?: string | undefined }
-}
-
 const SOCKET = 'control.sock'
-const MAX_LINE = 4096
 
 /**
- * Lets other processes of this user talk to a sync over a socket in its state directory: one JSON object a line,
- * `{"do":"flush","sweep":true}`, answered by one. docs/format.md, "Control socket of a sync".
+ * Lets other processes of this user talk to a sync over a socket in its state directory. docs/format.md, "Control socket of
+ * a sync".
  */
 export class ControlSocket {
-  readonly #server: Server
-  readonly #path: string
-  readonly #clients = new Set<Socket>()
+  readonly #socket: LineSocket
+  readonly #stateFd: number
 
-  private constructor(server: Server, path: string) {
-    this.#server = server
-    this.#path = path
+  private constructor(socket: LineSocket, stateFd: number) {
+    this.#socket = socket
+    this.#stateFd = stateFd
   }
 
   /**
@@ -61,61 +53,29 @@ export class ControlSocket {
    */
   static async listen(sync: Sync, stateDir: string): Promise<ControlSocket> {
     mkdirSync(stateDir, { recursive: true, mode: 0o700 })
-    const path = `${stateDir}/${SOCKET}`
-    if (existsSync(path)) {
-      if (await answers(path)) throw new SyncRunningError(stateDir)
-      unlinkSync(path)
+    const stateFd = openRoot(hostPath(stateDir))
+    try {
+      const other = await LineConnection.open(stateFd, SOCKET)
+      other?.close()
+      if (other !== undefined) throw new SyncRunningError(stateDir)
+      const answer = (request: Record<string, unknown>) => carryOut(sync, request)
+      return new ControlSocket(await LineSocket.listen(stateFd, SOCKET, () => ({ answer })), stateFd)
+    } catch (error) {
+      close(stateFd)
+      throw error
     }
-    const server = createServer()
-    const control = new ControlSocket(server, path)
-    server.on('connection', (client) => control.#serve(client, sync))
-    const fresh = `${path}.new`
-    if (existsSync(fresh)) unlinkSync(fresh)
-    await new Promise<void>((resolve, reject) => {
-      server.once('error', reject)
-      server.listen(fresh, resolve)
-    })
-    // It appears with the mode that it keeps.
-    chmodSync(fresh, 0o600)
-    renameSync(fresh, path)
-    return control
   }
 
   async close(): Promise<void> {
-    for (const client of this.#clients) client.destroy()
-    await new Promise((resolve) => this.#server.close(resolve))
-    if (existsSync(this.#path)) unlinkSync(this.#path)
-  }
-
-  #serve(client: Socket, sync: Sync): void {
-    this.#clients.add(client)
-    client.on('error', () => client.destroy())
-    client.on('close', () => this.#clients.delete(client))
-    const lines = createInterface({ input: client, crlfDelay: Number.POSITIVE_INFINITY })
-    lines.on('line', (line) => {
-      void answer(sync, line).then((result) => client.write(`${JSON.stringify(result)}\n`))
-    })
+    await this.#socket.close()
+    close(this.#stateFd)
   }
 }
 
-async function answer(sync: Sync, line: string): Promise<Answer> {
-  try {
-    const request = line.length > MAX_LINE ? {} : (JSON.parse(line) as { do?: unknown; sweep?: unknown })
-    return { result: await carryOut(sync, request) }
-  } catch (error) {
-    if (error instanceof LsyncError) return { error: { code: error.code, message: error.message, hint: error.hint } }
-    const { code, message, hint } = new SyncRequestError(
-      `not understood: ${String(error)}`,
-      'send one JSON object a line',
-    )
-    return { error: { code, message, hint } }
-  }
-}
-
-async function carryOut(sync: Sync, request: { do?: unknown; sweep?: unknown }): Promise<unknown> {
-  switch (request.do) {
+async function carryOut(sync: Sync, request: Record<string, unknown>): Promise<unknown> {
+  switch (request['do']) {
     case 'flush':
-      return sync.flush({ sweep: request.sweep === true })
+      return sync.flush({ sweep: request['sweep'] === true })
     case 'pause':
       sync.pause()
       return readableStatus(sync.status)
@@ -126,7 +86,7 @@ async function carryOut(sync: Sync, request: { do?: unknown; sweep?: unknown }):
       return readableStatus(sync.status)
     default:
       throw new SyncRequestError(
-        `${String(request.do)} is nothing to ask a sync for`,
+        `${String(request['do'])} is nothing to ask a sync for`,
         'ask for flush, pause, resume or status',
       )
   }
@@ -153,39 +113,23 @@ export async function askSync<V extends ControlVerb>(
   verb: V,
   options: { readonly stateDir?: string; readonly sweep?: boolean; readonly signal?: AbortSignal } = {},
 ): Promise<ControlAnswers[V]> {
-  const path = `${options.stateDir ?? defaultStateDir(source)}/${SOCKET}`
-  const client = createConnection(path)
+  const connection = await connect(options.stateDir ?? defaultStateDir(source))
+  if (connection === undefined) throw new SyncNotRunningError(source)
   try {
-    await new Promise<void>((resolve, reject) => {
-      client.once('connect', resolve)
-      client.once('error', reject)
-      options.signal?.addEventListener('abort', () => reject(options.signal?.reason), { once: true })
-    })
-    client.write(`${JSON.stringify({ do: verb, sweep: options.sweep === true })}\n`)
-    const line = await new Promise<string>((resolve, reject) => {
-      createInterface({ input: client }).once('line', resolve)
-      client.once('close', () => reject(new SyncNotRunningError(source)))
-      options.signal?.addEventListener('abort', () => reject(options.signal?.reason), { once: true })
-    })
-    const { result, error } = JSON.parse(line) as Answer
-    if (error !== undefined) throw new LsyncError(error.code, error.message, error.hint ? { hint: error.hint } : {})
-    return result as ControlAnswers[V]
-  } catch (error) {
-    const code = errnoOf(error)
-    if (code === 'ENOENT' || code === 'ECONNREFUSED') throw new SyncNotRunningError(source)
-    throw error
+    const answer = await connection.ask({ do: verb, sweep: options.sweep === true }, options.signal)
+    if (answer === undefined) throw new SyncNotRunningError(source)
+    return answer.result as ControlAnswers[V]
   } finally {
-    client.destroy()
+    connection.close()
   }
 }
 
-function answers(path: string): Promise<boolean> {
-  return new Promise((resolve) => {
-    const client = createConnection(path)
-    client.once('connect', () => {
-      client.destroy()
-      resolve(true)
-    })
-    client.once('error', () => resolve(false))
-  })
+async function connect(stateDir: string): Promise<LineConnection | undefined> {
+  if (!existsSync(stateDir)) return undefined
+  const stateFd = openRoot(hostPath(stateDir))
+  try {
+    return await LineConnection.open(stateFd, SOCKET)
+  } finally {
+    close(stateFd)
+  }
 }

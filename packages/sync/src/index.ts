@@ -17,6 +17,7 @@ export {
   SyncRunningError,
 } from './control-socket.ts'
 export { PatternInvalidError } from './filter.ts'
+export { LineConnection, LineSocket } from './line-socket.ts'
 export type { Checkpoint } from './model/checkpoint.ts'
 export type { EntryKind, Extent, Failure, Operation, RawMeta, TreePath } from './model/operation.ts'
 export { type PreviewedChange, previewSync } from './preview.ts'
