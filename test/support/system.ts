@@ -21,6 +21,8 @@ export const MS_RDONLY = 1
 const MNT_DETACH = 2
 const EINVAL = 22
 const EBUSY = 16
+// What a garbage collection between the call and the look at its errno leaves there.
+const EAGAIN = 11
 
 /** mount(2) failed; `errno` is its number. */
 export class MountError extends Error {
@@ -46,7 +48,7 @@ export function unmount(target: string): boolean {
     }
     const code = koffi.errno()
     if (code === EINVAL || code === 2) return false
-    if (code !== EBUSY) throw new Error(`umount ${target} failed: errno ${code}`)
+    if (code !== EBUSY && code !== EAGAIN) throw new Error(`umount ${target} failed: errno ${code}`)
     Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 10)
   }
 }

@@ -117,7 +117,7 @@ function readDirectory(
   for (const name of names) {
     const childPath = path === '' ? name : `${path}/${name}`
     try {
-      patiently(() => readNode(fd, name, childPath, tree, groups))
+      readNode(fd, name, childPath, tree, groups)
     } catch (cause) {
       const code = errnoOf(cause)
       if (code === undefined) throw cause
@@ -134,20 +134,6 @@ function readDirectory(
       })
     }
   }
-}
-
-// Seen once on xfs on a loop device under load: a read of a quiet tree gave EAGAIN, which says nothing of the tree.
-function patiently(read: () => void): void {
-  for (let attempt = 0; attempt < 20; attempt++) {
-    try {
-      read()
-      return
-    } catch (error) {
-      if (errnoOf(error) !== 'EAGAIN') throw error
-      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 50)
-    }
-  }
-  read()
 }
 
 function readNode(

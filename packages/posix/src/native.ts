@@ -30,11 +30,35 @@ function addressOf(buffer: Uint8Array): number {
 
 type Native = (...args: (number | bigint)[]) => number
 
+// This thread's own errno, where libc keeps it.
+const errnoCell = new Int32Array(koffi.view(libc.func('__errno_location', 'uint64_t', [])(), 4))
+let lastErrno = 0
+
 /**
  * One libc function. Arguments are numbers: `i` int, `u` unsigned int, `l` 64-bit signed, `p` an address or any
  * 64-bit unsigned value. Results are `i` or `l`; `l` results arrive as number where they fit.
  */
 export function libcFunction(name: string, result: 'i' | 'l', args: string): Native {
+  const native = rawFunction(name, result, args)
+  // The errno is read before anything else runs: V8 stops at the next function or allocation for whatever waits, and a
+  // collection that waits for its helpers leaves EAGAIN (futex(2)) where the call had left ENOENT. No rest parameters:
+  // these are called a million times.
+  if (args.length <= 4) {
+    return ((a: number, b: number, c: number, d: number) => {
+      const value = native(a, b, c, d)
+      if (value < 0) lastErrno = errnoCell[0] as number
+      return value
+    }) as Native
+  }
+  if (args.length > 7) throw new RangeError(`${name} has more than 7 arguments`)
+  return ((a: number, b: number, c: number, d: number, e: number, f: number, g: number) => {
+    const value = native(a, b, c, d, e, f, g)
+    if (value < 0) lastErrno = errnoCell[0] as number
+    return value
+  }) as Native
+}
+
+function rawFunction(name: string, result: 'i' | 'l', args: string): Native {
   const types = { i: 'int', u: 'uint', l: 'int64_t', p: 'uint64_t' } as const
   return libc.func(
     name,
@@ -49,7 +73,7 @@ export function libcFunctionAsync(
   result: 'i' | 'l',
   args: string,
 ): (...args: (number | bigint)[]) => Promise<number> {
-  const native = libcFunction(name, result, args) as unknown as {
+  const native = rawFunction(name, result, args) as unknown as {
     async(...args: unknown[]): void
   }
   return (...values) =>
@@ -58,9 +82,9 @@ export function libcFunctionAsync(
     })
 }
 
-/** The errno that the last failed call of this thread left. */
+/** The errno that the last failed call of this thread left, whatever the thread has done since. */
 export function errno(): number {
-  return koffi.errno()
+  return lastErrno
 }
 
 // Deep directories are opened in steps (open.ts), so no path that reaches the kernel is longer than this.
