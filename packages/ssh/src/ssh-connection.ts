@@ -1,12 +1,15 @@
 import { createHash } from 'node:crypto'
 import { readFileSync } from 'node:fs'
+import { Socket } from 'node:net'
 import { homedir, userInfo } from 'node:os'
 import { printable } from '@lsync/posix'
 import type { AnyAuthMethod, Client, ClientChannel, ConnectConfig } from 'ssh2'
 import type { RemoteAddress } from './address.ts'
 import type { Connection } from './connection.ts'
 import { ConnectionLostError } from './errors.ts'
+import { gatherWrites } from './gather-writes.ts'
 import { hostName, KnownHosts } from './known-hosts.ts'
+import { passKeysAsObjects } from './packet-keys.ts'
 import { endOf, errorOfExit } from './remote-command.ts'
 import {
   AuthenticationError,
@@ -152,10 +155,12 @@ async function connect(address: RemoteAddress, options: SshOptions, signal: Abor
   let hostKeyError: Error | undefined
   let isReady = false
   const client = new ssh2.Client()
+  const socket = new Socket()
+  // `connect` itself would take it back.
+  socket.once('connect', () => gatherWrites(socket))
   const shared: Shared = { client, channels: 0, failure: undefined }
   const config: ConnectConfig = {
-    host,
-    port,
+    sock: socket,
     username: userOf(address),
     readyTimeout: timeoutMs,
     keepaliveInterval: KEEPALIVE_MS,
@@ -193,7 +198,9 @@ async function connect(address: RemoteAddress, options: SshOptions, signal: Abor
       signal.removeEventListener('abort', abort)
       fail(new ConnectionLostError('it was closed from the other side'))
     })
+    passKeysAsObjects(client)
     client.connect(config)
+    socket.connect({ host, port })
   })
 }
 
