@@ -354,4 +354,22 @@ describe.skipIf(!isRoot)('damage and malice', () => {
     await expect(restore(repository, `${directory}/back`)).rejects.toMatchObject({ code: 'ENOSPC' })
     expect(existsSync(`${directory}/back/f`)).toBe(false)
   })
+
+  test('a large one is written back while it goes on, and is not reported when the disk fails at its end', async () => {
+    const { repository } = await newRepository()
+    const directory = temporaryDirectory()
+    buildTree(`${directory}/tree`, dir({ zeros: sparse(70_000_000, []) }))
+    await save(repository, `${directory}/tree`)
+    let calls = 0
+    setSyscallHook((syscall) => {
+      if (syscall === 'syncfs') calls++
+    })
+    onTestFinished(() => setSyscallHook(undefined))
+    await restore(repository, `${directory}/back`)
+    expect(calls).toBe(2)
+    setSyscallHook((syscall, path) => {
+      if (syscall === 'syncfs') throw new PosixError('EIO', { syscall, path })
+    })
+    await expect(restore(repository, `${directory}/again`)).rejects.toMatchObject({ code: 'EIO' })
+  })
 })

@@ -6,7 +6,8 @@ import {
   type HostPath,
   LsyncError,
   openRoot,
-  syncFileSystem,
+  syncFileSystemAsync,
+  WriteBack,
   withFd,
 } from '@lsync/posix'
 import { drainStack, eachOf } from './concurrent.ts'
@@ -120,10 +121,11 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
       width: request.workers ?? DEFAULT_WORKERS,
       threads: repository.threads,
     })
+    const writeBack = targetFd >= 0 && request.dryRun !== true ? new WriteBack(targetFd) : undefined
     try {
-      const work = new RestoreWork(repository, pool, request, signal)
+      const work = new RestoreWork(repository, pool, request, writeBack, signal)
       await work.run(located.path, located.node, located.tree, isNew)
-      if (targetFd >= 0 && request.dryRun !== true) syncFileSystem(targetFd, request.target)
+      if (writeBack !== undefined) await syncFileSystemAsync(targetFd, request.target)
       const { counts, files, directories, writtenBytes } = work
       const problems = work.problems.sort((left, right) => (left.path < right.path ? -1 : 1))
       const elapsedMs = performance.now() - startMs
@@ -131,6 +133,7 @@ export async function restoreSnapshot(repository: Repository, request: RestoreRe
       return { snapshotId: request.snapshot.id, path, counts, files, directories, writtenBytes, problems, elapsedMs }
     } finally {
       await pool.close()
+      await writeBack?.end()
     }
   } finally {
     if (targetFd >= 0) close(targetFd)
@@ -180,6 +183,7 @@ class RestoreWork {
   readonly #repository: Repository
   readonly #pool: ThreadPool<RestoreInit, RestoreJob, RestoreResult>
   readonly #request: RestoreRequest
+  readonly #writeBack: WriteBack | undefined
   readonly #signal: AbortSignal
   readonly #includes: readonly Pattern[]
   readonly #excludes: readonly Pattern[]
@@ -193,11 +197,13 @@ class RestoreWork {
     repository: Repository,
     pool: ThreadPool<RestoreInit, RestoreJob, RestoreResult>,
     request: RestoreRequest,
+    writeBack: WriteBack | undefined,
     signal: AbortSignal,
   ) {
     this.#repository = repository
     this.#pool = pool
     this.#request = request
+    this.#writeBack = writeBack
     this.#signal = signal
     this.#includes = parsePatterns(request.includes ?? [])
     this.#excludes = parsePatterns(request.excludes ?? [])
@@ -482,6 +488,7 @@ class RestoreWork {
     for (const [action, count] of Object.entries(result.counts)) this.counts[action as RestoreAction] += count
     for (const [action, path] of result.actions) this.#request.onAction?.(action, path)
     this.writtenBytes += result.writtenBytes
+    this.#writeBack?.wrote(result.writtenBytes, result.counts.create + result.counts.replace)
     return result
   }
 

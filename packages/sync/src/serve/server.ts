@@ -1,6 +1,6 @@
 import type { Readable, Writable } from 'node:stream'
 import { Worker } from 'node:worker_threads'
-import type { ByteString, HostPath } from '@lsync/posix'
+import { type ByteString, type HostPath, WriteBack } from '@lsync/posix'
 import { ConnectionLostError, ProtocolError } from '@lsync/ssh'
 import type { MadeNews } from '../made-directories.ts'
 import {
@@ -23,7 +23,6 @@ import {
 } from '../protocol/frame.ts'
 import { decodeCheckpoint, decodeDescribe, decodePath, encodeCheckpoint, encodeError } from '../protocol/message.ts'
 import { MAX_BATCH_BYTES, MAX_PATH_BYTES } from '../protocol/operation-codec.ts'
-import { WriteBack } from '../write-back.ts'
 import { AccessRefusedError } from './errors.ts'
 import { peekServed } from './place.ts'
 import type { ServedTarget, ServeJob, ServeResult } from './serve-worker.ts'

@@ -1,8 +1,7 @@
-import { type HostPath, LsyncError, printable, syncFileSystemAsync } from '@lsync/posix'
+import { type HostPath, LsyncError, printable, syncFileSystemAsync, WriteBack } from '@lsync/posix'
 import type { Checkpoint } from '../model/checkpoint.ts'
 import type { Failure } from '../model/operation.ts'
 import { TargetPlace } from '../target-state.ts'
-import { WriteBack } from '../write-back.ts'
 import type { Target, TargetState } from './target.ts'
 
 /** A directory of this machine, on whatever file system it is: the workers write into it themselves. */

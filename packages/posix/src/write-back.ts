@@ -1,12 +1,15 @@
-import { type ByteString, close, O_DIRECTORY, O_RDONLY, openat, PosixError, syncFileSystemAsync } from '@lsync/posix'
+import type { ByteString } from './bytes.ts'
+import { syncFileSystemAsync } from './durability.ts'
+import { PosixError } from './errors.ts'
+import { close, O_DIRECTORY, O_RDONLY, openat } from './open.ts'
 
 /** So much is written between two beginnings; a file without content is about as much work as one of a page or two. */
 const STEP_BYTES = 64 << 20
 const FILE_BYTES = 4096
 
 /**
- * Has a target written back while more is written to it, so that a barrier finds little left to do: a first pass of small
- * files keeps the processors busy, and the disk that waits for it would have to do all of its work at the end.
+ * Has a target written back while more is written to it, so that a barrier finds little left to do: to write small files
+ * keeps the processors busy, and the disk that waits for it would have to do all of its work at the end.
  */
 export class WriteBack {
   readonly #rootFd: number

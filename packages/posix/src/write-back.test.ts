@@ -1,8 +1,8 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { close, hostPath, openRoot, PosixError, setSyscallHook } from '@lsync/posix'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { close, hostPath, openRoot, PosixError, setSyscallHook } from './index.ts'
 import { WriteBack } from './write-back.ts'
 
 describe('writing back while more is written', () => {
