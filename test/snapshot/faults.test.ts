@@ -1,5 +1,7 @@
-import { spawn } from 'node:child_process'
-import { chmodSync, cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { spawn, spawnSync } from 'node:child_process'
+import { randomBytes } from 'node:crypto'
+import { chmodSync, cpSync, mkdirSync, readdirSync, readFileSync, rmSync, statfsSync, writeFileSync } from 'node:fs'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { hostPath } from '@lsync/posix'
 import {
@@ -26,6 +28,7 @@ import { FailingBackend, GoneError } from '../support/failing-backend.ts'
 import { needs } from '../support/needs.ts'
 import { newRepository, PASSWORD, reopen, temporaryDirectory } from '../support/repository.ts'
 import { runs, timeLimit } from '../support/runs.ts'
+import { mount, unmount } from '../support/system.ts'
 import { readTree } from '../support/tree.ts'
 
 const isRoot = needs('root', process.geteuid?.() === 0)
@@ -308,6 +311,73 @@ const killed: Readonly<Record<string, Killed>> = {
     },
   },
 }
+
+/** What can run out of room. */
+const filled: Readonly<Record<string, Killed>> = {
+  ...killed,
+  create: {
+    prepare: async () => {
+      const context = await history()
+      writeFileSync(`${context.tree}/kept/f0`, randomBytes(60_000))
+      return { ...context, other: context.tree }
+    },
+    complete: (repository, other) => createSnapshot(repository, { targets: [{ path: hostPath(other) }] }),
+    expectKilled: async (path) => {
+      expect(await listSnapshots(await reopen(path))).toHaveLength(2)
+      expect([...(await errorsIn(path))]).toEqual([])
+    },
+    expectComplete: async (path, tree) => {
+      expect(await listSnapshots(await expectWhole(path, tree))).toHaveLength(3)
+    },
+  },
+  prune: {
+    prepare: async () => ({ ...(await history()), other: '' }),
+    complete: (repository) => pruneRepository(repository, { maxUnused: 0 }),
+    expectKilled: expectWhole,
+    expectComplete: expectWhole,
+  },
+}
+
+describe.skipIf(!isRoot)('a full disk', () => {
+  test.each(Object.keys(filled))('ends %s with its reason, and costs nothing that was saved', async (what) => {
+    const { prepare, complete, expectKilled, expectComplete } = filled[what] as Killed
+    const { path: prepared, other, tree } = await prepare()
+    const disk = temporaryDirectory()
+    mount('tmpfs', disk, 'tmpfs', 0, 'size=2m')
+    onTestFinished(async () => {
+      // Files that repositories had open are closed by and by.
+      for (let attempt = 0; attempt < 100 && spawnSync('umount', [disk]).status !== 0; attempt++) await sleep(100)
+      unmount(disk)
+    })
+    const path = `${disk}/repository`
+    // More room each time, until it is enough.
+    let failures = 0
+    for (let freeBytes = 0, isDone = false; !isDone; freeBytes += 8192) {
+      rmSync(path, { recursive: true, force: true })
+      cpSync(prepared, path, { recursive: true })
+      const repository = await reopen(path)
+      const { bavail, bsize } = statfsSync(disk)
+      writeFileSync(`${disk}/others`, Buffer.alloc(Math.max(0, bavail * bsize - freeBytes)))
+      const outcome = await complete(repository, other).then(
+        () => 'done',
+        (error: unknown) => error,
+      )
+      rmSync(`${disk}/others`)
+      isDone = outcome === 'done'
+      if (!isDone) {
+        failures++
+        expect(outcome).toMatchObject({ code: 'ENOSPC' })
+        // Who was told so has given the lock back.
+        expect(readdirSync(`${path}/locks`)).toEqual([])
+        await expectKilled(path, tree)
+        await complete(await reopen(path), other)
+      }
+      await expectComplete(path, tree)
+      expect(freeBytes).toBeLessThan(1_000_000)
+    }
+    expect(failures).toBeGreaterThan(0)
+  })
+})
 
 describe.skipIf(!isRoot)('kill -9 of a process', () => {
   test.each(Object.keys(killed))(

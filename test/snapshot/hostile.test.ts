@@ -26,6 +26,8 @@ interface Forged {
   /** What lies in the pack instead of the content, and how long the index says the content is. */
   readonly frame?: Buffer
   readonly claimedLength?: number
+  /** What the index says its id is, in the place of its content's hash. */
+  readonly claimedId?: ObjectId
 }
 
 const idOf = (bytes: Uint8Array): ObjectId => createHash('sha256').update(bytes).digest('hex')
@@ -41,10 +43,10 @@ function seal(repository: Repository, plain: Buffer): Buffer {
 /** Writes a pack, its index and a snapshot whose tree is the last object. No check of ours stands in the way. */
 async function plant(repository: Repository, objects: readonly Forged[]): Promise<void> {
   let offset = 0
-  const parts = objects.map(({ kind, content, frame, claimedLength }) => {
+  const parts = objects.map(({ kind, content, frame, claimedLength, claimedId }) => {
     const sealed = seal(repository, frame ?? content)
     const size = claimedLength === undefined ? {} : { uncompressed_length: claimedLength }
-    const entry = { id: idOf(content), type: kind, offset, length: sealed.length, ...size }
+    const entry = { id: claimedId ?? idOf(content), type: kind, offset, length: sealed.length, ...size }
     offset += sealed.length
     return { sealed, entry }
   })
@@ -153,6 +155,19 @@ describe.skipIf(!isRoot)('whoever has the keys, and means no good,', () => {
     await plant(repository, [claimed, tree({ name: 'f', type: 'file', size: 14, content: [idOf(claimed.content)] })])
     const { run } = await restored(path)
     expect((await run()).problems).toEqual([expect.objectContaining({ path: 'f', code: 'OBJECT_DAMAGED' })])
+  })
+
+  test('cannot make a run endless with a directory that is in itself', async () => {
+    const { path, repository } = await newRepository()
+    const claimedId = idOf(Buffer.from('any'))
+    const loop = { ...tree({ name: 'd', type: 'dir', mode: 2 ** 31 + 0o755, subtree: claimedId }), claimedId }
+    const above = tree({ name: 'top', type: 'dir', mode: 2 ** 31 + 0o755, subtree: claimedId })
+    await plant(repository, [loop, above])
+    const { directory, run, repository: again } = await restored(path)
+    expect((await run()).problems).toEqual([expect.objectContaining({ path: 'top', code: 'OBJECT_DAMAGED' })])
+    expect(readdirSync(`${directory}/target/top`)).toEqual([])
+    const { problems } = await checkRepository(again)
+    expect(problems.map(({ code }) => code)).toContain('OBJECT_DAMAGED')
   })
 
   test('cannot make a run endless with directories nested beyond all bounds', async () => {
