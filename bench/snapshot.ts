@@ -73,6 +73,7 @@ function keepers({ options, scratch }: SnapshotContext): Keeper[] {
     ...[...environment, options.lsync, 'snapshot', command, '-r', repository],
     ...args,
   ]
+  const casync = (repository: string, command: string) => ['casync', command, `--store=${repository}/store.castr`]
   const restic = (repository: string, ...args: string[]) => [...environment, 'restic', '-q', '-r', repository, ...args]
   return [
     {
@@ -113,6 +114,21 @@ function keepers({ options, scratch }: SnapshotContext): Keeper[] {
       restored: (target, tree) => join(target, tree),
       check: (repository) => [...borgEnvironment, 'borg', 'check', '--verify-data', repository],
     },
+    {
+      name: 'casync',
+      program: 'casync',
+      init: (repository) => ['mkdir', repository],
+      create: (repository, tree) => [
+        ...casync(repository, 'make'),
+        '--compression=zstd',
+        `${repository}/tree.caidx`,
+        tree,
+      ],
+      restore: (repository, target) => [...casync(repository, 'extract'), `${repository}/tree.caidx`, target],
+      restored: (target) => target,
+      // Reads every chunk.
+      check: (repository) => [...casync(repository, 'digest'), `${repository}/tree.caidx`],
+    },
   ]
 }
 
@@ -128,6 +144,7 @@ export function keeperVersions(lsync: string): Record<string, string> {
     ['lsync', lsync, ['--version']],
     ['restic', 'restic', ['version']],
     ['borg', 'borg', ['--version']],
+    ['casync', 'casync', ['--version']],
   ] as const) {
     if (name !== 'lsync' && findProgram(program) === undefined) continue
     const version = versionOf(program, args)
@@ -322,7 +339,7 @@ async function* measureLives(
 
 const contentNotes = [
   'the content of the files is random: nothing in it can be compressed',
-  'keys are derived anew by each command',
+  'keys are derived anew by each command; casync has none, encrypts nothing and waits for no disk',
 ]
 
 function placeName({ fs, target }: SnapshotOptions): string {
