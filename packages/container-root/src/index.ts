@@ -10,6 +10,7 @@ export {
 } from './container-root.ts'
 export { leaseNameOf, type PrefetchReport, type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
 export { type ConvertReport, type ConvertRequest, StoreHoldsNoTreesError } from './convert.ts'
+export type { DeltaCounts } from './delta-tree.ts'
 export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
 export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
 export type { ForkRequest } from './fork.ts'
@@ -17,6 +18,7 @@ export { collectGarbage, type GcPolicy, type GcReport } from './gc.ts'
 export * from './home.ts'
 export * from './hooks.ts'
 export * from './init.ts'
+export { type Changed, type LastDelta, type Prediction, predict, ratesOf, type StoreRates } from './last-delta.ts'
 export * from './layer-cache.ts'
 export { chooseLayers } from './layer-choice.ts'
 export {
@@ -66,6 +68,7 @@ export {
   unsealLayer,
 } from './sealed-layer.ts'
 export {
+  type SealedDelta,
   SolidifyIncompleteError,
   type SolidifyReport,
   type SolidifyRequest,

@@ -182,6 +182,8 @@ export const SolidifyRecord = z.strictObject({
   step: z.enum(['syncing', 'promoting', 'published']),
   isLive: z.boolean(),
   layerId: RecordId,
+  /** A sealed layer of what changed last, on top of that one; the same id where it is all that there is. */
+  deltaId: RecordId.exactOptional(),
   /** The upper that follows; stopped only. */
   nextUpperId: RecordId,
   epoch: z.int().positive(),

@@ -11,7 +11,9 @@ export interface SealIntoRequest {
   readonly epoch: number
   /** A directory of this node, where the image is built. */
   readonly scratch: HostPath
-  /** Hears of chattr flags, which no image can hold. */
+  /** Go on where chattr flags are lost, which no image can hold. Default true. */
+  readonly lossy?: boolean | undefined
+  /** Hears of those. */
   readonly onLoss?: ((loss: SealLossyError) => void) | undefined
   readonly signal?: AbortSignal | undefined
 }
@@ -19,7 +21,7 @@ export interface SealIntoRequest {
 /** Makes a sealed layer of a tree that nobody changes meanwhile; `publish` gets the record with which it is promoted, and does that. */
 export function sealInto<T>(
   home: Home,
-  { tree, record, epoch, scratch, onLoss, signal }: SealIntoRequest,
+  { tree, record, epoch, scratch, lossy = true, onLoss, signal }: SealIntoRequest,
   publish: (name: string, record: LayerRecord) => Promise<T> | T,
 ): Promise<T> {
   return home.withScratch(epoch, record.id, async (path, name) => {
@@ -27,7 +29,7 @@ export function sealInto<T>(
       layer: tree,
       image: `${path}/layer.erofs` as HostPath,
       scratch: textOf(scratch),
-      lossy: true,
+      lossy,
       signal,
     })
     const { sizeBytes, sha256, entries, contentBytes, losses } = report

@@ -1,6 +1,6 @@
 import { spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import { createReadStream, createWriteStream } from 'node:fs'
+import { createReadStream, createWriteStream, existsSync } from 'node:fs'
 import { mkdir, mkdtemp, open, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { dirname } from 'node:path'
@@ -58,7 +58,7 @@ export interface SealReport {
 
 /** `mkfs.erofs` is not installed, or is none that can do this. */
 export class SealToolMissingError extends LsyncError {
-  constructor(cause: unknown) {
+  constructor(cause?: unknown) {
     super('SEAL_TOOL_MISSING', 'mkfs.erofs cannot be started', {
       hint: 'install erofs-utils (Debian: apt-get install erofs-utils)',
       cause,
@@ -232,6 +232,12 @@ async function buildImage(layer: HostPath, image: string, signal: AbortSignal | 
   })
   signal?.throwIfAborted()
   if (code !== 0) throw new SealFailedError(layer, reasonIn(said) ?? `mkfs.erofs ended with ${code}`)
+}
+
+/** Whether there is an `mkfs.erofs` to seal with. */
+export function canSeal(): boolean {
+  const directories = (process.env['PATH'] ?? '').split(':')
+  return directories.some((directory) => directory !== '' && existsSync(`${directory}/mkfs.erofs`))
 }
 
 /** The program's own words, the last first: `<E> erofs: …`. */

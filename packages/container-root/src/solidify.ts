@@ -1,13 +1,15 @@
 import { cloneLayer } from '@lsync/overlay-merge'
 import { bytesOf, type HostPath, LsyncError, O_NOFOLLOW, openRoot, printable, randomHex, withFd } from '@lsync/posix'
-import { type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
+import { type Checkpoint, type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
 import { thawCgroup } from './cgroup.ts'
 import { assertCurrent, configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
+import { buildDelta, type DeltaCounts } from './delta-tree.ts'
 import type { Home } from './home.ts'
 import { findMount, unmountRoot } from './mount.ts'
 import type { Quiescence } from './quiescence.ts'
 import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
 import { sealInto } from './seal-into.ts'
+import { SealFailedError, SealLossyError, SealToolMissingError } from './sealed-layer.ts'
 
 /** Some of the upper could not be carried to the store. Nothing was published. */
 export class SolidifyIncompleteError extends LsyncError {
@@ -31,6 +33,12 @@ export interface SolidifyRequest {
   readonly tags?: readonly string[]
   /** Without it a container must not be running (unless `live`: then the version is of no single moment). */
   readonly quiescence?: Quiescence
+  /**
+   * Whether what changed last becomes a sealed layer of its own, written in one piece, on top of what was carried over before; asked once
+   * that is known. For a stopped container. Where it cannot be said exactly in such a layer, or it cannot be sealed, it is carried
+   * over like all else. Default: never.
+   */
+  readonly sealsDelta?: (delta: DeltaCounts) => boolean
   /** After a success mount the root again and end the rest. Default true; not for a container that goes on elsewhere. */
   readonly goesOn?: boolean
   readonly signal?: AbortSignal
@@ -39,10 +47,24 @@ export interface SolidifyRequest {
 export interface SolidifyReport {
   readonly version: VersionRecord
   readonly layerId: string
+  /** What changed last, where that is a sealed layer of its own. */
+  readonly delta?: SealedDelta
   /** From the moment at which the container was asked to rest until it was told to go on. */
   readonly restMs: number
   readonly elapsedMs: number
   readonly isMounted: boolean
+}
+
+/** A sealed layer of what changed last. */
+export interface SealedDelta extends DeltaCounts {
+  readonly layerId: string
+  readonly imageBytes: number
+}
+
+interface PublishedDelta {
+  readonly journal: SolidifyRecord
+  readonly version: VersionRecord
+  readonly delta: SealedDelta
 }
 
 /** Where the copy of an upper is kept: on the store as the layer that it will be, and before it is sealed on this node. */
@@ -123,18 +145,78 @@ class Solidify {
       await this.#rest()
       if (wasMounted) unmountRoot(root)
       this.#step('stopped')
+      const sealed = await this.#publishWithDelta(sync, config, journal)
+      if (sealed !== undefined) {
+        const { delta, version } = sealed
+        return { ...(await this.#end(sealed.journal, version)), delta }
+      }
       await this.#barrier(sync, config)
       await sync.stop()
       this.#step('synced')
       journal = { ...journal, step: 'promoting' }
       root.writeSolidify(journal)
-      const version = await this.#publish(journal, config.upperId)
+      const version = await this.#publish(journal, (home) =>
+        home.promote(journal.epoch, config.upperId, layerOf(journal)),
+      )
       return await this.#end(journal, version)
     } catch (error) {
       await sync.stop().catch((problem: unknown) => this.#tell(problem))
       await this.#giveBack(journal)
       throw error
     }
+  }
+
+  /**
+   * Publishes the copy as it is and, on top of it, what changed since as a sealed layer. `undefined`, and nothing was changed, where that
+   * is not wanted or cannot be done exactly.
+   */
+  async #publishWithDelta(
+    sync: Sync,
+    config: NodeRootRecord,
+    plain: SolidifyRecord,
+  ): Promise<PublishedDelta | undefined> {
+    const { root, home } = this.#context
+    const { sealsDelta } = this.#request
+    if (sealsDelta === undefined) return undefined
+    // What is compared with is not to move on.
+    sync.pause()
+    const differences = await sync.differences()
+    const [copied] = sync.status.targets
+    if (differences === undefined || !this.#isCopiedTo(config, copied?.checkpoint)) return undefined
+    return await root.withScratch(async (scratch) => {
+      const tree = `${scratch}/delta` as HostPath
+      const { namespace } = home.record
+      const counts = buildDelta({ upper: root.upperPath, differences, namespace, to: tree })
+      if (counts === undefined || counts.names === 0 || !sealsDelta(counts)) return undefined
+      this.#step('compared')
+      // Where nothing was carried over before, it is the whole of the upper.
+      const deltaId = differences.isTargetEmpty ? plain.layerId : randomHex(16)
+      const layers = differences.isTargetEmpty ? plain.layers : [deltaId, ...plain.layers]
+      const journal: SolidifyRecord = { ...plain, deltaId, layers }
+      root.writeSolidify(journal)
+      const record = { ...layerOf(journal), id: deltaId, covers: [deltaId] }
+      const request = { tree, record, epoch: journal.epoch, scratch, lossy: false, signal: this.#request.signal }
+      try {
+        return await sealInto(home, request, async (name, sealed) => {
+          this.#step('sealed')
+          await sync.stop()
+          const next: SolidifyRecord = { ...journal, step: 'promoting' }
+          root.writeSolidify(next)
+          const version = await this.#publish(next, () => {
+            if (!differences.isTargetEmpty) home.promote(journal.epoch, config.upperId, layerOf(journal))
+            home.promote(journal.epoch, name, sealed)
+          })
+          const imageBytes = sealed.image?.sizeBytes ?? 0
+          return { journal: next, version, delta: { ...counts, layerId: deltaId, imageBytes } }
+        })
+      } catch (error) {
+        const isUnsealable =
+          error instanceof SealFailedError || error instanceof SealLossyError || error instanceof SealToolMissingError
+        if (!isUnsealable) throw error
+        this.#tell(error)
+        return undefined
+      }
+    })
   }
 
   /** An image is made of the upper itself: a copy would be no nearer to it. */
@@ -230,7 +312,7 @@ class Solidify {
       })
       this.#step('cloned')
       root.writeSolidify({ ...journal, step: 'promoting' })
-      return this.#publish(journal, name)
+      return this.#publish(journal, () => home.promote(journal.epoch, name, layerOf(journal)))
     })
   }
 
@@ -249,7 +331,7 @@ class Solidify {
     return sealInto(home, request, (name, record) => {
       this.#step('sealed')
       root.writeSolidify({ ...journal, step: 'promoting' })
-      return this.#publish(journal, name, record)
+      return this.#publish(journal, () => home.promote(epoch, name, record))
     })
   }
 
@@ -279,21 +361,24 @@ class Solidify {
     const report = await sync.flush({ sweep: true })
     if (report.failures.length > 0) throw new SolidifyIncompleteError(root.upperPath, report)
     if (!report.isSettled && this.#request.live !== true) throw new SolidifyIncompleteError(root.upperPath, report)
+    const [sent] = report.checkpoints
+    if (!this.#isCopiedTo(config, sent)) throw new SolidifyIncompleteError(root.upperPath, report)
+  }
+
+  /** Whether the store itself says that the copy is at a checkpoint, or beyond. */
+  #isCopiedTo(config: NodeRootRecord, sent: Checkpoint | undefined): boolean {
     const place = placeOfCopy(this.#context, config)
     const held = withFd(openRoot(place, O_NOFOLLOW), (fd) =>
       TargetPlace.peek(fd, bytesOf('tree'), `${place}/tree` as HostPath),
     )
-    const [sent] = report.checkpoints
-    if (sent === undefined || held?.root !== sent.root || held.sequence < sent.sequence) {
-      throw new SolidifyIncompleteError(root.upperPath, report)
-    }
+    return sent !== undefined && held?.root === sent.root && held.sequence >= sent.sequence
   }
 
-  async #publish(journal: SolidifyRecord, name: string, layer = layerOf(journal)): Promise<VersionRecord> {
+  async #publish(journal: SolidifyRecord, promote: (home: Home) => void): Promise<VersionRecord> {
     const { home, node, root } = this.#context
     const lease = await ensureLease(this.#context, this.#request)
     if (lease.epoch !== journal.epoch) throw new Error('the lease changed while a version was made under it')
-    home.promote(journal.epoch, name, layer)
+    promote(home)
     const version = await home.publishVersion(
       {
         parent: journal.parent,
@@ -390,15 +475,19 @@ export function recoverSolidify(context: RootContext): 'nothing' | 'finished' | 
   const journal = root.readSolidify()
   if (journal === undefined) return 'nothing'
   if (journal.cgroup !== undefined) thawCgroup(journal.cgroup)
-  const version = home.versions().find(({ layers }) => layers[0] === journal.layerId)
+  const version = home.versions().find(({ layers }) => layers[0] === (journal.deltaId ?? journal.layerId))
   if (version !== undefined) {
     finish(context, { ...journal, version: version.number })
     return 'finished'
   }
-  if (journal.isLive || isSealing(home)) {
-    home.trashLayer(journal.layerId)
-    home.removeIncoming(journal.epoch, `.clone-${journal.layerId}`)
-  } else if (journal.step !== 'syncing') home.demote(journal.epoch, journal.layerId)
+  const { deltaId } = journal
+  for (const made of [deltaId, journal.isLive || isSealing(home) ? journal.layerId : undefined]) {
+    if (made === undefined) continue
+    home.trashLayer(made)
+    home.removeIncoming(journal.epoch, `.clone-${made}`)
+  }
+  const mayBePromoted = journal.step !== 'syncing' && deltaId !== journal.layerId
+  if (!journal.isLive && !isSealing(home) && mayBePromoted) home.demote(journal.epoch, journal.layerId)
   root.removeSolidify()
   return 'taken back'
 }
@@ -414,6 +503,8 @@ function finish(context: RootContext, journal: Published): void {
     else replaceUpper(context, journal)
     forgetCopy(context)
     home.forgetSyncState(journal.layerId)
+    // Nothing had been carried over, and an image took its place.
+    if (journal.deltaId === journal.layerId) home.removeIncoming(journal.epoch, journal.layerId)
   }
   root.removeSolidify()
 }

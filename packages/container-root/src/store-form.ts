@@ -47,7 +47,8 @@ export function tryStore(directory: HostPath): StoreFindings {
   return { storage: lacking.length === 0 ? 'tree' : 'sealed', lacking, smallFileMs: smallFileMs(directory) }
 }
 
-function smallFileMs(directory: HostPath): number {
+/** What it takes to make one small file in a directory, the median of some; they are gone afterwards. */
+export function smallFileMs(directory: HostPath): number {
   const scratch = `${textOf(directory)}/.lsync-try-${randomHex(8)}`
   mkdirSync(scratch, { mode: 0o700 })
   try {

@@ -1,4 +1,5 @@
 import { LsyncError, printable } from '@lsync/posix'
+import type { Prediction } from './last-delta.ts'
 
 /** A root cannot be switched to that node, or not now. Nothing was changed, and the container was not stopped. */
 export class SwitchRefusedError extends LsyncError {
@@ -9,16 +10,28 @@ export class SwitchRefusedError extends LsyncError {
 
 /** The container changes more than can be carried over in the time that it may stand still. It was not stopped. */
 export class SwitchTooSlowError extends LsyncError {
+  /** How long it would have stood still. */
   readonly predictedMs: number
 
-  constructor(name: string, predictedMs: number, maxDowntimeMs: number) {
+  constructor(name: string, { names, bytes, deltaMs, fixedMs }: Prediction, maxDowntimeMs: number) {
+    const predictedMs = deltaMs + fixedMs
+    const changes = `its last changes (${names} names, ${bytes} bytes) about ${seconds(deltaMs)}`
     super(
       'SWITCH_TOO_SLOW',
-      `${printable(name)} is not switched: its last changes would take about ${Math.round(predictedMs)} ms, more than ${maxDowntimeMs} ms`,
-      { hint: 'allow more with --max-downtime, or try again when the container writes less' },
+      `${printable(name)} is not switched: it would stand still for about ${seconds(predictedMs)}, more than ${seconds(maxDowntimeMs)}: ${changes}, all else ${seconds(fixedMs)}`,
+      {
+        hint:
+          fixedMs > maxDowntimeMs
+            ? 'allow more with --max-downtime'
+            : 'allow more with --max-downtime, or try again when the container writes less',
+      },
     )
     this.predictedMs = predictedMs
   }
+}
+
+function seconds(ms: number): string {
+  return `${(ms / 1000).toFixed(ms < 10 ? 3 : 2)} s`
 }
 
 /** A switch failed after the container was stopped. The message says where it runs now. */

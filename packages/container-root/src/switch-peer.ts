@@ -12,7 +12,10 @@ import { HookOutcome, PreCopyRound, Settlement, SideCheck, StopReport, type Swit
 const VERBS = {
   check: [z.strictObject({}), SideCheck],
   hook: [z.strictObject({ name: HookName, reason: z.string() }), HookOutcome.optional()],
-  preCopy: [z.strictObject({ maxDowntimeMs: z.number().positive() }), z.array(PreCopyRound)],
+  preCopy: [
+    z.strictObject({ maxDowntimeMs: z.number().positive(), lastDelta: z.enum(['auto', 'tree', 'sealed']) }),
+    z.array(PreCopyRound),
+  ],
   stop: [SwitchPlan, StopReport],
   pass: [SwitchPlan, z.undefined()],
   mount: [SwitchPlan, z.undefined()],
@@ -57,8 +60,10 @@ async function carryOut(side: SwitchSide, verb: SwitchVerb, what: unknown, signa
       const { name, reason } = VERBS.hook[0].parse(what)
       return side.hook(name, reason, signal)
     }
-    case 'preCopy':
-      return side.preCopy(VERBS.preCopy[0].parse(what).maxDowntimeMs, signal)
+    case 'preCopy': {
+      const { maxDowntimeMs, lastDelta } = VERBS.preCopy[0].parse(what)
+      return side.preCopy(maxDowntimeMs, lastDelta, signal)
+    }
     case 'stop':
       return side.stop(SwitchPlan.parse(what), signal)
     case 'pass':

@@ -5,8 +5,12 @@ import { z } from 'zod'
 import type { ContainerRoot } from './container-root.ts'
 import { leaseNameOf } from './context.ts'
 import { type HookName, type HookReport, runHook } from './hooks.ts'
+import { type Changed, type LastDelta, predict, ratesOf } from './last-delta.ts'
 import { isFreeFor, LeaseHeldError, LeaseLostError } from './lease.ts'
+import { mountsSealed } from './mounts-sealed.ts'
 import { readHooks } from './root-hooks.ts'
+import { canSeal, SealToolMissingError } from './sealed-layer.ts'
+import { smallFileMs } from './store-form.ts'
 import { SwitchTooSlowError, SwitchUnknownError } from './switch-errors.ts'
 import { readSwitch, SwitchPhase, type SwitchPlan, type SwitchRecord, writeSwitch } from './switch-record.ts'
 
@@ -20,13 +24,22 @@ export const SideCheck = z.object({
   isMounted: z.boolean(),
   hasChanges: z.boolean(),
   hooks: z.array(z.string()),
+  /** Whether it could mount a sealed layer of the home. */
+  mountsSealed: z.boolean(),
   /** Why this node could not be the target; absent if it could. */
   obstacle: z.string().optional(),
 })
 export type SideCheck = z.infer<typeof SideCheck>
 
 /** One pass over what had changed while the container ran. */
-export const PreCopyRound = z.object({ durationMs: z.number(), files: z.number(), bytes: z.number() })
+export const PreCopyRound = z.object({
+  durationMs: z.number(),
+  files: z.number(),
+  bytes: z.number(),
+  /** What had changed since it began, and for how long the container would have stood still after it. */
+  left: z.object({ names: z.number(), bytes: z.number() }),
+  predictedMs: z.number(),
+})
 export type PreCopyRound = z.infer<typeof PreCopyRound>
 
 export const StopReport = z.object({
@@ -35,8 +48,11 @@ export const StopReport = z.object({
   sinceStopMs: z.number(),
   /** The steps in it, in the order in which they came. */
   steps: z.array(z.object({ step: z.string(), durationMs: z.number() })),
+  /** What was carried over since the container was stopped. */
   files: z.number(),
   bytes: z.number(),
+  /** The size of the sealed layer that it travelled as, if it did. */
+  sealedBytes: z.number().optional(),
 })
 export type StopReport = z.infer<typeof StopReport>
 
@@ -62,6 +78,8 @@ const SETTLE_DURATIONS = 20
 export class SwitchSide {
   readonly #root: ContainerRoot
   #sync: Sync | undefined
+  /** As the rounds have shown it to be quicker. */
+  #sealsDelta: (changed: Changed) => boolean = () => false
 
   constructor(root: ContainerRoot) {
     this.#root = root
@@ -94,6 +112,7 @@ export class SwitchSide {
       isMounted,
       hasChanges,
       hooks: Object.keys(readHooks(root)),
+      mountsSealed: mountsSealed(root.home.path, root.statePath),
       ...(obstacle === undefined ? {} : { obstacle }),
     }
   }
@@ -107,30 +126,36 @@ export class SwitchSide {
   }
 
   /**
-   * Carries over what changed, again and again, while the container runs, until the last round fits into the time that it may stand still.
+   * Carries over what changed, again and again, while the container runs, until what is left fits into the time that it may stand
+   * still, by what the store has taken so far. `lastDelta`: in which forms that may travel.
    * @throws {SwitchTooSlowError} if it never does
    */
-  async preCopy(maxDowntimeMs: number, signal?: AbortSignal): Promise<PreCopyRound[]> {
+  async preCopy(maxDowntimeMs: number, lastDelta: LastDelta, signal?: AbortSignal): Promise<PreCopyRound[]> {
     this.#sync ??= await this.#root.startSync(signal === undefined ? {} : { signal })
+    if (lastDelta === 'sealed' && !canSeal()) throw new SealToolMissingError()
+    const allowed = canSeal() ? lastDelta : 'tree'
+    const fileMs = smallFileMs(this.#root.home.path)
     const rounds: PreCopyRound[] = []
     for (;;) {
       signal?.throwIfAborted()
       const before = this.#counts()
       const startMs = performance.now()
-      await this.#sync.flush()
+      await this.#sync.flush({ rounds: 1 })
+      const durationMs = performance.now() - startMs
       const after = this.#counts()
-      const round = {
-        durationMs: performance.now() - startMs,
-        files: after.files - before.files,
-        bytes: after.bytes - before.bytes,
-      }
-      rounds.push(round)
-      // What piled up during this round is what the next one carries: it takes about as long as the changes are many.
-      if (round.durationMs <= maxDowntimeMs) return rounds
+      const carried = { durationMs, files: after.files - before.files, bytes: after.bytes - before.bytes }
+      const rates = ratesOf([...rounds, carried], fileMs)
+      const left = await this.#sync.pending()
+      const prediction = predict(left, rates, allowed)
+      const predictedMs = prediction.deltaMs + prediction.fixedMs
+      rounds.push({ ...carried, left, predictedMs })
+      this.#sealsDelta = (changed) => predict(changed, rates, allowed).form === 'sealed'
+      if (predictedMs <= maxDowntimeMs) return rounds
       const previous = rounds.at(-2)
-      const shrinks = previous === undefined || round.durationMs < previous.durationMs * NO_LONGER_SHRINKS
-      if (rounds.length >= MOST_ROUNDS || (rounds.length >= PATIENT_ROUNDS && !shrinks)) {
-        throw new SwitchTooSlowError(this.#root.name, round.durationMs, maxDowntimeMs)
+      const shrinks = previous === undefined || predictedMs < previous.predictedMs * NO_LONGER_SHRINKS
+      const isHopeless = prediction.fixedMs > maxDowntimeMs
+      if (isHopeless || rounds.length >= MOST_ROUNDS || (rounds.length >= PATIENT_ROUNDS && !shrinks)) {
+        throw new SwitchTooSlowError(this.#root.name, prediction, maxDowntimeMs)
       }
     }
   }
@@ -150,9 +175,10 @@ export class SwitchSide {
     let isPublished = false
     root.events.on('step', onStep)
     try {
-      const { version } = await root.solidify({
+      const { version, delta } = await root.solidify({
         message: `switch from ${plan.from.name} to ${plan.to.name}`.slice(0, 1000),
         goesOn: false,
+        sealsDelta: this.#sealsDelta,
         quiescence: {
           begin: async () => {
             stopMs = performance.now()
@@ -171,8 +197,9 @@ export class SwitchSide {
         version: version.number,
         sinceStopMs: performance.now() - stopMs,
         steps: durationsOf(steps, stopMs),
-        files: after.files - before.files,
-        bytes: after.bytes - before.bytes,
+        files: after.files - before.files + (delta?.names ?? 0),
+        bytes: after.bytes - before.bytes + (delta?.bytes ?? 0),
+        ...(delta && { sealedBytes: delta.imageBytes }),
       }
     } catch (error) {
       // A solidify that fails starts it again; after one that did not, nobody has, and `settle` is to find that out.

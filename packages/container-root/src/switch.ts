@@ -1,5 +1,6 @@
 import { EventEmitter } from 'node:events'
 import { randomHex } from '@lsync/posix'
+import type { LastDelta } from './last-delta.ts'
 import { SwitchFailedError, SwitchRefusedError } from './switch-errors.ts'
 import type { SwitchPeer } from './switch-peer.ts'
 import type { SwitchPlan } from './switch-record.ts'
@@ -12,6 +13,8 @@ export interface SwitchPhaseReport {
   readonly durationMs: number
   readonly files?: number
   readonly bytes?: number
+  /** `stop`: the size of the sealed layer that the last changes travelled as, if they did. */
+  readonly sealedBytes?: number
   /** The parts of `stop`: the hook, unmounting, the last delta, publishing. */
   readonly steps?: readonly { readonly step: string; readonly durationMs: number }[]
   /** What a hook wrote. */
@@ -36,8 +39,10 @@ export interface SwitchRequest {
   readonly name: string
   readonly source: SwitchPeer
   readonly target: SwitchPeer
-  /** How long the last changes may take to be carried over. Default 2 s. */
+  /** How long the container may stand still, by what is predicted before it is stopped. Default 2 s. */
   readonly maxDowntimeMs?: number | undefined
+  /** How what changed last travels. Default `auto`: as a sealed layer where that is quicker and the target can mount one. */
+  readonly lastDelta?: LastDelta | undefined
   /** Look at both ends, and stop before anything is changed. */
   readonly dryRun?: boolean | undefined
   readonly events?: EventEmitter<SwitchEvents> | undefined
@@ -84,7 +89,10 @@ class Switch {
     if (this.#request.dryRun === true) return { ...common, rounds: [], isDryRun: true }
     await this.#hook(source, from, 'before', signal)
     await this.#hook(target, to, 'before', signal)
-    const rounds = await this.#timed('pre-copy', from.name, () => source.ask('preCopy', { maxDowntimeMs }, signal))
+    const lastDelta = to.mountsSealed ? (this.#request.lastDelta ?? 'auto') : 'tree'
+    const rounds = await this.#timed('pre-copy', from.name, () =>
+      source.ask('preCopy', { maxDowntimeMs, lastDelta }, signal),
+    )
     signal?.throwIfAborted()
     const stopped = await this.#stop(plan, from)
     const startMs = performance.now() - stopped.sinceStopMs
@@ -110,6 +118,9 @@ class Switch {
       throw refuse(`it is not mounted on ${from.name}`, 'mount it there, or start from the other node')
     if (to.obstacle !== undefined)
       throw refuse(`${to.name} cannot take it: ${to.obstacle}`, 'put that right, then try again')
+    if (this.#request.lastDelta === 'sealed' && !to.mountsSealed) {
+      throw refuse(`${to.name} cannot mount sealed layers of this home`, 'leave out --last-delta; they need Linux 6.15')
+    }
     if (!to.hooks.includes('start') && from.hooks.includes('stop')) {
       throw refuse(`${to.name} has no start hook`, 'set one there: lsync hooks NAME')
     }
@@ -122,8 +133,10 @@ class Switch {
     const startMs = performance.now()
     try {
       const stopped = await this.#request.source.ask('stop', plan)
-      const { steps, files, bytes } = stopped
-      this.#ended({ phase: 'stop', node: from.name, durationMs: performance.now() - startMs, steps, files, bytes })
+      const { steps, files, bytes, sealedBytes } = stopped
+      const durationMs = performance.now() - startMs
+      const sealed = sealedBytes === undefined ? {} : { sealedBytes }
+      this.#ended({ phase: 'stop', node: from.name, durationMs, steps, files, bytes, ...sealed })
       await this.#timed('pass', from.name, () => this.#request.source.ask('pass', plan))
       return stopped
     } catch (error) {

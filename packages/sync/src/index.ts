@@ -16,6 +16,7 @@ export {
   SyncNotRunningError,
   SyncRunningError,
 } from './control-socket.ts'
+export type { Difference, Differences, NameKind } from './differences.ts'
 export { PatternInvalidError } from './filter.ts'
 export { LineConnection, LineSocket } from './line-socket.ts'
 export type { Checkpoint } from './model/checkpoint.ts'

@@ -4,6 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import type { Namespace } from '@lsync/overlay-merge'
 import { bytesOf, close, type HostPath, LsyncError, openRoot, realPath, textOf } from '@lsync/posix'
 import PQueue from 'p-queue'
+import type { Differences } from './differences.ts'
 import { compilePatterns } from './filter.ts'
 import { mappedFiles } from './mapped-files.ts'
 import type { Checkpoint } from './model/checkpoint.ts'
@@ -257,6 +258,23 @@ export class Sync {
       isSettled,
       failures: statuses.flatMap(({ failures }) => failures),
     }
+  }
+
+  /**
+   * What the upper has otherwise than the first target, by a comparison of all of it that sends nothing. For an upper that nobody writes
+   * to, and a sync that is paused: what is carried over later is not in it. `undefined` where it is not known what the target has.
+   */
+  async differences(): Promise<Differences | undefined> {
+    if (this.#isStopped) throw new SyncStoppedError()
+    const member = this.#members[0] as Member
+    await this.#source?.drain()
+    return await member.queue.add(() => track(member, member.session.differences()), { signal: this.#abort.signal })
+  }
+
+  /** What is known to have changed and is not at the first target yet, without a comparison. */
+  async pending(): Promise<{ readonly names: number; readonly bytes: number }> {
+    await this.#source?.drain()
+    return (this.#members[0] as Member).session.pending
   }
 
   /** Stops carrying over, in the middle of a pass, too, unless for a `flush`; changes are collected meanwhile. */

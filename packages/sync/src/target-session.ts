@@ -9,13 +9,16 @@ import {
   handleKey,
   LsyncError,
   O_DIRECTORY,
+  O_NOFOLLOW,
   O_PATH,
+  openBeneath,
   openByHandle,
   pathOfFd,
   rawStatFd,
   withFd,
 } from '@lsync/posix'
 import type { DescribedFile } from './describe.ts'
+import { type Differences, describeDifferences } from './differences.ts'
 import type { Patterns } from './filter.ts'
 import { IndexStore, ROOT_ID } from './index-store.ts'
 import { SyncJournal, type UnfinishedBatch } from './journal.ts'
@@ -34,7 +37,7 @@ import {
   planChanges,
 } from './planner.ts'
 import { type Deliver, workers } from './pool.ts'
-import { rowOf } from './send.ts'
+import { keptAttributes, rowOf } from './send.ts'
 import type { DirectoryRef, Hint } from './source/source.ts'
 import type { SweptTree } from './sweep.ts'
 import { TargetGoneError } from './target-state.ts'
@@ -133,6 +136,8 @@ const PLAN_ROUNDS = 16
 const BATCH_NAMES = 1 << 15
 const REACH_LEVELS = 256
 const RETRY_FIRST_MS = 1000
+// So many names are looked at to tell how large what has changed is.
+const PENDING_LOOKS = 4096
 const RETRY_MOST_MS = 60_000
 /** Beyond this many directories that nobody knows, looking for each would take longer than looking everywhere. */
 const UNKNOWN_MOST = 2000
@@ -299,6 +304,54 @@ export class TargetSession {
         await this.#scanList(directories, true)
       },
     }
+  }
+
+  /**
+   * Compares the whole upper with what the target has, and sends nothing. `undefined` where that is not known: after a failure, or
+   * before a first pass has come to its end. Must not run while a round does.
+   */
+  async differences(): Promise<Differences | undefined> {
+    const index = this.#index
+    const isUnsure = this.#isPassing || this.#isBroken || this.#forced.size > 0 || this.#retries.size > 0
+    if (isUnsure || !this.#isKnown || index.pending().length > 0) return undefined
+    const places: NamePlace[] = [{ directory: 0, name: NO_NAME }]
+    let hasFailed = false
+    await this.#inParallel<ScanDirectory>([{ id: ROOT_ID, path: '' as TreePath }], 64, async (piece) => {
+      const directories = piece.map((directory) => ({ ...directory, pages: index.pages(directory.id) }))
+      const { dirty, children, failures } = await this.#run({ do: 'scan', directories })
+      places.push(...dirty)
+      hasFailed ||= failures.length > 0
+      return children
+    })
+    if (hasFailed) return undefined
+    const { upperFd, namespace } = this.#request
+    const names = describeDifferences({ upperFd, places, index, keeps: keptAttributes(namespace) })
+    return { names, isTargetEmpty: index.directoryCount <= 1 && index.rows(ROOT_ID).length === 0 }
+  }
+
+  /** How much is known to have changed: names, and the bytes of those that are files. New directories count as what was said of them. */
+  get pending(): { readonly names: number; readonly bytes: number } {
+    const { upperFd } = this.#request
+    let [names, looked, bytes] = [0, 0, 0]
+    for (const [id, changed] of this.#dirty) {
+      names += changed.size
+      const path = this.#index.pathOf(id)
+      for (const name of changed) {
+        if (path === undefined || looked >= PENDING_LOOKS) break
+        looked++
+        bytes += sizeBeneath(upperFd, (path === '' ? name : `${path}/${name}`) as TreePath)
+      }
+    }
+    for (const { handle, names: changed } of this.#unknown.values()) {
+      names += changed.size
+      const path = looked < PENDING_LOOKS ? this.#pathOfHandle(handle) : undefined
+      for (const name of path === undefined ? [] : changed) {
+        looked++
+        bytes += sizeBeneath(upperFd, `${path}/${name}` as TreePath)
+      }
+    }
+    // What was not looked at is taken for as large as the rest.
+    return { names, bytes: looked === 0 ? 0 : Math.round((bytes / looked) * names) }
   }
 
   /** Whether a round would find something to do now. */
@@ -1456,6 +1509,18 @@ export class TargetSession {
   async #pay(bytes: number, operations: number): Promise<void> {
     const { pace, maxLagMs, signal } = this.#request
     await pace?.take(bytes, operations, signal, this.#lagMs > maxLagMs / 2)
+  }
+}
+
+const S_IFREG = 0o100000
+
+function sizeBeneath(fd: number, path: TreePath): number {
+  try {
+    const { type, sizeBytes } = rowOf(NO_NAME, withFd(openBeneath(fd, path, O_PATH | O_NOFOLLOW), rawStatFd))
+    return type === S_IFREG ? sizeBytes : 0
+  } catch (error) {
+    if (errnoOf(error) === undefined) throw error
+    return 0
   }
 }
 

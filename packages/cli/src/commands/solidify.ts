@@ -15,6 +15,7 @@ interface SolidifyOptions extends StateOption {
   readonly stop?: string
   readonly start?: string
   readonly cgroup?: HostPath
+  readonly sealDelta?: true
 }
 
 export function define(command: Command, session: Session): void {
@@ -33,8 +34,15 @@ export function define(command: Command, session: Session): void {
     .option('--stop <command>', 'stops the container: run by sh, with LSYNC_ROOT and LSYNC_MERGED')
     .option('--start <command>', 'starts it again')
     .option('--cgroup <dir>', 'with --live: freeze this cgroup for the end of the last pass', pathArgument)
+    .option(
+      '--seal-delta',
+      'what changed last becomes a sealed layer, written in one piece, on top of what is there already',
+    )
   addStateOption(command).action(async (name: string, options: SolidifyOptions) => {
-    const { live, message, tag: tags, stop, start, cgroup } = options
+    const { live, message, tag: tags, stop, start, cgroup, sealDelta } = options
+    if (sealDelta === true && live === true) {
+      throw new UsageError('a live version is cloned from what is on the store', 'leave out --live or --seal-delta')
+    }
     if (cgroup !== undefined && live !== true) {
       throw new UsageError('frozen processes hold the mount', 'use --stop and --start, or --live')
     }
@@ -46,7 +54,8 @@ export function define(command: Command, session: Session): void {
         ...(start === undefined ? {} : { start: { command: start } }),
       }
       const quiescence = quiescenceOf(hooks, cgroup, context)
-      const report = await root.solidify({ signal, ...given({ live, message, tags, quiescence }) })
+      const sealsDelta = sealDelta === true ? () => true : undefined
+      const report = await root.solidify({ signal, ...given({ live, message, tags, quiescence, sealsDelta }) })
       output.data(
         () => ({ type: 'solidify', ...report }),
         () =>

@@ -1,6 +1,7 @@
 import { EventEmitter } from 'node:events'
 import {
   type ContainerRoot,
+  type LastDelta,
   LocalPeer,
   RemotePeer,
   type SwitchEvents,
@@ -13,7 +14,7 @@ import {
 import { textOf } from '@lsync/posix'
 import { type RemoteAddress, remoteCommand, SshConnections, spawnRemote } from '@lsync/ssh'
 import { parseTarget } from '@lsync/sync'
-import type { Command } from 'commander'
+import { type Command, Option } from 'commander'
 import { examples } from '../examples.ts'
 import { UsageError } from '../failure.ts'
 import { addDryRunOption, given, textsArgument, timeArgument } from '../options.ts'
@@ -25,6 +26,7 @@ interface SwitchOptions extends RootOptions {
   readonly to?: string
   readonly from?: string
   readonly maxDowntime: number
+  readonly lastDelta: LastDelta
   readonly dryRun?: true
   readonly resume?: true
   readonly stdio?: true
@@ -51,7 +53,17 @@ export function define(command: Command, session: Session): void {
         .argument('<name>', 'the root, as it is called on both nodes')
         .option('--to <node>', 'ssh://user@host:port, with the path of the home there if it is another one; or here')
         .option('--from <node>', 'where it runs, as --to; default: here')
-        .option('--max-downtime <time>', 'how long the last changes may take to be carried over', timeArgument, 2000)
+        .option(
+          '--max-downtime <time>',
+          'how long it may stand still, as predicted before it is stopped',
+          timeArgument,
+          2000,
+        )
+        .addOption(
+          new Option('--last-delta <form>', 'how what changes last travels: file by file, or sealed, in one piece')
+            .choices(['auto', 'tree', 'sealed'])
+            .default('auto'),
+        )
         .option('--resume', 'settle a switch that was interrupted, from what is on the store')
         .option('--stdio', 'be one end of a switch that another machine drives'),
     )
@@ -88,7 +100,7 @@ async function drive(
   local: ContainerRoot | undefined,
   session: Session,
 ): Promise<void> {
-  const { maxDowntime: maxDowntimeMs, dryRun } = options
+  const { maxDowntime: maxDowntimeMs, lastDelta, dryRun } = options
   const connections = new SshConnections(given({ identities: options.identity }))
   const peers: SwitchPeer[] = []
   const reach = async (text: string): Promise<SwitchPeer> => {
@@ -106,7 +118,8 @@ async function drive(
     const events = new EventEmitter<SwitchEvents>()
     tell(events, session)
     const { signal } = session
-    const report = await switchRoot({ name, source, target, maxDowntimeMs, events, signal, ...given({ dryRun }) })
+    const how = { maxDowntimeMs, lastDelta, ...given({ dryRun }) }
+    const report = await switchRoot({ name, source, target, events, signal, ...how })
     session.output.data(
       () => ({ type: 'switched', root: name, ...report }),
       () => summary(name, report),
@@ -150,7 +163,9 @@ function tell(events: EventEmitter<SwitchEvents>, { output }: Session): void {
       () => undefined,
     )
     const carried = phase.files === undefined ? '' : `, ${countOf(phase.files)} files, ${sizeOf(phase.bytes ?? 0)}`
-    output.note(`${phase.phase} (${phase.node}): ${durationOf(Math.round(phase.durationMs))}${carried}`)
+    const sealed =
+      phase.sealedBytes === undefined ? '' : `, the last of them as an image of ${sizeOf(phase.sealedBytes)}`
+    output.note(`${phase.phase} (${phase.node}): ${durationOf(Math.round(phase.durationMs))}${carried}${sealed}`)
     output.flush()
   })
   events.on('problem', (error) => {
