@@ -1,5 +1,6 @@
 import {
   chmodSync,
+  chownSync,
   existsSync,
   linkSync,
   lstatSync,
@@ -9,6 +10,7 @@ import {
   readlinkSync,
   statSync,
   symlinkSync,
+  utimesSync,
   writeFileSync,
 } from 'node:fs'
 import { importLayer } from '@lsync/overlay-merge'
@@ -26,6 +28,8 @@ import { describe, expect, test } from 'vitest'
 import { useFileSystem } from '../support/image.ts'
 import { needs } from '../support/needs.ts'
 import { hasSshd, type SshServer, useSshServer } from '../support/sshd.ts'
+import { keepWorkers, withSync } from '../support/syncing.ts'
+import { run } from '../support/system.ts'
 import { readTree } from '../support/tree.ts'
 import { batchOf, codesOf, fileOf, meta, never, path } from './wire.ts'
 
@@ -412,5 +416,81 @@ describe.skipIf(!needs('sshd', hasSshd) || !needs('root', isRoot))('a target on 
       const layer = readTree(await restored(at))
       expect([layer.get('a')?.content, layer.get('c')?.content]).toEqual(['a', 'c'])
     })
+  })
+})
+
+describe.skipIf(!needs('sshd', hasSshd) || !needs('root', isRoot))('a tree that is adopted on an SFTP server', () => {
+  const disk = useFileSystem('ext4')
+  const sshd = useSshServer()
+  keepWorkers(disk)
+
+  /** Carries everything over; gives what was sent. */
+  function carry(at: string, adopt: boolean) {
+    const targets = [sftpTarget(sshd.current, `${at}/t`)]
+    const request = { source: `${at}/u` as HostPath, targets, stateDir: `${at}/state`, once: true, adopt }
+    return withSync(request, async (sync) => {
+      expect(await sync.flush()).toMatchObject({ isSettled: true, failures: [] })
+      return sync.status.targets[0]?.bytes ?? 0
+    })
+  }
+
+  /** Some files of 100 bytes and one of two blocks, and a copy of them by something else. */
+  function build(): { at: string; u: string; t: string } {
+    const at = disk.current.fresh()
+    const [u, t] = [`${at}/u`, `${at}/t`]
+    mkdirSync(`${u}/d/e`, { recursive: true })
+    for (const name of ['same', 'other', 'longer', 'mode', 'owner', 'later', 'link', 'd/same', 'd/e/same']) {
+      writeFileSync(`${u}/${name}`, `of ${name} `.padEnd(100, '.'))
+      utimesSync(`${u}/${name}`, 1_600_000_000.25, 1_600_000_000.25)
+    }
+    writeFileSync(`${u}/d/large`, Buffer.alloc(256 << 10, 'large'))
+    run('cp', '-a', u, t)
+    return { at, u, t }
+  }
+
+  test('is sent what differs in type, size or second, and metadata', async () => {
+    const { at, u, t } = build()
+    writeFileSync(`${t}/longer`, 'short')
+    utimesSync(`${t}/later`, 1_600_000_001, 1_600_000_001)
+    chmodSync(`${t}/mode`, 0o600)
+    chownSync(`${t}/owner`, 7, 8)
+    run('ln', '-sfT', '/etc/passwd', `${t}/link`)
+    writeFileSync(`${t}/only there`, 'x')
+    // In the same second, as long as before: only `--adopt` takes that for the same.
+    writeFileSync(`${t}/other`, 'x'.repeat(100))
+    utimesSync(`${t}/other`, 1_600_000_000.75, 1_600_000_000.75)
+    const inode = statSync(`${t}/same`).ino
+    await expect(carry(at, false)).rejects.toMatchObject({ code: 'TARGET_NOT_OURS' })
+    expect(await carry(at, true)).toBe(300)
+    for (const name of ['longer', 'later', 'link', 'mode', 'owner', 'd/same']) {
+      expect(readFileSync(`${t}/${name}`, 'latin1')).toBe(readFileSync(`${u}/${name}`, 'latin1'))
+      expect(lstatSync(`${t}/${name}`)).toMatchObject({ mode: 0o100644, uid: 0, gid: 0, size: 100 })
+    }
+    expect(statSync(`${t}/same`).ino).toBe(inode)
+    expect(existsSync(`${t}/only there`)).toBe(false)
+    expect(readFileSync(`${t}/other`, 'latin1')).toBe('x'.repeat(100))
+    // From here on the content decides, as ever.
+    writeFileSync(`${u}/same`, 'y'.repeat(100))
+    utimesSync(`${u}/same`, 1_600_000_000.25, 1_600_000_000.25)
+    expect(await carry(at, false)).toBe(100)
+    expect(readFileSync(`${t}/same`, 'latin1')).toBe('y'.repeat(100))
+  })
+
+  test('names of one inode there become files of their own', async () => {
+    const { at, t } = build()
+    run('ln', '-f', `${t}/same`, `${t}/d/same`)
+    // The second one is alone when its directory is looked at.
+    expect(await carry(at, true)).toBe(100)
+    expect(statSync(`${t}/same`).nlink).toBe(1)
+    expect(statSync(`${t}/d/same`).nlink).toBe(1)
+  })
+
+  test('nothing is told of content to those who have not said that the tree is to be taken', async () => {
+    const { at } = build()
+    const target = sftpTarget(sshd.current, `${at}/t`)
+    await target.open(never)
+    expect(await target.describe?.(path('d'), false)).toBeUndefined()
+    expect((await target.describe?.(path('d'), true))?.map(({ name }) => name).sort()).toEqual(['large', 'same'])
+    await target.close()
   })
 })

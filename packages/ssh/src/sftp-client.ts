@@ -86,6 +86,8 @@ export interface SftpAttributes {
 export interface SftpEntry {
   readonly name: ByteString
   readonly attributes: SftpAttributes
+  /** How many names it has, where the server's line for people says so, as `ls -l` does (SFTP has no field for it). */
+  readonly links?: number
 }
 
 type Reply = { readonly type: number; readonly body: Buffer }
@@ -523,8 +525,9 @@ class PacketReader {
     if (count > MAX_NAMES) throw new ProtocolError(`${count} names at once`)
     for (let i = 0; i < count; i++) {
       const name = this.text() as ByteString
-      this.text()
-      yield { name, attributes: this.attributes() }
+      const links = /^[-a-zA-Z+.@]{10,11} +(\d{1,9}) /.exec(this.text())?.[1]
+      const attributes = this.attributes()
+      yield links === undefined ? { name, attributes } : { name, attributes, links: Number(links) }
     }
   }
 }

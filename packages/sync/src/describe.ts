@@ -35,6 +35,15 @@ export interface DescribedFile {
   readonly image: Uint8Array
   /** Hashes of its blocks, where it has so many bytes that they are kept. */
   readonly blocks: Uint8Array | undefined
+  /**
+   * The target shows size, mode, whole seconds of the time of modification, and with `owner` owner and group, no more: the rest of
+   * the image says nothing, and what is alike in size and time is taken for the same content.
+   */
+  readonly shown?: Shown
+}
+
+export interface Shown {
+  readonly owner: boolean
 }
 
 /** A part of what is in a directory of a target. */
@@ -101,6 +110,28 @@ export function openListing(rootFd: number, path: TreePath): TargetListing {
   }
 }
 
+/** A file of a target that shows this of it. */
+export function describeShown(
+  name: ByteString,
+  file: {
+    readonly mode: number
+    readonly uid: number
+    readonly gid: number
+    readonly sizeBytes: number
+    readonly mtime: number
+  },
+  shown: Shown,
+): DescribedFile {
+  const words = new Uint32Array(64)
+  words[STATX_WORD.mode] = file.mode
+  words[STATX_WORD.nlink] = 1
+  words[STATX_WORD.uid] = file.uid
+  words[STATX_WORD.gid] = file.gid
+  new BigUint64Array(words.buffer)[STATX_WORD.size / 2] = BigInt(file.sizeBytes)
+  words[STATX_WORD.modification] = file.mtime
+  return { name, image: rowOf(name, words).image, blocks: undefined, shown }
+}
+
 /** What was described by a target elsewhere. */
 export function listingOf(files: readonly DescribedFile[]): TargetListing {
   const byName = new Map(files.map((file) => [file.name, file]))
@@ -109,9 +140,9 @@ export function listingOf(files: readonly DescribedFile[]): TargetListing {
 
 function knownOf(file: DescribedFile | undefined): Known | undefined {
   if (file === undefined) return undefined
-  const { name, image, blocks } = file
+  const { name, image, blocks, shown } = file
   const bytes = Buffer.from(image.buffer, image.byteOffset, image.byteLength)
-  return { row: new Row(name, bytes), blocks, isShared: false }
+  return { row: new Row(name, bytes), blocks, isShared: false, ...(shown === undefined ? {} : { shown }) }
 }
 
 function namesIn(fd: number, path: TreePath): ByteString[] {

@@ -25,6 +25,7 @@ import {
   readBlock,
   SMALL_BYTES,
 } from './content.ts'
+import type { Shown } from './describe.ts'
 import type { EntryKind, Extent, RawMeta, TreePath } from './model/operation.ts'
 import { ROW_BYTES, Row, writeImage } from './model/row.ts'
 import { limitExtents } from './protocol/operation-codec.ts'
@@ -120,6 +121,8 @@ export interface Known {
   readonly blocks: Uint8Array | undefined
   /** Other names of its inode see what is written. */
   readonly isShared: boolean
+  /** Only so much of the row is known. */
+  readonly shown?: Shown
 }
 
 /**
@@ -319,10 +322,20 @@ function writeClipped(
 
 function compare(known: Known | undefined, next: Row, contentHash: bigint): 'nothing' | 'meta' | 'content' {
   if (known === undefined) return 'content'
-  const { row } = known
+  const { row, shown } = known
+  if (shown !== undefined) return compareShown(row, next, shown)
   if (row.sizeBytes !== next.sizeBytes || row.contentHash !== contentHash || row.contentHash === 0n) return 'content'
   return hasSameMeta(row, next) ? 'nothing' : 'meta'
 }
+
+function compareShown(row: Row, next: Row, { owner }: Shown): 'nothing' | 'meta' | 'content' {
+  const seconds = next.mtimeNs / SECOND_NS
+  if (row.sizeBytes !== next.sizeBytes || row.mtimeNs !== seconds * SECOND_NS) return 'content'
+  const isSame = row.mode === next.mode && (!owner || (row.uid === next.uid && row.gid === next.gid))
+  return isSame ? 'nothing' : 'meta'
+}
+
+const SECOND_NS = 1_000_000_000n
 
 /** Whether metadata is the same on both sides, as far as a target has it. */
 export function hasSameMeta(row: Row, next: Row): boolean {

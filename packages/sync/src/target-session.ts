@@ -185,6 +185,8 @@ export class TargetSession {
   #session = 0
   #losses: readonly TargetLoss[] = []
   #nextStage = 0
+  /** The target was taken as it was found, at the user's word. */
+  #isAdopted = false
   #checkpoint: Checkpoint | undefined
   #phase: TargetStatus['phase'] = 'opening'
   readonly #dirty = new Map<number, Set<ByteString>>()
@@ -242,6 +244,8 @@ export class TargetSession {
       this.#isScanDue = true
     } else {
       await this.#journal.clear()
+      // What a crash has left is never taken for the same by its looks: a file may have changed twice in a second.
+      this.#isAdopted = adopt
       await this.#beginAnew(root, !state.isEmpty)
     }
   }
@@ -1399,7 +1403,7 @@ export class TargetSession {
     const { target, signal } = this.#request
     const dirty = directories.filter(({ isDirty }) => isDirty)
     if (target.describe === undefined || dirty.length === 0) return undefined
-    const described = await Promise.all(dirty.map(({ path }) => target.describe?.(path)))
+    const described = await Promise.all(dirty.map(({ path }) => target.describe?.(path, this.#isAdopted)))
     signal.throwIfAborted()
     if (described.includes(undefined)) return undefined
     return dirty.map(({ id }, index) => [id, described[index] ?? []])

@@ -6,8 +6,10 @@ import {
   SFTP_WRITE,
   type SftpAttributes,
   type SftpClient,
+  type SftpEntry,
   SftpError,
 } from '@lsync/ssh'
+import { type DescribedFile, describeShown } from '../describe.ts'
 import type { Extent, Operation, RawMeta, TreePath } from '../model/operation.ts'
 import type { ContentOperation } from '../protocol/operation-codec.ts'
 import { checkPath, OperationRefusedError, placeOf, STATE_INSIDE } from '../target-path.ts'
@@ -88,6 +90,26 @@ export class SftpTree implements OperationSink {
         this.#forget(operation.path)
         await this.#over(temporary, path)
       },
+    })
+  }
+
+  /** The files in a directory as their attributes show them, without those that are said to have several names. */
+  async describe(path: TreePath): Promise<readonly DescribedFile[]> {
+    let entries: readonly SftpEntry[]
+    try {
+      entries = await this.#client.readdir(await this.#directoryPath(path))
+    } catch (error) {
+      // Whatever it is, a directory takes its place.
+      if (error instanceof SftpError || error instanceof OperationRefusedError) return []
+      throw error
+    }
+    const owner = !this.#losses.has('owner')
+    return entries.flatMap(({ name, attributes, links = 1 }) => {
+      const { mode, uid, gid, sizeBytes, mtime } = attributes
+      if (mode === undefined || uid === undefined || gid === undefined) return []
+      if (sizeBytes === undefined || mtime === undefined) return []
+      if ((mode & S_IFMT) !== S_IFREG || links !== 1) return []
+      return [describeShown(name, { mode, uid, gid, sizeBytes, mtime }, { owner })]
     })
   }
 

@@ -9,8 +9,9 @@ import {
   SftpClient,
   SftpError,
 } from '@lsync/ssh'
+import type { DescribedFile } from '../describe.ts'
 import type { Checkpoint } from '../model/checkpoint.ts'
-import type { Failure } from '../model/operation.ts'
+import type { Failure, TreePath } from '../model/operation.ts'
 import { ConcurrentLane } from './sftp-lane.ts'
 import { removeTree, SftpPlace } from './sftp-place.ts'
 import { SftpPortable } from './sftp-portable.ts'
@@ -78,6 +79,11 @@ export class SftpTarget implements Target {
       lanes.set(lane, known)
     }
     return known.run(batch)
+  }
+
+  async describe(path: TreePath, isAdopted: boolean): Promise<readonly DescribedFile[] | undefined> {
+    const { sink } = this.#opened
+    return isAdopted && sink instanceof SftpTree ? sink.describe(path) : undefined
   }
 
   async barrier(checkpoint?: Checkpoint): Promise<void> {

@@ -58,9 +58,10 @@ export interface Target {
   wrote?(bytes: number, files: number): void
   /**
    * The files that have one name in a directory, as they are; what was carried out before shows. `undefined`: this target
-   * cannot tell. Absent where the workers look there themselves.
+   * cannot tell. Absent where the workers look there themselves. `isAdopted`: the user has said that what is there is to be taken
+   * for what the upper holds where it looks alike; else a target that does not show content tells nothing.
    */
-  describe?(path: TreePath): Promise<readonly DescribedFile[] | undefined>
+  describe?(path: TreePath, isAdopted: boolean): Promise<readonly DescribedFile[] | undefined>
   /**
    * Everything that was carried out before is durable when it resolves; with a checkpoint, that is stored durably after
    * it.
