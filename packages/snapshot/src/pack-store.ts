@@ -5,12 +5,15 @@ import type { Repository } from './repository.ts'
 import type { SealedRest } from './save.ts'
 
 const INDEX_AFTER_MS = 5 * 60_000
+/** A disk of this machine is busy with so many packs, and each of them takes 18 MB until it is written. */
+const PACKS_TO_DISK = 2
 
 /** Writes packs and the indexes that name them, several at a time. A pack is durable before an index names it. */
 export class PackStore {
   readonly #repository: Repository
   readonly #signal: AbortSignal | undefined
   readonly #writesIndex: boolean
+  readonly #mostPacks: number
   readonly #onWritten: ((memory: ArrayBufferLike) => void) | undefined
   readonly #running = new Set<Promise<void>>()
   readonly #writers: Readonly<Record<ObjectKind, PackWriter>>
@@ -36,7 +39,9 @@ export class PackStore {
     this.#signal = options.signal
     this.#writesIndex = options.writesIndex ?? true
     this.#onWritten = options.onWritten
-    const { engine, compresses } = repository
+    const { engine, compresses, backend } = repository
+    const isOwnDisk = backend.directory !== undefined && backend.settleMs === 0
+    this.#mostPacks = isOwnDisk ? Math.min(PACKS_TO_DISK, backend.concurrency) : backend.concurrency
     this.#writers = {
       data: new PackWriter('data', engine, { compresses }),
       tree: new PackWriter('tree', engine, { compresses }),
@@ -45,7 +50,7 @@ export class PackStore {
 
   /** Whether no more packs should come for the moment: those in memory are many already. */
   get isCongested(): boolean {
-    return this.#running.size >= this.#repository.backend.concurrency
+    return this.#running.size >= this.#mostPacks
   }
 
   /** Resolves when a pack has been written. At once when none is under way. */
