@@ -26,6 +26,11 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       await other.unmount()
     })
 
+  const restore = (site: Site, from: string) => {
+    rmSync(site.home, { recursive: true })
+    cpSync(from, site.home, { recursive: true, preserveTimestamps: true })
+  }
+
   /** A root that is mounted on node one without changes, and that another node has taken away meanwhile. */
   const setUpOvertaken = async (): Promise<Site> => {
     const site = await setUp()
@@ -198,6 +203,62 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
       // On purpose it goes on from what the copy has.
       await root.mount({ takeover: 'force' })
       expect(existsSync(`${root.mergedPath}/by-one`)).toBe(false)
+    })
+  })
+
+  test('a store that was restored from a copy made under the same lease is refused, mounted or not', async () => {
+    const site = await setUp()
+    const wentBack = { code: 'STORE_WENT_BACK' }
+    const state = site.node('one')
+    const first = await ContainerRoot.open(site.home, 'lab', { state })
+    await first.mount()
+    cpSync(site.home, `${site.home}.old`, { recursive: true, preserveTimestamps: true })
+    writeFileSync(`${first.mergedPath}/by-one`, 'one')
+    await first.solidify()
+    writeFileSync(`${first.mergedPath}/later`, 'one')
+    await first.close()
+    restore(site, `${site.home}.old`)
+    await withRoot(site, 'one', async (root) => {
+      for (const verb of [() => root.solidify(), () => root.solidify({ live: true }), () => root.mount()]) {
+        await expect(verb()).rejects.toMatchObject(wentBack)
+      }
+      await root.unmount()
+      await expect(root.mount()).rejects.toMatchObject(wentBack)
+      await expect(root.rollback({ to: 1, discard: true })).rejects.toMatchObject(wentBack)
+      expect(root.versions()).toHaveLength(1)
+      // What it wrote last, and the layer of the version that is gone, are here.
+      expect(readFileSync(`${root.statePath}/upper/later`, 'utf8')).toBe('one')
+      const [replica] = readdirSync(`${root.statePath}/replicas`)
+      expect(readFileSync(`${root.statePath}/replicas/${replica}/by-one`, 'utf8')).toBe('one')
+      await root.mount({ takeover: 'force', discard: true })
+      expect(existsSync(`${root.mergedPath}/by-one`)).toBe(false)
+      await root.solidify()
+    })
+  })
+
+  test('a store that was restored from an older copy and written since by another node is refused', async () => {
+    const site = await setUp()
+    const write = (node: string, name: string) =>
+      withRoot(site, node, async (root) => {
+        await root.mount()
+        writeFileSync(`${root.mergedPath}/${name}`, node)
+        await root.solidify()
+        await root.unmount()
+      })
+    await write('one', 'first')
+    cpSync(site.home, `${site.home}.old`, { recursive: true, preserveTimestamps: true })
+    await write('one', 'lost')
+    restore(site, `${site.home}.old`)
+    // It claims the epoch that node one had, and makes a version of the number that was lost.
+    await write('two', 'by-two')
+    await withRoot(site, 'one', async (root) => {
+      await expect(root.mount()).rejects.toMatchObject({ code: 'STORE_WENT_BACK' })
+      expect((await root.leases.read())?.isReleased).toBe(true)
+      const replicas = readdirSync(`${root.statePath}/replicas`)
+      expect(replicas.some((id) => existsSync(`${root.statePath}/replicas/${id}/lost`))).toBe(true)
+      await root.mount({ takeover: 'force' })
+      expect(readFileSync(`${root.mergedPath}/by-two`, 'utf8')).toBe('two')
+      expect(existsSync(`${root.mergedPath}/lost`)).toBe(false)
     })
   })
 

@@ -1,4 +1,4 @@
-import { cpSync, readdirSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, mkdirSync, readdirSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { FileLeases } from '@lsync/container-root'
 import { describe, expect, test } from 'vitest'
 import { describeLeases, type LeaseSubject } from '../conformance/leases.ts'
@@ -10,7 +10,11 @@ import { run } from '../support/system.ts'
 
 function onDirectory(fresh: () => string): LeaseSubject {
   return {
-    fresh: () => `${fresh()}/lease`,
+    fresh: () => {
+      const where = `${fresh()}/lease`
+      mkdirSync(where)
+      return where
+    },
     open: (where, durationMs) => new FileLeases(where, { durationMs }),
     async keep(where) {
       cpSync(where, `${where}.kept`, { recursive: true, preserveTimestamps: true })
@@ -24,13 +28,23 @@ function onDirectory(fresh: () => string): LeaseSubject {
 
 describe.skipIf(!canMountImages())('on ext4', () => {
   const disk = useFileSystem('ext4')
+  test('a directory that is not there belongs to a store that is away: it is not made, and nobody gets the root', async () => {
+    const where = `${disk.current.fresh()}/store/lease`
+    const leases = new FileLeases(where)
+    const unreachable = { code: 'LEASE_UNREACHABLE' }
+    await expect(leases.read()).rejects.toMatchObject(unreachable)
+    await expect(leases.acquire({ node: 'one' })).rejects.toMatchObject(unreachable)
+    await expect(leases.takeover({ node: 'one', force: true })).rejects.toMatchObject(unreachable)
+    expect(existsSync(where)).toBe(false)
+  })
+
   describeLeases(
     'in files on ext4',
     onDirectory(() => disk.current.fresh()),
   )
 
   test('a damaged claim, and one of a newer lsync, are refused, and force goes on after them', async () => {
-    const where = `${disk.current.fresh()}/lease`
+    const where = disk.current.fresh()
     const leases = new FileLeases(where)
     await leases.acquire({ node: 'one' })
     truncateSync(`${where}/1.json`, 30)
@@ -47,7 +61,7 @@ describe.skipIf(!canMountImages())('on ext4', () => {
   })
 
   test('the last claims are kept for people, and nothing else stays behind', async () => {
-    const where = `${disk.current.fresh()}/lease`
+    const where = disk.current.fresh()
     const leases = new FileLeases(where)
     for (let round = 0; round < 12; round++) await (await leases.acquire({ node: `n${round}` })).release()
     const claims = readdirSync(where).filter((name) => name.endsWith('.json'))
@@ -58,7 +72,7 @@ describe.skipIf(!canMountImages())('on ext4', () => {
   })
 
   test('a store that is gone says so, and the claim stands when it is back', async () => {
-    const where = `${disk.current.fresh()}/lease`
+    const where = disk.current.fresh()
     const lease = await new FileLeases(where).acquire({ node: 'one' })
     run('mv', where, `${where}.away`)
     writeFileSync(where, 'no directory')

@@ -1,5 +1,5 @@
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
-import { ContainerRoot } from '@lsync/container-root'
+import { ContainerRoot, type Hooks, LocalPeer, SwitchSide, switchRoot, writeHooks } from '@lsync/container-root'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { dir, file } from '../support/build.ts'
 import { useFileSystem } from '../support/image.ts'
@@ -49,6 +49,49 @@ describe.skipIf(!canMountImages())('a store that fails', () => {
         expect(readFileSync(`${other.mergedPath}/more`, 'utf8')).toBe('more')
       })
     })
+  })
+
+  test('that is full when a root is switched leaves it where it is, and takes it over once there is room', async () => {
+    const { site, store } = await setUp(4)
+    const hooks = (node: string): Hooks => ({
+      stop: { command: `rm ${store}.runs-on-${node}` },
+      start: { command: `touch ${store}.runs-on-${node}` },
+    })
+    await withRoot(site, 'one', (root) =>
+      withRoot(site, 'two', async (other) => {
+        writeHooks(root, hooks('one'))
+        writeHooks(other, hooks('two'))
+        await root.mount()
+        writeFileSync(`${store}.runs-on-one`, '')
+        const change = () => {
+          const [source, target] = [new LocalPeer(new SwitchSide(root)), new LocalPeer(new SwitchSide(other))]
+          return switchRoot({ name: 'lab', source, target, maxDowntimeMs: 60_000 })
+        }
+        // Full before it is stopped, and full of what it wrote at last.
+        for (const fill of [
+          () => writeFileSync(`${root.mergedPath}/big`, big),
+          () =>
+            writeHooks(root, {
+              ...hooks('one'),
+              stop: { command: `rm ${store}.runs-on-one; cat /dev/zero > ${store}/fill; :` },
+            }),
+        ]) {
+          fill()
+          const before = shown(root)
+          await expect(change()).rejects.toBeInstanceOf(Error)
+          expect([existsSync(`${store}.runs-on-one`), existsSync(`${store}.runs-on-two`)]).toEqual([true, false])
+          expect(changesSince(before, root)).toEqual([])
+          expect(root.versions()).toHaveLength(1)
+          run('mount', '-o', 'remount,size=64m', store)
+        }
+        const before = shown(root)
+        rmSync(`${store}/fill`)
+        writeHooks(root, hooks('one'))
+        await change()
+        expect([existsSync(`${store}.runs-on-one`), existsSync(`${store}.runs-on-two`)]).toEqual([false, true])
+        expect(changesSince(before, other)).toEqual([])
+      }),
+    )
   })
 
   /** A root with a version for each of some files, the first of which was removed again; nothing is mounted. */

@@ -8,6 +8,7 @@ import {
   configOf,
   ensureLease,
   giveLeaseBack,
+  headFor,
   mountBase,
   type PrefetchReport,
   prefetch,
@@ -209,15 +210,19 @@ export class ContainerRoot {
   /**
    * Mounts the root for writing: claims the lease, takes the newest version if there are no changes here, and makes sure that the
    * layers stay. Mounted already is fine, on the newest version.
-   * @throws {LeaseHeldError}, {UpperStaleError}, {LayerMissingError}, {RootBusyError} if it is mounted on an older one and used
+   * @throws {LeaseHeldError}, {UpperStaleError}, {LayerMissingError}, {StoreWentBackError}, {RootBusyError} if it is mounted on an older one and used
    */
   mount(request: MountRequest = {}): Promise<NodeRootRecord['base']> {
     return this.#noted('mount', async () => {
       const { root, home } = this.#context
+      const newest = () =>
+        request.takeover === 'force' ? home.head() : headFor(this.#context, configOf(this.#context))
+      // Before anything is claimed on a store that went back, and once nobody else can publish.
+      newest()
       await ensureLease(this.#context, request)
-      const head = home.head()
       const config = configOf(this.#context)
-      if (!standsOn(config, head.number) || (findMount(root) === undefined && request.discard === true)) {
+      const head = newest()
+      if (!standsOn(config, head) || (findMount(root) === undefined && request.discard === true)) {
         const assertNothingLost = () => {
           if (request.discard === true || !root.hasChanges()) return
           throw new UpperStaleError(root.upperPath, config.base.version, head.number)
@@ -380,6 +385,7 @@ export class ContainerRoot {
       if (findMount(root) !== undefined) throw new RootBusyError(root.mergedPath, 'it is mounted')
       const version = home.version(request.to)
       if (root.hasChanges() && request.discard !== true) throw new UnsavedChangesError(root.upperPath)
+      headFor(this.#context, configOf(this.#context))
       // Until a version names them again, a gc could take its layers.
       const published = await withLayersInUse(this.#context, version.number, version.layers, async () => {
         const lease = await ensureLease(this.#context, request)

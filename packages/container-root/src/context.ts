@@ -3,7 +3,7 @@ import { close, type HostPath, LsyncError, printable, randomHex } from '@lsync/p
 import type { Sync } from '@lsync/sync'
 import type { Home } from './home.ts'
 import type { LayerCache, OpenedLayer } from './layer-cache.ts'
-import { type Lease, LeaseLostError, type Leases } from './lease.ts'
+import { type Lease, LeaseLostError, type Leases, StoreWentBackError } from './lease.ts'
 import { copyRootMeta, findMount, mountRoot, withLayers } from './mount.ts'
 import type { NodeRoot } from './node-state.ts'
 import type { LayerRecord, MountedRecord, NodeRecord, NodeRootRecord, VersionRecord } from './records.ts'
@@ -66,18 +66,34 @@ export function configOf({ root, name }: RootContext): NodeRootRecord {
 }
 
 /** Whether a version is the one under the upper, or the last that was made of the upper itself. */
-export function standsOn({ base, liveVersion }: NodeRootRecord, number: number): boolean {
-  return number === base.version || number === liveVersion
+export function standsOn(
+  { base, liveVersion }: NodeRootRecord,
+  { number, layers }: Pick<VersionRecord, 'number' | 'layers'>,
+): boolean {
+  return number === liveVersion || (number === base.version && layers.join() === base.layers.join())
+}
+
+/**
+ * The newest version, which is never older than the one that this node stands on, nor another one of that number: whoever
+ * keeps the lease alone cannot see that the store was restored from a copy that was made under the same lease.
+ * @throws {StoreWentBackError}
+ */
+export function headFor({ home }: RootContext, config: NodeRootRecord): VersionRecord {
+  const head = home.head()
+  const seen = Math.max(config.base.version, config.liveVersion ?? 0)
+  if (head.number > seen || (head.number === seen && standsOn(config, head))) return head
+  const found = head.number < seen ? `version ${head.number}` : `another version ${seen}`
+  throw new StoreWentBackError(home.path, found, `version ${seen}`)
 }
 
 /**
  * Makes sure that what is published next stands on the newest version: a lease alone does not say that nobody has published
  * between two that this node had.
- * @throws {UpperStaleError}
+ * @throws {UpperStaleError}, {StoreWentBackError}
  */
-export function assertCurrent({ home, root }: RootContext, config: NodeRootRecord): void {
-  const { number } = home.head()
-  if (!standsOn(config, number)) throw new UpperStaleError(root.upperPath, config.base.version, number)
+export function assertCurrent(context: RootContext, config: NodeRootRecord): void {
+  const head = headFor(context, config)
+  if (!standsOn(config, head)) throw new UpperStaleError(context.root.upperPath, config.base.version, head.number)
 }
 
 /**
@@ -283,16 +299,23 @@ function recordUse(
   for (;;) {
     const layers = choose()
     const ids = layers.map(({ id }) => id)
-    home.recordMounted({
-      format: 1,
-      ...use,
-      nodeId: node.id,
-      nodeName: node.name,
-      layers: ids,
-      sinceMs: Date.now(),
-    })
+    // On a full store a container comes back on what it had: nothing need be written that is there.
+    if (!isRecorded(home, use, ids)) {
+      home.recordMounted({ format: 1, ...use, nodeId: node.id, nodeName: node.name, layers: ids, sinceMs: Date.now() })
+    }
     if (choose().every(({ id }, i) => id === ids[i])) return layers
   }
+}
+
+function isRecorded(home: Home, use: Parameters<typeof recordUse>[1], layers: readonly string[]): boolean {
+  const known = home.mounted().find(({ id }) => id === use.id)
+  return (
+    known !== undefined &&
+    known.purpose === use.purpose &&
+    known.version === use.version &&
+    known.epoch === use.epoch &&
+    known.layers.join() === layers.join()
+  )
 }
 
 /** Reads layers of a version's list while no `gc` removes them: their paths, top first. */

@@ -1,4 +1,4 @@
-import { link, mkdir, open, readdir, readFile, stat, unlink, writeFile } from 'node:fs/promises'
+import { link, open, readdir, readFile, stat, unlink, writeFile } from 'node:fs/promises'
 import { setTimeout as delay } from 'node:timers/promises'
 import { AT_FDCWD, bytesOf, errnoOf, RENAME_NOREPLACE, randomHex, tryRename } from '@lsync/posix'
 import {
@@ -44,7 +44,7 @@ export class FileLeases implements Leases, LeaseKeeper {
   readonly durationMs: number
   readonly #directory: string
 
-  /** `directory` is made with the first claim. */
+  /** `directory` must be there: where it is not, the store is not mounted, and nobody can say who holds the root. */
   constructor(directory: string, options: FileLeasesOptions = {}) {
     this.#directory = directory
     this.durationMs = options.durationMs ?? DEFAULT_DURATION_MS
@@ -204,7 +204,7 @@ export class FileLeases implements Leases, LeaseKeeper {
   }
 
   async #newestEpoch(signal?: AbortSignal): Promise<number> {
-    const names = await this.#within(namesIn(this.#directory), signal)
+    const names = await this.#within(readdir(this.#directory), signal)
     return names.reduce((newest, name) => Math.max(newest, epochOf(name, 'json') ?? 0), 0)
   }
 
@@ -235,7 +235,6 @@ export class FileLeases implements Leases, LeaseKeeper {
 
   /** Creates a file with its whole content, durably. `false` when it was there already. */
   async #publish(name: string, content: string): Promise<boolean> {
-    await mkdir(this.#directory, { recursive: true, mode: 0o700 })
     const path = this.#path(name)
     const temporary = this.#path(`.${name}-${randomHex(8)}`)
     await writeDurably(temporary, content, 'wx')
@@ -249,7 +248,7 @@ export class FileLeases implements Leases, LeaseKeeper {
   }
 
   async #forget(upTo: number): Promise<void> {
-    for (const name of await namesIn(this.#directory)) {
+    for (const name of await readdir(this.#directory)) {
       const epoch = epochOf(name, 'json') ?? epochOf(name, 'beat') ?? epochOf(name, 'released')
       if (epoch !== undefined && epoch <= upTo) await unlink(this.#path(name)).catch(() => undefined)
     }
@@ -343,15 +342,6 @@ async function textOfFile(path: string): Promise<string | undefined> {
     return await readFile(path, 'utf8')
   } catch (error) {
     if (errnoOf(error) === 'ENOENT') return undefined
-    throw error
-  }
-}
-
-async function namesIn(directory: string): Promise<string[]> {
-  try {
-    return await readdir(directory)
-  } catch (error) {
-    if (errnoOf(error) === 'ENOENT') return []
     throw error
   }
 }

@@ -171,6 +171,11 @@ export class Home {
     close(this.#fd)
   }
 
+  /** The directory that was opened, for records beside `root.json`: whatever is mounted on its path since, this is the home. */
+  get place(): RecordPlace {
+    return { fd: this.#fd, path: this.path }
+  }
+
   /** Where leases are kept, for `FileLeases`. */
   get leaseDirectory(): string {
     return `${this.path}/lease`

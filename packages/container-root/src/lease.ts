@@ -123,11 +123,15 @@ export class LeaseUnreachableError extends LsyncError {
 
 /** The store shows an older state than this node has seen: a backup was restored, or another store is mounted there. */
 export class StoreWentBackError extends LsyncError {
-  constructor(where: string, foundEpoch: number, seenEpoch: number) {
+  /** `found` and `seen`: what it shows and what it had shown, such as `epoch 3`. */
+  constructor(where: string, found: string, seen: string) {
     super(
       'STORE_WENT_BACK',
-      `${printable(where)} shows epoch ${foundEpoch}, but this node has seen ${seenEpoch}: its contents are old`,
-      { path: where, hint: 'mount the right store; if it was restored on purpose, take over with --force' },
+      `${printable(where)} shows ${found}, but this node has seen ${seen}: its contents are old`,
+      {
+        path: where,
+        hint: 'mount the right store; if it was restored on purpose, take over with --force',
+      },
     )
   }
 }
@@ -266,7 +270,7 @@ export function nextClaim(
 ): LeaseClaim {
   const found = state?.claim.epoch ?? 0
   const seen = request.seenEpoch ?? 0
-  if (found < seen && request.force !== true) throw new StoreWentBackError(where, found, seen)
+  if (found < seen && request.force !== true) throw new StoreWentBackError(where, `epoch ${found}`, `epoch ${seen}`)
   const takenAt = new Date().toISOString()
   return { format: 1, epoch: Math.max(found, seen) + 1, node: request.node, token, durationMs, takenAt }
 }

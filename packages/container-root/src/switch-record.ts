@@ -1,4 +1,4 @@
-import { type ByteString, openRoot, withFd } from '@lsync/posix'
+import type { ByteString } from '@lsync/posix'
 import { z } from 'zod'
 import type { Home } from './home.ts'
 import { readRecord, replaceRecord } from './record-file.ts'
@@ -35,11 +35,11 @@ export type SwitchPlan = z.infer<typeof SwitchPlan>
 const SWITCH_JSON = 'switch.json' as ByteString
 
 /** The last switch of a root; `undefined` before the first. */
-export function readSwitch({ path }: Home): SwitchRecord | undefined {
-  return withFd(openRoot(path), (fd) => readRecord({ fd, path }, SWITCH_JSON, SwitchRecord))
+export function readSwitch({ place }: Home): SwitchRecord | undefined {
+  return readRecord(place, SWITCH_JSON, SwitchRecord)
 }
 
 /** Says how far a switch has come. The caller has checked its lease. */
-export function writeSwitch({ path }: Home, record: SwitchRecord): void {
-  withFd(openRoot(path), (fd) => replaceRecord({ fd, path }, SWITCH_JSON, SwitchRecord.parse(record)))
+export function writeSwitch({ place }: Home, record: SwitchRecord): void {
+  replaceRecord(place, SWITCH_JSON, SwitchRecord.parse(record))
 }
