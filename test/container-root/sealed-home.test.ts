@@ -135,6 +135,41 @@ describe.skipIf(!ready)('a root whose layers are of both forms', () => {
     60_000,
   )
 
+  test.each<LayerStorage>(['tree', 'sealed'])(
+    'shows the same while it stays mounted, whatever is done to its layers, and after (%s)',
+    async (layerForm) => {
+      const at = disk.current.fresh()
+      await withRoot(await makeSite(at, at, base(), layerForm), 'one', async (root) => {
+        await versions(root)
+        // An upper that is in no version yet, under a version of which it is a part.
+        change(root.mergedPath, 4)
+        await keepsView(root, () => root.solidify({ live: true }), noHoles)
+        change(root.mergedPath, 5)
+        const [other, back] = layerForm === 'tree' ? (['sealed', 'tree'] as const) : (['tree', 'sealed'] as const)
+        const gc = () => root.gc({ keep: 1, graceMs: -60_000 })
+        const first = shown(root)
+        for (const happens of [
+          () => root.convert({ to: other }),
+          gc,
+          () => root.compact({ maxLayers: 2 }),
+          gc,
+          () => root.convert({ to: back }),
+          () => root.compact({ maxLayers: 1, intoBottom: true }),
+          gc,
+        ]) {
+          await keepsView(root, happens, noHoles)
+        }
+        const again = await keepsView(root, () => remounted(root, async () => undefined), noHoles)
+        await root.solidify()
+        await keepsView(root, () => remounted(root, gc), noHoles)
+        await keepsView(root, () => remounted(root, () => root.rollback({ to: root.home.head().number })), noHoles)
+        expect(changesSince(first, root, noHoles)).toEqual([])
+        expect(changesSince(again, root, noHoles)).toEqual([])
+      })
+    },
+    60_000,
+  )
+
   test('is compacted, compared, rolled back and forked whatever form each layer has', async () => {
     const at = disk.current.fresh()
     const site = await makeSite(at, at, base(), 'tree')
