@@ -1,9 +1,8 @@
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
-import { ContainerRoot, type Hooks, LocalPeer, SwitchSide, switchRoot, writeHooks } from '@lsync/container-root'
+import { type Hooks, LocalPeer, SwitchSide, switchRoot, writeHooks } from '@lsync/container-root'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { dir, file } from '../support/build.ts'
 import { useFileSystem } from '../support/image.ts'
-import { withPowerCut } from '../support/power-cut.ts'
 import { canMountImages } from '../support/ready.ts'
 import { mount, run, unmount } from '../support/system.ts'
 import { changesSince, makeSite, type Site, shown, withRoot } from './roots.ts'
@@ -93,59 +92,4 @@ describe.skipIf(!canMountImages())('a store that fails', () => {
       }),
     )
   })
-
-  /** A root with a version for each of some files, the first of which was removed again; nothing is mounted. */
-  async function withVersions(): Promise<Site> {
-    const { site } = await setUp(64)
-    await withRoot(site, 'one', async (root) => {
-      await root.mount()
-      for (const name of ['a', 'b', 'c']) {
-        writeFileSync(`${root.mergedPath}/${name}`, name)
-        if (name === 'c') rmSync(`${root.mergedPath}/a`)
-        await root.solidify()
-      }
-      await root.unmount()
-    })
-    return site
-  }
-
-  const verbs: readonly (readonly [string, (root: ContainerRoot) => Promise<unknown>])[] = [
-    ['compact', (root) => root.compact({ maxLayers: 1 })],
-    ['gc', (root) => root.gc({ keep: 1, graceMs: 0 })],
-  ]
-
-  test.each(verbs)(
-    'whose node dies anywhere in a %s shows the same, and the next one goes on',
-    { timeout: 120_000 },
-    async (_, verb) => {
-      let calls = 0
-      for (const part of [Number.POSITIVE_INFINITY, 0.3, 0.7]) {
-        const site = await withVersions()
-        const root = await ContainerRoot.open(site.home, 'lab', { state: site.node('one') })
-        try {
-          const made = await withPowerCut(
-            part === Number.POSITIVE_INFINITY ? part : Math.floor(part * calls),
-            (arm) => {
-              arm()
-              return verb(root)
-            },
-          )
-          // The first one is not cut, and tells how many calls there are.
-          expect(made === undefined).toBe(part !== Number.POSITIVE_INFINITY)
-          calls = made ?? calls
-        } finally {
-          await root.close()
-        }
-        await withRoot(site, 'two', async (other) => {
-          await verb(other)
-          await other.mount()
-          expect(readFileSync(`${other.mergedPath}/b`, 'utf8')).toBe('b')
-          expect(readFileSync(`${other.mergedPath}/c`, 'utf8')).toBe('c')
-          expect(existsSync(`${other.mergedPath}/a`)).toBe(false)
-          await other.gc({ keep: 1, graceMs: 0 })
-          expect(readFileSync(`${other.mergedPath}/c`, 'utf8')).toBe('c')
-        })
-      }
-    },
-  )
 })

@@ -231,11 +231,13 @@ describe.skipIf(!canMountImages())('switching a root', () => {
   // Where it is killed, and where the container runs once the killed node has settled what it had begun.
   test.each<[NodeName, string, NodeName]>([
     ['one', 'preCopy', 'one'],
+    ['one', 'solidify:copied', 'one'],
     ['one', 'solidify:stopped', 'one'],
     ['one', 'solidify:synced', 'one'],
     ['one', 'solidify:published', 'one'],
     ['one', 'pass', 'one'],
     ['two', 'mount', 'one'],
+    ['two', 'hook start', 'one'],
     ['two', 'hook health', 'one'],
     ['two', 'commit', 'two'],
   ])('SIGKILL of node %s at %s: one container, on node %s, with all that was published', async (victim, at, place) => {
