@@ -65,6 +65,23 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
     })
   })
 
+  test('an upper that lies on an old version is not followed, and nothing is claimed for it', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async (root) => {
+      await takeAway(site, 'by-two')
+      await withRoot(site, 'two', async (other) => {
+        // Nobody needs the layers any more that the first node would begin with.
+        await other.compact({ maxLayers: 1, intoBottom: true })
+        await other.gc({ keep: 1 })
+      })
+      await expect(root.startSync()).rejects.toMatchObject({ code: 'UPPER_STALE' })
+      expect((await root.leases.read())?.claim.epoch).toBe(1)
+      await root.mount()
+      await root.startSync()
+      expect(readFileSync(`${root.mergedPath}/by-two`, 'utf8')).toBe('two')
+    })
+  })
+
   test('a node whose changes were overtaken is refused, and may give them up', async () => {
     const site = await setUp()
     await withRoot(site, 'one', async (root) => {

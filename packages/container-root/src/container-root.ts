@@ -5,6 +5,7 @@ import type { Sync } from '@lsync/sync'
 import { type BackupReport, backupVersion } from './backup.ts'
 import { type CompactPolicy, type CompactReport, compact } from './compact.ts'
 import {
+  assertCurrent,
   configOf,
   ensureLease,
   giveLeaseBack,
@@ -268,10 +269,16 @@ export class ContainerRoot {
     this.#sync = undefined
   }
 
-  /** Follows the upper from now on, so that a solidify has little left to carry. @throws {LeaseHeldError} */
+  /**
+   * Follows the upper from now on, so that a solidify has little left to carry.
+   * @throws {LeaseHeldError}, {UpperStaleError} if no version can be made of it
+   */
   startSync(options: { readonly signal?: AbortSignal } = {}): Promise<Sync> {
     return this.#exclusive(async () => {
+      // Layers of an older version may be gone, and nobody else need wait for what cannot be published.
+      assertCurrent(this.#context, configOf(this.#context))
       const lease = await ensureLease(this.#context, options)
+      assertCurrent(this.#context, configOf(this.#context))
       lease.keepAlive()
       return (
         this.#sync ??
