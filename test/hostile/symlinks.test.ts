@@ -1,5 +1,5 @@
 import { type ChildProcess, fork } from 'node:child_process'
-import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readdirSync, readFileSync, readlinkSync, symlinkSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { merge, recover } from '@lsync/overlay-merge'
 import { type ByteString, type HostPath, LsyncError, makeSymlink, openRoot, withFd } from '@lsync/posix'
@@ -102,5 +102,23 @@ describe.skipIf(!needs('root', isRoot))('nothing outside the roots is touched', 
     await merge({ upper, lowers: [lower], mode: 'in-place' })
     expect(readdirSync(`${lower}/d`).length).toBe(count + 1)
     expect(readdirSync(upper)).toEqual([])
+  }, 120_000)
+  // More than are held at a time, of the base's names and of the plan's steps.
+  test('a new version of a directory with a hundred thousand names has each of them once', async () => {
+    const { at, upper, lower } = site()
+    const count = 100_000
+    buildTree(upper, dir({ d: dir() }))
+    buildTree(lower, dir({ d: dir() }))
+    const fill = (layer: string, target: string, wanted: (i: number) => boolean) =>
+      withFd(openRoot(`${layer}/d` as HostPath), (fd) => {
+        for (let i = 0; i < count; i++) if (wanted(i)) makeSymlink(target as ByteString, fd, `n${i}` as ByteString)
+      })
+    fill(upper, 'new', (i) => i % 4 !== 0)
+    fill(lower, 'old', (i) => i % 10 !== 1)
+    const output = `${at}/new` as HostPath
+    await merge({ upper, lowers: [lower], mode: 'output', output, clone: 'hardlink' })
+    const targets = Array.from({ length: count }, (_, i) => readlinkSync(`${output}/d/n${i}`))
+    expect(targets.findIndex((target, i) => target !== (i % 4 === 0 ? 'old' : 'new'))).toBe(-1)
+    expect(readdirSync(`${output}/d`).length).toBe(count)
   }, 120_000)
 })

@@ -1,5 +1,4 @@
 import {
-  type ByteString,
   close,
   type HostPath,
   makeDirectory,
@@ -34,7 +33,7 @@ export interface CloneLayerRequest {
 }
 
 const TURN_MS = 20
-const NOTHING: ReadonlySet<ByteString> = new Set()
+const NOTHING: ReadonlySet<string> = new Set()
 
 /**
  * A second copy of a layer, with its whiteouts and marks, by the cheapest way that works: a snapshot of the file system,
@@ -73,7 +72,7 @@ async function cloneEntries(
   let turn = performance.now()
   for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
     const part = emptyClonePart()
-    cloneDirectory(context, path, part, NOTHING)
+    cloneDirectory(context, path, part, () => NOTHING)
     pending.push(...part.next)
     flagged.push(...part.flagged)
     for (const [key, name] of part.groups) addTo(groups, key, planPath(name))

@@ -12,7 +12,6 @@ import {
   O_NOFOLLOW,
   openBeneath,
   PosixError,
-  readDirents,
   type Stat,
   setTimes,
   sizeAt,
@@ -29,7 +28,7 @@ import { isMark, type MarkNames } from './model/marks.ts'
 import { type EntryPath, join, type Name, split } from './model/path.ts'
 import { type Need, needsOf } from './plan.ts'
 import { TargetCannotHoldError } from './problems.ts'
-import { typeOf } from './scan.ts'
+import { nameRanges, typeOf } from './scan.ts'
 
 /** Ways to clone a whole tree at once. */
 export type SnapshotMethod = 'moosefs' | 'btrfs'
@@ -67,42 +66,41 @@ export function emptyClonePart(): ClonePart {
   return { next: [], groups: [], flagged: [], counts: { directories: 0, objects: 0, bytes: 0 } }
 }
 
+/** The names among some (in byte order) that are to be left out. They are asked for once, a range at a time. */
+export type LeftOut = (names: readonly { readonly name: string }[]) => ReadonlySet<string>
+
 /**
  * Clones one directory of the source into the one of the same path that exists in the target: links or copies what is
- * not a directory, makes the subdirectories (given back in `part.next`), and sets the directory's metadata last. Names in
- * `replaced` are left out.
+ * not a directory, makes the subdirectories (given back in `part.next`), and sets the directory's metadata last. What
+ * `leftOut` gives is left out.
  */
-export function cloneDirectory(
-  context: CloneContext,
-  path: EntryPath,
-  part: ClonePart,
-  replaced: ReadonlySet<ByteString>,
-): void {
+export function cloneDirectory(context: CloneContext, path: EntryPath, part: ClonePart, leftOut: LeftOut): void {
   const from = openBeneath(context.fromFd, path, O_DIRECTORY | O_NOFOLLOW)
   try {
     const to = openBeneath(context.toFd, path, O_DIRECTORY | O_NOFOLLOW)
     try {
-      const entries: { name: ByteString; type: number }[] = []
-      readDirents(from, (name, type) => {
-        if (!replaced.has(name)) entries.push({ name, type })
-      })
       let inherits: boolean | undefined
-      for (const entry of entries) {
-        const { name } = entry
-        const type = entry.type === DT_UNKNOWN ? typeOf(statAt(from, name)) : entry.type
-        if (type === DT_DIR) {
-          makeDirectory(to, name, 0o700)
-          part.next.push(join(path, name))
-          continue
+      for (const { lists } of nameRanges([from])) {
+        const entries = lists[0] ?? []
+        const replaced = leftOut(entries)
+        for (const entry of entries) {
+          if (replaced.has(entry.name)) continue
+          const { name } = entry
+          const type = entry.type === DT_UNKNOWN ? typeOf(statAt(from, name)) : entry.type
+          if (type === DT_DIR) {
+            makeDirectory(to, name, 0o700)
+            part.next.push(join(path, name))
+            continue
+          }
+          const fate = fateOf(context, from, name, type)
+          if (fate === 'absent') continue
+          if (context.method === 'hardlink' && fate === 'same' && tryShare(from, to, name)) {
+            part.counts.objects++
+            continue
+          }
+          inherits ??= inheritsAcls(to)
+          copyEntry(context, { from, to, name, path: join(path, name) }, inherits, part)
         }
-        const fate = fateOf(context, from, name, type)
-        if (fate === 'absent') continue
-        if (context.method === 'hardlink' && fate === 'same' && tryShare(from, to, name)) {
-          part.counts.objects++
-          continue
-        }
-        inherits ??= inheritsAcls(to)
-        copyEntry(context, { from, to, name: name as string as Name, path: join(path, name) }, inherits, part)
       }
       const stat = statFd(from)
       const meta = cloneMeta(context, from, '', stat)

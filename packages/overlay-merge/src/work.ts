@@ -7,7 +7,7 @@ import {
   type Phase,
   removeUpperDirectories,
 } from './apply.ts'
-import { type CloneContext, type ClonePart, cloneDirectory, emptyClonePart } from './clone.ts'
+import { type CloneContext, type ClonePart, cloneDirectory, emptyClonePart, type LeftOut } from './clone.ts'
 import { removeTree, type Trash } from './effects.ts'
 import { type EncodedLine, lineOf, readRecord } from './journal.ts'
 import type { Namespace } from './model/marks.ts'
@@ -176,7 +176,7 @@ export class Workshop {
     const pending = [...paths]
     const start = performance.now()
     for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
-      cloneDirectory(context, path, part, replacedNames(planFd, changes.get(path) ?? []))
+      cloneDirectory(context, path, part, replacedNames(planFd, changes.get(path)))
       pending.push(...part.next)
       part.next.length = 0
       if (performance.now() - start > budgetMs) break
@@ -196,13 +196,30 @@ export class Workshop {
   }
 }
 
-function replacedNames(planFd: number, lines: readonly LinePlace[]): ReadonlySet<ByteString> {
-  const names = new Set<ByteString>()
-  for (const line of lines) {
-    const { steps } = readRecord(planFd, line) as DirectoryRecord
-    for (const step of steps) if (step.was !== 'nothing') names.add(planName(step.name))
+const NOTHING: ReadonlySet<string> = new Set()
+// So many records of a directory are read together, and forgotten with its range of names where there are more.
+const RECORDS_AT_ONCE = 64
+
+function replacedNames(planFd: number, lines: readonly LinePlace[] | undefined): LeftOut {
+  if (lines === undefined) return () => NOTHING
+  if (lines.length <= RECORDS_AT_ONCE) {
+    const names = new Set(lines.flatMap((line) => replacedBy(planFd, line)))
+    return () => names
   }
-  return names
+  const spans = lines.map((line) => {
+    const names = replacedBy(planFd, line).sort()
+    return { line, first: names[0] ?? '', last: names.at(-1) ?? '' }
+  })
+  return (listed) => {
+    const [from, to] = [listed[0]?.name ?? '', listed.at(-1)?.name ?? '']
+    const near = spans.filter(({ first, last }) => first <= to && last >= from)
+    return new Set(near.flatMap(({ line }) => replacedBy(planFd, line)))
+  }
+}
+
+function replacedBy(planFd: number, line: LinePlace): string[] {
+  const { steps } = readRecord(planFd, line) as DirectoryRecord
+  return steps.filter(({ was }) => was !== 'nothing').map(({ name }) => planName(name))
 }
 
 /** What `applyRecord` and its like need; `tag` keeps the names that threads and runs make in the trash apart. */
