@@ -16,7 +16,10 @@ export function buildCli(): void {
   fillCache(cli)
 }
 
-/** A merge leaves the code that it compiled in dist/cache, where the next one finds it. */
+/**
+ * A merge leaves the code that it compiled in dist/cache, where the next one finds it; so does a diff for the commands that
+ * bin/lsync starts with other options, which V8 keeps apart.
+ */
 function fillCache(cli: string): void {
   mkdirSync(`${cli}/dist/cache`, { mode: 0o755 })
   const layers = mkdtempSync(join(tmpdir(), 'lsync-build-'))
@@ -24,9 +27,14 @@ function fillCache(cli: string): void {
     const [upper, lower] = ['upper', 'lower'].map((name) => join(layers, name)) as [string, string]
     for (const path of [upper, lower, join(upper, 'new'), join(upper, 'both'), join(lower, 'both')]) mkdirSync(path)
     for (const path of [upper, lower, join(upper, 'new'), join(upper, 'both')]) writeFileSync(join(path, 'file'), path)
-    const merge = ['merge', '--upper', upper, '--lower', lower, '--namespace', 'user', '--in-place', '--yes']
-    // Without a cache everything works, only later.
-    spawnSync(`${cli}/bin/lsync`, merge, { stdio: 'ignore' })
+    const layerOptions = ['--upper', upper, '--lower', lower, '--namespace', 'user']
+    for (const command of [
+      ['diff', ...layerOptions],
+      ['merge', ...layerOptions, '--in-place', '--yes'],
+    ]) {
+      // Without a cache everything works, only later.
+      spawnSync(`${cli}/bin/lsync`, command, { stdio: 'ignore' })
+    }
   } finally {
     rmSync(layers, { recursive: true })
   }
