@@ -93,6 +93,7 @@ export default defineConfig({
     'sync-worker': 'cached:../sync/src/sync-worker.ts',
     'snapshot-worker': 'cached:../snapshot/src/snapshot-worker.ts',
     'restore-worker': 'cached:../snapshot/src/restore-worker.ts',
+    'store-worker': 'cached:../snapshot/src/store-worker.ts',
     'check-worker': 'cached:../snapshot/src/check-worker.ts',
   },
   platform: 'node',

@@ -2,13 +2,23 @@ import { execFileSync } from 'node:child_process'
 import { createReadStream, mkdirSync, readFileSync } from 'node:fs'
 import { exportLayer, type Namespace } from '@lsync/overlay-merge'
 import { hostPath, type LsyncError } from '@lsync/posix'
-import { createSnapshot, createSnapshotOfTar, findSnapshot, type Repository, restoreSnapshot } from '@lsync/snapshot'
-import { describe, expect, test } from 'vitest'
+import {
+  checkRepository,
+  createSnapshot,
+  createSnapshotOfTar,
+  findSnapshot,
+  LocalBackend,
+  Repository,
+  removeLocks,
+  restoreSnapshot,
+} from '@lsync/snapshot'
+import { describe, expect, onTestFinished, test } from 'vitest'
 import { encodeHeader } from '../../packages/overlay-merge/src/encodings/tar-header.ts'
 import { buildRichTree } from '../layers/rich-tree.ts'
 import { buildTree, dir, file, linkTo, opaque, sparse, symlink, whiteout } from '../support/build.ts'
+import { FailingBackend, GoneError } from '../support/failing-backend.ts'
 import { needs } from '../support/needs.ts'
-import { newRepository, Restic, temporaryDirectory } from '../support/repository.ts'
+import { newRepository, PASSWORD, Restic, reopen, temporaryDirectory } from '../support/repository.ts'
 import { isPresent } from '../support/system.ts'
 import { diffTrees, readTree, type Tree } from '../support/tree.ts'
 
@@ -83,6 +93,39 @@ describe.skipIf(!isRoot || !hasTar)('a snapshot of a tar', () => {
     expect(['a', 'b'].map(isSame)).toEqual([true, true])
     const second = await createSnapshot(repository, { targets: [{ path: hostPath(`${root}/tree`) }] })
     expect(second.counts.addedBytes).toBeLessThan(10_000)
+  })
+
+  test('of a large file, which all threads store, has the chunks that a directory of it has', async () => {
+    const { path, repository } = await newRepository()
+    const root = temporaryDirectory()
+    mkdirSync(`${root}/tree`)
+    execFileSync('sh', ['-c', `seq 1 20000000 | head -c 150000000 >${root}/tree/large; echo small >${root}/tree/small`])
+    execFileSync('tar', ['-cf', `${root}/t.tar`, '-C', `${root}/tree`, '.'])
+    const first = await save(repository, createReadStream(`${root}/t.tar`))
+    expect(first.counts.readBytes).toBe(150_000_006)
+    const again = await reopen(path)
+    expect((await checkRepository(again, { readData: true })).problems).toEqual([])
+    const second = await createSnapshot(again, { targets: [{ path: hostPath(`${root}/tree`) }] })
+    // Nothing of the content: a few trees.
+    expect(second.counts.addedBytes).toBeLessThan(10_000)
+    expect(first.counts.objectsAdded).toBeGreaterThan(30)
+  })
+
+  test('of a large file into a repository that fails meanwhile ends with its reason', async () => {
+    const { path } = await newRepository()
+    const root = temporaryDirectory()
+    execFileSync('sh', ['-c', `head -c 150000000 /dev/urandom >${root}/large`])
+    execFileSync('tar', ['-cf', `${root}/t.tar`, '-C', root, 'large'])
+    // The lock and a pack of what one thread stores; then it is gone.
+    const backend = new FailingBackend(new LocalBackend(hostPath(path)), 7, 'before')
+    const failing = await Repository.open(backend, { password: PASSWORD })
+    onTestFinished(() => failing.close())
+    await expect(save(failing, createReadStream(`${root}/t.tar`))).rejects.toThrow(GoneError)
+    const whole = await reopen(path)
+    await removeLocks(whole, { all: true })
+    expect((await save(whole, createReadStream(`${root}/t.tar`))).counts.filesNew).toBe(1)
+    const { problems } = await checkRepository(whole, { readData: true })
+    expect(problems.filter(({ severity }) => severity === 'error')).toEqual([])
   })
 
   test('is the same tree whenever it is made, and stores nothing the second time', async () => {

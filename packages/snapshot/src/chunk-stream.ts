@@ -5,6 +5,8 @@ import type { ObjectId } from './model/tree.ts'
 import type { ObjectWriter } from './object-writer.ts'
 
 const ZEROS = Buffer.alloc(256 * 1024)
+/** Of a file, what lies beyond this is stored by all threads: to start one takes as long as to store some megabytes. */
+const OWN_BYTES = 64 * 1024 * 1024
 
 /** Cuts the content of files into chunks as it comes, one file after the other, and stores them. */
 export class ChunkStream {
@@ -15,7 +17,8 @@ export class ChunkStream {
   #chunker: Chunker | undefined
   /** Where the next byte goes: in the chunker's memory, once there is one. */
   #filled = 0
-  #ids: ObjectId[] = []
+  #ids: (ObjectId | Promise<ObjectId>)[] = []
+  #cutBytes = 0
 
   constructor(writer: ObjectWriter, polynomial: Polynomial) {
     this.#writer = writer
@@ -56,8 +59,10 @@ export class ChunkStream {
     }
     const ids = this.#ids
     this.#ids = []
+    if (this.#cutBytes > OWN_BYTES) this.#writer.sendChunks()
+    this.#cutBytes = 0
     await this.#writer.hand()
-    return ids
+    return Promise.all(ids)
   }
 
   #addSmall(bytes: Uint8Array): void {
@@ -83,6 +88,8 @@ export class ChunkStream {
   }
 
   #take(memory: Memory, at: number, length: number): void {
-    this.#ids.push(this.#writer.addChunk(memory, at, length))
+    this.#cutBytes += length
+    const isOwn = this.#cutBytes <= OWN_BYTES
+    this.#ids.push(isOwn ? this.#writer.addChunk(memory, at, length) : this.#writer.addChunkSoon(memory, at, length))
   }
 }

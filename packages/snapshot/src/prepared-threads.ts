@@ -1,7 +1,7 @@
 import { endThread, startThread, type Thread } from './thread-pool.ts'
 
 /** What threads can be prepared for. */
-export type ThreadUse = 'create' | 'restore' | 'check'
+export type ThreadUse = 'create' | 'restore' | 'check' | 'store'
 
 /** How many threads share the work by default, the calling one included. */
 export const DEFAULT_WORKERS = 2
@@ -10,6 +10,7 @@ const MODULES: Readonly<Record<ThreadUse, URL>> = {
   create: new URL('./snapshot-worker.ts', import.meta.url),
   restore: new URL('./restore-worker.ts', import.meta.url),
   check: new URL('./check-worker.ts', import.meta.url),
+  store: new URL('./store-worker.ts', import.meta.url),
 }
 
 /** Threads that load their code while something else is waited for, such as a key to be derived. */

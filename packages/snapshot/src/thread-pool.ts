@@ -87,6 +87,17 @@ export class ThreadPool<Init, Job, Result> {
     })
   }
 
+  /** Has each worker thread that does jobs do this one. */
+  runEach(job: Job): Promise<Result[]> {
+    const ready = this.#members.filter(({ isReady }) => isReady)
+    return Promise.all(
+      ready.map(
+        (member) =>
+          new Promise<Result>((resolve, reject) => this.#send(member, { job, transfer: [], resolve, reject })),
+      ),
+    )
+  }
+
   async close(): Promise<void> {
     await Promise.all(this.#members.map(endThread))
     this.#own.close()
@@ -94,16 +105,20 @@ export class ThreadPool<Init, Job, Result> {
 
   #handOut(): void {
     for (let load = 0; load < IN_FLIGHT; load++) {
-      for (const { worker, jobs, isReady } of this.#members) {
-        if (!isReady || jobs.size > load) continue
+      for (const member of this.#members) {
+        if (!member.isReady || member.jobs.size > load) continue
         const waiting = this.#queue.shift()
         if (waiting === undefined) return
-        const id = this.#nextId++
-        jobs.set(id, waiting)
-        worker.postMessage({ id, job: waiting.job } satisfies ToThread<Init, Job>, waiting.transfer)
+        this.#send(member, waiting)
       }
     }
     if (!this.#isRunning && this.#queue.length > 0) this.#runOwn()
+  }
+
+  #send({ worker, jobs }: Member<Job, Result>, waiting: Waiting<Job, Result>): void {
+    const id = this.#nextId++
+    jobs.set(id, waiting)
+    worker.postMessage({ id, job: waiting.job } satisfies ToThread<Init, Job>, waiting.transfer)
   }
 
   #runOwn(): void {
