@@ -61,16 +61,17 @@ async function* untilAborted(source: AsyncIterable<Uint8Array>, signal?: AbortSi
     return
   }
   const iterator = source[Symbol.asyncIterator]()
-  let stop: () => void = () => undefined
-  const aborted = new Promise<never>((_, reject) => {
-    stop = () => reject(signal.reason)
-  })
-  aborted.catch(() => undefined)
+  let giveUp: (reason: unknown) => void = () => undefined
+  const stop = () => giveUp(signal.reason)
   signal.addEventListener('abort', stop)
   try {
     for (;;) {
       signal.throwIfAborted()
-      const next = await Promise.race([iterator.next(), aborted])
+      // A promise of its own for each chunk: one that all of them race against would hold them to the end of the archive.
+      const next = await new Promise<IteratorResult<Uint8Array>>((resolve, reject) => {
+        giveUp = reject
+        iterator.next().then(resolve, reject)
+      })
       if (next.done === true) return
       yield next.value
     }
