@@ -13,7 +13,9 @@ export interface SealIntoRequest {
   readonly scratch: HostPath
   /** Go on where chattr flags are lost, which no image can hold. Default true. */
   readonly lossy?: boolean | undefined
-  /** Hears of those. */
+  /** As `SealRequest` says. Default false. */
+  readonly isUrgent?: boolean | undefined
+  /** Hears of flags that are lost. */
   readonly onLoss?: ((loss: SealLossyError) => void) | undefined
   readonly signal?: AbortSignal | undefined
 }
@@ -21,7 +23,7 @@ export interface SealIntoRequest {
 /** Makes a sealed layer of a tree that nobody changes meanwhile; `publish` gets the record with which it is promoted, and does that. */
 export function sealInto<T>(
   home: Home,
-  { tree, record, epoch, scratch, lossy = true, onLoss, signal }: SealIntoRequest,
+  { tree, record, epoch, scratch, lossy = true, isUrgent, onLoss, signal }: SealIntoRequest,
   publish: (name: string, record: LayerRecord) => Promise<T> | T,
 ): Promise<T> {
   return home.withScratch(epoch, record.id, async (path, name) => {
@@ -30,6 +32,7 @@ export function sealInto<T>(
       image: `${path}/layer.erofs` as HostPath,
       scratch: textOf(scratch),
       lossy,
+      isUrgent,
       signal,
     })
     const { sizeBytes, sha256, entries, contentBytes, losses } = report

@@ -41,6 +41,11 @@ export interface SealRequest {
   readonly scratch?: string | undefined
   /** Go on when chattr flags are lost, which no image can hold; the report names them. */
   readonly lossy?: boolean | undefined
+  /**
+   * Compare the image as it was built, while it is being written, and not what was written: somebody waits, and a store that garbles
+   * what it is given would garble any other file as well. Default false.
+   */
+  readonly isUrgent?: boolean | undefined
   readonly signal?: AbortSignal | undefined
 }
 
@@ -126,8 +131,16 @@ export async function sealLayer(request: SealRequest): Promise<SealReport> {
     const built = `${scratch}/layer.erofs`
     await buildImage(layer, built, signal)
     await mkdir(dirname(written), { recursive: true })
-    const sha256 = await copyDurably(built, written, signal)
-    const compared = await compareWith(layer, bytesOf(written) as HostPath, signal)
+    const copy = copyDurably(built, written, signal)
+    // What it fails with is told once the comparison is done.
+    copy.catch(() => undefined)
+    if (request.isUrgent !== true) await copy
+    const compared = await compareWith(
+      layer,
+      bytesOf(request.isUrgent === true ? built : written) as HostPath,
+      signal,
+    ).finally(() => copy.catch(() => undefined))
+    const sha256 = await copy
     const losses = compared.differences.filter(({ what }) => LOSABLE.has(what))
     const failures = compared.differences.filter(({ what }) => !LOSABLE.has(what))
     if (failures.length > 0) throw new SealFailedError(layer, describe(failures), failures)

@@ -195,7 +195,8 @@ class Solidify {
       const journal: SolidifyRecord = { ...plain, deltaId, layers }
       root.writeSolidify(journal)
       const record = { ...layerOf(journal), id: deltaId, covers: [deltaId] }
-      const request = { tree, record, epoch: journal.epoch, scratch, lossy: false, signal: this.#request.signal }
+      const { signal } = this.#request
+      const request = { tree, record, epoch: journal.epoch, scratch, lossy: false, isUrgent: true, signal }
       try {
         return await sealInto(home, request, async (name, sealed) => {
           this.#step('sealed')
