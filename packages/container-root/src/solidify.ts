@@ -1,6 +1,14 @@
 import { cloneLayer } from '@lsync/overlay-merge'
 import { bytesOf, type HostPath, LsyncError, O_NOFOLLOW, openRoot, printable, randomHex, withFd } from '@lsync/posix'
-import { type Checkpoint, type FlushReport, LocalTarget, openSync, type Sync, TargetPlace } from '@lsync/sync'
+import {
+  type Checkpoint,
+  type Differences,
+  type FlushReport,
+  LocalTarget,
+  openSync,
+  type Sync,
+  TargetPlace,
+} from '@lsync/sync'
 import { thawCgroup } from './cgroup.ts'
 import { assertCurrent, configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
 import { buildDelta, type DeltaCounts } from './delta-tree.ts'
@@ -145,12 +153,17 @@ class Solidify {
       await this.#rest()
       if (wasMounted) unmountRoot(root)
       this.#step('stopped')
-      const sealed = await this.#publishWithDelta(sync, config, journal)
+      const differences = await this.#differencesAtRest(sync, config)
+      const isCopied = differences?.names.length === 0
+      const sealed =
+        differences === undefined || isCopied
+          ? undefined
+          : await this.#publishWithDelta(sync, config, journal, differences)
       if (sealed !== undefined) {
         const { delta, version } = sealed
         return { ...(await this.#end(sealed.journal, version)), delta }
       }
-      await this.#barrier(sync, config)
+      if (!isCopied) await this.#barrier(sync, config)
       await sync.stop()
       this.#step('synced')
       journal = { ...journal, step: 'promoting' }
@@ -166,29 +179,35 @@ class Solidify {
     }
   }
 
+  /** What the copy on the store lacks, where that matters and is known: it stays so, since the sync is paused then. */
+  async #differencesAtRest(sync: Sync, config: NodeRootRecord): Promise<Differences | undefined> {
+    if (this.#request.sealsDelta === undefined) return undefined
+    sync.pause()
+    const differences = await sync.differences()
+    const [copied] = sync.status.targets
+    if (differences === undefined || !this.#isCopiedTo(config, copied?.checkpoint)) return undefined
+    this.#step('compared')
+    return differences
+  }
+
   /**
-   * Publishes the copy as it is and, on top of it, what changed since as a sealed layer. `undefined`, and nothing was changed, where that
+   * Publishes the copy as it is and, on top of it, what it lacks as a sealed layer. `undefined`, and nothing was changed, where that
    * is not wanted or cannot be done exactly.
    */
   async #publishWithDelta(
     sync: Sync,
     config: NodeRootRecord,
     plain: SolidifyRecord,
+    differences: Differences,
   ): Promise<PublishedDelta | undefined> {
     const { root, home } = this.#context
     const { sealsDelta } = this.#request
-    if (sealsDelta === undefined) return undefined
-    // What is compared with is not to move on.
-    sync.pause()
-    const differences = await sync.differences()
-    const [copied] = sync.status.targets
-    if (differences === undefined || !this.#isCopiedTo(config, copied?.checkpoint)) return undefined
     return await root.withScratch(async (scratch) => {
       const tree = `${scratch}/delta` as HostPath
       const { namespace } = home.record
       const counts = buildDelta({ upper: root.upperPath, differences, namespace, to: tree })
-      if (counts === undefined || counts.names === 0 || !sealsDelta(counts)) return undefined
-      this.#step('compared')
+      if (counts === undefined || counts.names === 0 || sealsDelta?.(counts) !== true) return undefined
+      this.#step('built')
       // Where nothing was carried over before, it is the whole of the upper.
       const deltaId = differences.isTargetEmpty ? plain.layerId : randomHex(16)
       const layers = differences.isTargetEmpty ? plain.layers : [deltaId, ...plain.layers]

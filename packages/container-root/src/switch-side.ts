@@ -64,6 +64,7 @@ export const Settlement = z.object({ runsOn: z.enum(['source', 'target']), phase
 export type Settlement = z.infer<typeof Settlement>
 
 const MOST_ROUNDS = 12
+const SETTLING_ROUNDS = 4
 /** A round that takes this much of the one before it shows that more rounds would not help. */
 const NO_LONGER_SHRINKS = 0.8
 const PATIENT_ROUNDS = 3
@@ -140,7 +141,8 @@ export class SwitchSide {
       signal?.throwIfAborted()
       const before = this.#counts()
       const startMs = performance.now()
-      await this.#sync.flush({ rounds: 1 })
+      // What was read while it was written is read again, since the container would wait for that later.
+      await this.#sync.flush({ rounds: SETTLING_ROUNDS })
       const durationMs = performance.now() - startMs
       const after = this.#counts()
       const carried = { durationMs, files: after.files - before.files, bytes: after.bytes - before.bytes }

@@ -15,6 +15,7 @@ import { metaHashOf } from './content.ts'
 import type { NamePlace } from './model/index-change.ts'
 import type { TreePath } from './model/operation.ts'
 import type { Row } from './model/row.ts'
+import { isUnchangedRow } from './planner.ts'
 import { rowOf } from './send.ts'
 
 /** What lies under a name, as far as it matters to whoever lays one layer over another. */
@@ -74,6 +75,7 @@ export function describeDifferences({ upperFd, places, index, keeps }: Differenc
     // One inode stands for many whiteouts, and its change time says nothing of this one.
     if (had === has && (had === 'nothing' || had === 'whiteout')) return
     const isSameInode = row !== undefined && seen?.identity === row.identity && seen.type === row.type
+    if (isSameInode && isUnchangedRow(row, seen as Row)) return
     const hasSameAttributes =
       isSameInode &&
       metaHashOf(readXattrs(fd, name, keeps, acls).map((one) => [one.name, one.value] as const)) === row.metaHash
