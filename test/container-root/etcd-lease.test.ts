@@ -1,8 +1,9 @@
-import { mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { ContainerRoot, EtcdLeases, initHome, NodeState } from '@lsync/container-root'
 import type { HostPath } from '@lsync/posix'
-import { describe, expect, test } from 'vitest'
+import { beforeAll, describe, expect, test } from 'vitest'
+import { lsync } from '../cli/lsync.ts'
 import { describeLeases } from '../conformance/leases.ts'
 import { hasEtcd, useEtcd } from '../support/etcd.ts'
 import { needs } from '../support/needs.ts'
@@ -89,5 +90,95 @@ describe.skipIf(!needs('etcd', hasEtcd))('with a real etcd', () => {
     await lease.check()
     await lease.heartbeat()
     await lease.release()
+  })
+})
+
+describe.skipIf(!needs('etcd', hasEtcd))('with an etcd that asks for user and password', () => {
+  const etcd = useEtcd()
+  const user = { name: 'lsync', password: 'a secret' }
+  const open = (root: string, who: { name: string; password: string } | undefined = user) =>
+    new EtcdLeases({ endpoints: [etcd.current.endpoint], root, durationMs: 60_000, user: who })
+
+  beforeAll(async () => {
+    const ask = async (method: string, body: object) => {
+      const response = await fetch(`${etcd.current.endpoint}/v3/auth/${method}`, {
+        method: 'POST',
+        body: JSON.stringify(body),
+      })
+      if (!response.ok) throw new Error(await response.text())
+    }
+    // What the operator does: a user that may write what lsync keeps, and nothing else.
+    for (const name of ['root', 'lsync']) await ask('role/add', { name })
+    const perm = { permType: 'READWRITE', key: encode('lsync/'), range_end: encode('lsync0') }
+    await ask('role/grant', { name: 'lsync', perm })
+    await ask('user/add', { name: 'root', password: 'another' })
+    await ask('user/add', user)
+    for (const name of ['root', 'lsync']) await ask('user/grant', { user: name, role: name })
+    await ask('enable', {})
+  })
+
+  test('a lease is claimed, kept, handed over and taken over', async () => {
+    const leases = open('claimed')
+    const lease = await leases.acquire({ node: 'one' })
+    await lease.heartbeat()
+    await lease.check()
+    await expect(leases.acquire({ node: 'two' })).rejects.toMatchObject({ code: 'LEASE_HELD' })
+    const again = await open('claimed').resume(lease.claim)
+    await again.release({ to: 'two' })
+    const second = await open('claimed').acquire({ node: 'two' })
+    expect(second.epoch).toBe(2)
+    expect((await open('claimed').takeover({ node: 'three', force: true })).epoch).toBe(3)
+    await expect(second.check()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+  })
+
+  test('who is not known is told so, and nothing is claimed', async () => {
+    for (const who of [undefined, { name: 'lsync', password: 'wrong' }]) {
+      const leases = new EtcdLeases({ endpoints: [etcd.current.endpoint], root: 'unknown', user: who })
+      await expect(leases.acquire({ node: 'one' })).rejects.toMatchObject({
+        code: 'LEASE_UNREACHABLE',
+        message: expect.stringMatching(/etcd says 4/),
+      })
+    }
+    expect(await open('unknown').read()).toBeUndefined()
+  })
+
+  test('a token that is valid no more is asked for anew, within the same question', async () => {
+    const leases = open('restarted')
+    const lease = await leases.acquire({ node: 'one' })
+    // Its simple tokens do not outlive it.
+    await etcd.current.stop()
+    await etcd.current.start()
+    await lease.check()
+    await lease.heartbeat()
+    await lease.release()
+  })
+
+  test('the nodes of a home have them in their environment', () => {
+    const at = mkdtempSync(`${tmpdir()}/lsync-etcd-`)
+    try {
+      for (const name of ['base', 'one', 'two']) mkdirSync(`${at}/${name}`, { mode: 0o700 })
+      writeFileSync(`${at}/password`, 'a secret\n', { mode: 0o600 })
+      const known = { LSYNC_ETCD_USER: 'lsync', LSYNC_ETCD_PASSWORD_FILE: `${at}/password` }
+      const run = (node: string, env: Record<string, string>, ...args: string[]) =>
+        lsync([...args, '--home', `${at}/home`, '--state', `${at}/${node}`], { env })
+      const lease = ['--lease', etcd.current.endpoint.replace('http:', 'etcd:'), '--lease-duration', '1m']
+      expect(run('one', known, 'root', 'init', 'lab', '--base', `${at}/base`, ...lease)).toMatchObject({ code: 0 })
+      expect(run('one', {}, 'root', 'mount', 'lab')).toMatchObject({
+        code: 1,
+        stderr: expect.stringContaining('(LEASE_UNREACHABLE)'),
+      })
+      expect(run('one', known, 'root', 'mount', 'lab')).toMatchObject({ code: 0 })
+      try {
+        expect(run('two', known, 'root', 'mount', 'lab')).toMatchObject({
+          code: 4,
+          stderr: expect.stringContaining('(LEASE_HELD)'),
+        })
+        expect(run('one', { LSYNC_ETCD_USER: 'lsync' }, 'root', 'mount', 'lab')).toMatchObject({ code: 2 })
+      } finally {
+        lsync(['root', 'unmount', 'lab', '--state', `${at}/one`], { env: known })
+      }
+    } finally {
+      rmSync(at, { recursive: true })
+    }
   })
 })

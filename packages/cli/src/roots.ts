@@ -1,6 +1,8 @@
+import { readFileSync } from 'node:fs'
 import { ContainerRoot, NodeState } from '@lsync/container-root'
 import type { HostPath } from '@lsync/posix'
 import type { Command } from 'commander'
+import { UsageError } from './failure.ts'
 import { pathArgument } from './options.ts'
 import type { Session } from './session.ts'
 
@@ -28,6 +30,16 @@ export function addRootOptions(command: Command): Command {
   )
 }
 
+/** How this node shows an etcd who it is: `LSYNC_ETCD_USER`, and the first line of the file that `LSYNC_ETCD_PASSWORD_FILE` names. */
+export function etcdUser(): { readonly name: string; readonly password: string } | undefined {
+  const { LSYNC_ETCD_USER: name, LSYNC_ETCD_PASSWORD_FILE: file } = process.env
+  if (name === undefined && file === undefined) return undefined
+  if (name === undefined || file === undefined) {
+    throw new UsageError('LSYNC_ETCD_USER and LSYNC_ETCD_PASSWORD_FILE go together', 'set both')
+  }
+  return { name, password: readFileSync(file, 'utf8').split('\n')[0] ?? '' }
+}
+
 /** Runs `use` with a root, and closes it. */
 export async function withRoot<T>(
   name: string,
@@ -35,10 +47,10 @@ export async function withRoot<T>(
   use: (root: ContainerRoot) => Promise<T>,
 ): Promise<T> {
   const { home } = options
-  const state = stateOf(options)
+  const opening = { state: stateOf(options), etcdUser: etcdUser() }
   const root = await (home === undefined
-    ? ContainerRoot.openKnown(name, { state })
-    : ContainerRoot.open(home, name, { state }))
+    ? ContainerRoot.openKnown(name, opening)
+    : ContainerRoot.open(home, name, opening))
   try {
     return await use(root)
   } finally {

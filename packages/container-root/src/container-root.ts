@@ -22,7 +22,7 @@ import {
   withLayersInUse,
 } from './context.ts'
 import { type ConvertReport, type ConvertRequest, convertLayers } from './convert.ts'
-import { EtcdLeases } from './etcd-lease.ts'
+import { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
 import { FileLeases } from './file-lease.ts'
 import { Follower, isFollowed, listenForCommands, pauseFollower } from './follower.ts'
 import { type ForkRequest, fork } from './fork.ts'
@@ -42,6 +42,8 @@ export interface OpenOptions {
   readonly state?: NodeState
   /** Who keeps the right to write. Default: as the home says. */
   readonly leases?: (home: Home) => Leases
+  /** How this node shows an etcd who it is; the home, which all nodes read, does not say it. */
+  readonly etcdUser?: EtcdLeasesOptions['user']
   /** Where layers are kept near by. Default: the cache of the state, if it has one (`NodeState.openCache`). */
   readonly cache?: LayerCache
 }
@@ -100,7 +102,7 @@ export class ContainerRoot {
         home,
         node: state.node,
         root,
-        leases: options.leases?.(home) ?? leasesOf(home),
+        leases: options.leases?.(home) ?? leasesOf(home, options.etcdUser),
         cache,
         events: new EventEmitter<RootEvents>(),
         lease: undefined,
@@ -503,11 +505,11 @@ export class ContainerRoot {
 }
 
 /** Who keeps the right to write a root, as its home says. */
-export function leasesOf({ record, leaseDirectory }: Home): Leases {
+export function leasesOf({ record, leaseDirectory }: Home, user?: EtcdLeasesOptions['user']): Leases {
   const { etcd: endpoints, durationMs } = record.lease ?? {}
   return endpoints === undefined
     ? new FileLeases(leaseDirectory, { durationMs })
-    : new EtcdLeases({ endpoints, root: record.id, durationMs })
+    : new EtcdLeases({ endpoints, root: record.id, durationMs, user })
 }
 
 /** A node begins with the newest version; nothing of it is its own yet. */

@@ -229,20 +229,30 @@ export class EtcdLeases implements Leases, LeaseKeeper {
     throw new LeaseUnreachableError(this.#where, failure)
   }
 
-  async #post(endpoint: string, method: string, body: object, signal: AbortSignal | undefined): Promise<unknown> {
+  async #post(
+    endpoint: string,
+    method: string,
+    body: object,
+    signal: AbortSignal | undefined,
+    isAgain = false,
+  ): Promise<unknown> {
     if (this.#user !== undefined && method !== 'auth/authenticate') {
       this.#token ??= await this.#authenticate(endpoint, this.#user, signal)
     }
+    const token = this.#token
     const response = await fetch(`${endpoint}/v3/${method}`, {
       method: 'POST',
       body: JSON.stringify(body),
-      headers: this.#token === undefined ? {} : { Authorization: this.#token },
+      headers: token === undefined ? {} : { Authorization: token },
       signal: AbortSignal.any([AbortSignal.timeout(ATTEMPT_MS), ...(signal === undefined ? [] : [signal])]),
     })
     const text = await response.text()
     if (response.ok) return JSON.parse(text)
-    // Tokens live for some minutes; the next attempt asks for another.
-    if (response.status === 401 || /invalid auth token/.test(text)) this.#token = undefined
+    // Tokens live for some minutes, or as long as the member: then another one is asked for, once.
+    if (token !== undefined && (response.status === 401 || /invalid auth token/.test(text))) {
+      this.#token = undefined
+      if (!isAgain) return this.#post(endpoint, method, body, signal, true)
+    }
     throw new Error(`etcd says ${response.status}: ${text.trim().slice(0, 200)}`)
   }
 

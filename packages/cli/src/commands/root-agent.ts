@@ -12,7 +12,7 @@ import { type HostPath, textOf } from '@lsync/posix'
 import type { Command } from 'commander'
 import { UsageError } from '../failure.ts'
 import { countArgument, given, pathArgument, sizeArgument, timeArgument } from '../options.ts'
-import { addStateOption, type StateOption, stateOf, withToldRoot } from '../roots.ts'
+import { addStateOption, etcdUser, type StateOption, stateOf, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
 import {
   addRepositoryOptions,
@@ -121,7 +121,7 @@ async function keepOne(name: string, options: AgentOptions, session: Session): P
   const { output, signal } = session
   let root: ContainerRoot
   try {
-    root = await ContainerRoot.openKnown(name, { state: stateOf(options) })
+    root = await ContainerRoot.openKnown(name, { state: stateOf(options), etcdUser: etcdUser() })
   } catch (error) {
     session.warnOf(error, name)
     return

@@ -29,7 +29,7 @@ import {
   timeArgument,
 } from '../options.ts'
 import { durationOf, sizeOf } from '../progress-line.ts'
-import { addStateOption, type StateOption, stateOf, withToldRoot } from '../roots.ts'
+import { addStateOption, etcdUser, type StateOption, stateOf, withToldRoot } from '../roots.ts'
 import type { Session } from '../session.ts'
 import { defineAgent, defineBackup, definePolicy } from './root-agent.ts'
 
@@ -324,7 +324,7 @@ function untilAborted(signal: AbortSignal): Promise<void> {
 async function showHome(path: HostPath, session: Session): Promise<void> {
   const home = Home.open(path)
   try {
-    const status = await statusOfHome(home, leasesOf(home), session.signal)
+    const status = await statusOfHome(home, leasesOf(home, etcdUser()), session.signal)
     const { rootId, head, versions, layers, layerForm, lease, nodes } = status
     const holder = lease === undefined || lease.isReleased ? 'nobody' : lease.node
     session.output.data(
