@@ -46,7 +46,9 @@ export function define(command: Command, session: Session): void {
       if (JSON.stringify(hooks) !== JSON.stringify(before)) writeHooks(root, hooks)
       session.output.data(
         () => ({ type: 'hooks', root: name, hooks }),
-        () => NAMES.flatMap((hook) => (hooks[hook] === undefined ? [] : `${hook}: ${hooks[hook].command}`)).join('\n'),
+        () =>
+          NAMES.flatMap((hook) => (hooks[hook] === undefined ? [] : `${hook}: ${hooks[hook].command}`)).join('\n') ||
+          undefined,
       )
     })
   })

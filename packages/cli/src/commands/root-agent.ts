@@ -61,7 +61,7 @@ export function definePolicy(command: Command, session: Session): void {
           () =>
             Object.entries(policies)
               .map(([policy, value]) => `${policy}: ${JSON.stringify(value)}`)
-              .join('\n'),
+              .join('\n') || undefined,
         )
       }),
     )
