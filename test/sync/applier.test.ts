@@ -6,7 +6,8 @@ import { LsyncError, S_IFCHR, S_IFIFO, setSyscallHook } from '@lsync/posix'
 import { Applier, type Operation, type RawMeta, TargetPlace, type TreePath } from '@lsync/sync'
 import { afterEach, describe, expect, test } from 'vitest'
 import { buildTree, character, dir, fifo, file, linkTo, sparse, symlink } from '../support/build.ts'
-import { useFileSystem } from '../support/image.ts'
+import { failAt } from '../support/faults.ts'
+import { descriptorsBelow, useFileSystem } from '../support/image.ts'
 import { needs } from '../support/needs.ts'
 import { diffTrees, readTree } from '../support/tree.ts'
 
@@ -377,6 +378,21 @@ describe.skipIf(!needs('root', isRoot))('the state of a target', () => {
     const third = TargetPlace.open(at, { create: false })
     expect(third.state).toMatchObject({ checkpoint: { root: 'r', sequence: 3 }, isEmpty: true, nextStage: 9 })
     third.close()
+  })
+
+  test('an opening that fails anywhere leaves nothing open, and keeps this process from none later', async () => {
+    const base = disk.current.fresh()
+    const open = async (at: string) => TargetPlace.open(at as HostPath, { create: true }).close()
+    for (let n = 0; ; n++) {
+      const at = `${base}/t${n}`
+      const { wasInjected, error, syscall } = await failAt(n, 'EIO', () => open(at))
+      expect([syscall, descriptorsBelow(base)]).toEqual([syscall, []])
+      await open(at)
+      if (!wasInjected) {
+        expect([error, n > 10]).toEqual([undefined, true])
+        break
+      }
+    }
   })
 
   test('a checkpoint that was changed is not believed', () => {

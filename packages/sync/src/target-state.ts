@@ -128,7 +128,14 @@ export class TargetPlace {
     const { parent } = placeOfState(path)
     const rootFd = openTarget(path, options)
     const find = () => openRoot(path)
-    return withFd(openRoot(parent), (parentFd) => TargetPlace.#open({ rootFd, parentFd, path, find }, options))
+    let parentFd: number
+    try {
+      parentFd = openRoot(parent)
+    } catch (error) {
+      close(rootFd)
+      throw error
+    }
+    return withFd(parentFd, () => TargetPlace.#open({ rootFd, parentFd, path, find }, options))
   }
 
   /**
@@ -282,10 +289,14 @@ function openBeside(path: HostPath, rootFd: number, parentFd: number): OpenState
   }
   const stateAt = `${parent === '/' ? '' : parent}/${name}` as HostPath
   const state = lockState(fd, stateAt, path)
-  if (canRename(state.stageFd, rootFd)) return state
-  close(state.stageFd)
-  close(fd)
-  return undefined
+  let isGood = false
+  try {
+    isGood = canRename(state.stageFd, rootFd)
+  } finally {
+    // Left open, its lock would keep this very process from trying again.
+    if (!isGood) for (const one of [state.stageFd, fd]) close(one)
+  }
+  return isGood ? state : undefined
 }
 
 function openInside(path: HostPath, rootFd: number): OpenState {
@@ -321,9 +332,14 @@ function openOrMake(dirfd: number, name: ByteString): number {
     fsync(dirfd, name)
   }
   const fd = openat(dirfd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-  // What is made in the stage must not inherit anything from where it lies.
-  if (isNew) for (const acl of [ACL_DEFAULT, ACL_ACCESS]) removeXattr(fd, '', acl)
-  return fd
+  try {
+    // What is made in the stage must not inherit anything from where it lies.
+    if (isNew) for (const acl of [ACL_DEFAULT, ACL_ACCESS]) removeXattr(fd, '', acl)
+    return fd
+  } catch (error) {
+    close(fd)
+    throw error
+  }
 }
 
 function placeOfState(path: HostPath): { parent: HostPath; name: ByteString } {
