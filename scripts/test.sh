@@ -6,9 +6,9 @@ exec </dev/null
 
 # What the tests call, by the package that brings it. Without root the tests that need a missing one are skipped.
 packages=(
-  acl attr bindfs btrfs-progs debootstrap dosfstools e2fsprogs erofs-utils etcd-server fish gcc iproute2 iptables libarchive-tools
+  acl attr bindfs btrfs-progs crun debootstrap dosfstools e2fsprogs erofs-utils etcd-server fish gcc iproute2 iptables libarchive-tools
   libc6-dev libcap2-bin memcached moosefs-chunkserver moosefs-client moosefs-master openssh-client openssh-server
-  openssl python3 rclone restic rsync runc shellcheck skopeo strace swift-account swift-container swift-object
+  openssl podman python3 rclone restic rsync runc shellcheck skopeo strace swift-account swift-container swift-object
   swift-proxy tar umoci util-linux xfsprogs zsh zstd
 )
 

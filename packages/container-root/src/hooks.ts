@@ -236,8 +236,8 @@ export function presetHooks(runtime: Runtime, options: PresetOptions): Hooks {
   return {
     stop: hook(`${runtime} stop --time ${seconds} ${id}`, seconds + 30),
     start: hook(`${runtime} start ${id}`),
-    // A container without a health check of its own is well when it runs.
-    health: hook(`case "$(${running})" in running|'running healthy') ;; *) exit 1 ;; esac`),
+    // A container without a health check of its own is well when it runs; podman says its health all the same, as nothing.
+    health: hook(`case "$(${running})" in running|'running '|'running healthy') ;; *) exit 1 ;; esac`),
   }
 }
 
