@@ -1,4 +1,4 @@
-import { readFileSync } from 'node:fs'
+import { readFileSync, writeFileSync } from 'node:fs'
 import { describe, expect, test } from 'vitest'
 import { richTree } from '../layers/rich-tree.ts'
 import { useFileSystem } from '../support/image.ts'
@@ -34,6 +34,19 @@ describe.skipIf(!canMountImages())('a root that was never mounted here', () => {
       expect(root.versions().map(({ number }) => number)).toEqual([1, 2])
       await root.mount()
       expect(readFileSync(`${root.mergedPath}/dots/...`, 'utf8')).not.toBe('')
+    })
+  })
+
+  test('is rolled back while it is followed, and followed again', async () => {
+    const at = disk.current.fresh()
+    await withRoot(await makeSite(at, at, richTree()), 'one', async (root) => {
+      await root.startSync()
+      await root.rollback({ to: 1 })
+      const sync = await root.startSync()
+      expect((await sync.flush()).failures).toEqual([])
+      await root.mount()
+      writeFileSync(`${root.mergedPath}/new`, 'new')
+      expect((await root.solidify()).version.number).toBe(3)
     })
   })
 })

@@ -411,6 +411,8 @@ export class ContainerRoot {
           lease,
         )
       })
+      // What follows an upper that is not mounted ends with it.
+      await this.#unmount()
       startFrom(this.#context, published)
       // The new upper is empty, so nothing is lost with what lay under the old one.
       home.forgetMounted(node.id)
