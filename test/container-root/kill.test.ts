@@ -1,23 +1,13 @@
-import { spawnSync } from 'node:child_process'
-import {
-  appendFileSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  writeFileSync,
-} from 'node:fs'
+import { appendFileSync, existsSync, mkdirSync, readdirSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import type { LayerStorage } from '@lsync/container-root'
 import { describe, expect, test } from 'vitest'
-import { lsyncPath } from '../cli/lsync.ts'
 import { dir, file, symlink } from '../support/build.ts'
 import { useFileSystem } from '../support/image.ts'
 import { needs } from '../support/needs.ts'
 import { canMountImages } from '../support/ready.ts'
 import { isPresent } from '../support/system.ts'
 import { changesSince, makeSite, type Site, shown, withRoot } from './roots.ts'
+import { type Point, struck } from './struck.ts'
 
 const ready = needs(
   'root, mkfs.erofs, strace and file-system tools',
@@ -26,38 +16,12 @@ const ready = needs(
 // Compressed files have no holes; their zeros take no space in the image.
 const noHoles = { holes: false }
 
-/** What gives a root another state: each is a phase that a node can die in. */
-const CHANGING = 'rename,renameat,renameat2,link,linkat,umount2,move_mount'
-/** A call by its name, and the how manieth of that name it is in its thread, which is how strace counts. */
-interface Point {
-  readonly call: string
-  readonly nth: number
-}
-
 /** Runs lsync on a node, and kills it as it begins that call. Gives such calls as there were; `undefined` if it was killed. */
-function strike(site: Site, node: string, args: readonly string[], at?: Point): Point[] | undefined {
-  const state = site.node(node).path
-  const trace = `${state}/trace`
-  const inject = at === undefined ? [] : ['-e', `inject=${at.call}:signal=SIGKILL:when=${at.nth}`]
-  const command = ['-f', '-qq', '-o', trace, '-e', `trace=${CHANGING}`, ...inject, lsyncPath, ...args, '--state', state]
-  const { signal, status, stderr } = spawnSync('strace', command, { encoding: 'utf8' })
-  const lines = readFileSync(trace, 'utf8').split('\n')
-  rmSync(trace)
-  if (signal === 'SIGKILL') return undefined
+function strike(site: Site, node: string, args: readonly string[], at?: Point): readonly Point[] | undefined {
+  const { isKilled, status, stderr, calls } = struck(site.node(node).path, args, at)
+  if (isKilled) return undefined
   if (status !== 0) throw new Error(`lsync ${args.join(' ')} ended with ${status}: ${stderr}`)
-  return callsIn(lines)
-}
-
-/** The calls of the thread that made most of them, in order. */
-function callsIn(trace: readonly string[]): Point[] {
-  const threads = new Map<string, Point[]>()
-  for (const line of trace) {
-    const [, thread, call] = /^(\d+) +(\w+)\(/.exec(line) ?? []
-    if (thread === undefined || call === undefined || !CHANGING.split(',').includes(call)) continue
-    const calls = threads.get(thread) ?? []
-    threads.set(thread, [...calls, { call, nth: calls.filter((one) => one.call === call).length + 1 }])
-  }
-  return [...threads.values()].sort((left, right) => right.length - left.length)[0] ?? []
+  return calls
 }
 
 /** Changes of many kinds, in each round others. */

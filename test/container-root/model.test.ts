@@ -2,15 +2,16 @@ import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node
 import { dirname } from 'node:path'
 import {
   ContainerRoot,
-  FileLeases,
+  type LayerStorage,
   LocalPeer,
   leaseNameOf,
-  type NodeState,
+  NodeState,
   type RootStatus,
   readSwitch,
   SwitchSide,
   switchRoot,
 } from '@lsync/container-root'
+import type { HostPath } from '@lsync/posix'
 import fc from 'fast-check'
 import { expect, test } from 'vitest'
 import { dir, file } from '../support/build.ts'
@@ -19,13 +20,14 @@ import { needs } from '../support/needs.ts'
 import { withPowerCut } from '../support/power-cut.ts'
 import { canMountImages } from '../support/ready.ts'
 import { runs, timeLimit } from '../support/runs.ts'
-import { unmount } from '../support/system.ts'
+import { isPresent, unmount } from '../support/system.ts'
 import { makeSite, type Site } from './roots.ts'
+import { type Point, struck } from './struck.ts'
 
 // One or two roots, three nodes, commands and faults in any order. The model knows what each node's container has written, what each
 // version holds, and nothing of how lsync keeps it. After each command what the kernel shows and what the store lists is compared.
 
-const canRun = needs('a mount', canMountImages())
+const canRun = needs('root, mkfs.erofs and strace', canMountImages() && ['mkfs.erofs', 'strace'].every(isPresent))
 const disk = useFileSystem('ext4')
 const NODES = ['one', 'two', 'three'] as const
 type NodeName = (typeof NODES)[number]
@@ -34,6 +36,8 @@ const FILES = ['a', 'b', 'd/e', 'd/f'] as const
 type Content = Partial<Record<(typeof FILES)[number], string>>
 /** So many sequences of commands, in half a minute. */
 const RUNS = 8
+/** So short that a takeover by expiry costs no more than the rest. */
+const LEASE_MS = 1000
 const BASE: Content = { a: 'base', 'd/e': 'base' }
 
 /** What a node's container sees of a root, mounted or as it will be mounted next. */
@@ -56,6 +60,7 @@ type Refusal = 'LEASE_HELD' | 'LEASE_LOST' | 'UPPER_STALE' | 'CHANGES_UNSAVED' |
 class World {
   readonly #sites: readonly Site[]
   readonly #open = new Map<string, ContainerRoot>()
+  #forks = 0
 
   constructor(sites: readonly Site[]) {
     this.#sites = sites
@@ -66,9 +71,7 @@ class World {
     const known = this.#open.get(key)
     if (known !== undefined) return known
     const { home } = this.#sites[index] as Site
-    const leases = ({ leaseDirectory }: { leaseDirectory: string }) =>
-      new FileLeases(leaseDirectory, { durationMs: 20_000 })
-    const root = await ContainerRoot.open(home, `lab-${index}`, { state: this.#state(node), leases })
+    const root = await ContainerRoot.open(home, `lab-${index}`, { state: this.#state(node) })
     this.#open.set(key, root)
     return root
   }
@@ -79,7 +82,16 @@ class World {
   }
 
   merged(index: number, node: NodeName): string {
-    return `${this.#state(node).path}/roots/lab-${index}/merged`
+    return `${this.statePath(node)}/roots/lab-${index}/merged`
+  }
+
+  statePath(node: NodeName): HostPath {
+    return this.#state(node).path
+  }
+
+  /** A home that is not there yet. */
+  freshHome(): HostPath {
+    return `${this.#sites[0]?.home}.fork-${++this.#forks}` as HostPath
   }
 
   /** The process that had the root is gone; with `isPowerCut` the machine with it. */
@@ -215,15 +227,23 @@ function mounted(root: RootModel, node: NodeName, discard: boolean): void {
   } else view.isMounted = true
 }
 
-const mount = (index: number, node: NodeName, force: boolean, discard: boolean): Command =>
-  command(`mount${force ? ' by force' : ''}${discard ? ' with discard' : ''}`, index, node, async (root, real) => {
-    const before = await look(root, real, node)
-    const done = await attempt(before, () => real.mount({ discard, ...(force && { takeover: 'force' as const }) }))
-    if (done === undefined) return
-    if (!force) expect(before.isHeld).toBe(false)
-    if (before.isStale && before.status.hasChanges) expect(discard).toBe(true)
-    mounted(root, node, discard)
-  })
+type Takeover = 'force' | 'expired' | undefined
+
+// A node that follows its root shows that it lives; of one that does not, or was killed, the lease expires.
+const mount = (index: number, node: NodeName, takeover: Takeover, discard: boolean): Command =>
+  command(
+    `mount${takeover ? ` (${takeover})` : ''}${discard ? ' with discard' : ''}`,
+    index,
+    node,
+    async (root, real) => {
+      const before = await look(root, real, node)
+      const done = await attempt(before, () => real.mount({ discard, ...(takeover && { takeover }) }))
+      if (done === undefined) return
+      if (takeover === undefined) expect(before.isHeld).toBe(false)
+      if (before.isStale && before.status.hasChanges) expect(discard).toBe(true)
+      mounted(root, node, discard)
+    },
+  )
 
 const write = (index: number, node: NodeName, name: (typeof FILES)[number], text: string | undefined): Command =>
   command(
@@ -278,8 +298,32 @@ const unmountCommand = (index: number, node: NodeName): Command =>
     viewOf(root, node).isMounted = false
   })
 
-const compact = (index: number, node: NodeName): Command =>
-  command('compact', index, node, async (_, real) => void (await real.compact({ maxLayers: 2 })))
+const compact = (index: number, node: NodeName, intoBottom: boolean): Command =>
+  command(intoBottom ? 'compact all' : 'compact', index, node, async (_, real) => {
+    await real.compact({ maxLayers: intoBottom ? 1 : 2, intoBottom })
+  })
+
+const convert = (index: number, node: NodeName, to: LayerStorage): Command =>
+  command(`convert to ${to}`, index, node, async (_, real) => void (await real.convert({ to })))
+
+/** A second root that begins as a version shows what that one held. */
+const fork = (index: number, node: NodeName, which: number): Command =>
+  command(`fork of ${which}`, index, node, async (root, real, world) => {
+    const numbers = [...root.versions.keys()]
+    const version = numbers[which % numbers.length] as number
+    const home = world.freshHome()
+    ;(await real.fork({ home, version })).close()
+    const path = `${home}.state` as HostPath
+    mkdirSync(path, { mode: 0o700 })
+    const forked = await ContainerRoot.open(home, 'fork', { state: NodeState.open(path) })
+    try {
+      await forked.mount()
+      expect(read(forked.mergedPath)).toEqual(contentOf(root, version))
+    } finally {
+      await forked.unmount()
+      await forked.close()
+    }
+  })
 
 const gc = (index: number, node: NodeName, keep: number): Command =>
   command(`gc keeping ${keep}`, index, node, async (root, real) => {
@@ -375,6 +419,30 @@ const cut = (index: number, node: NodeName, verb: Verb, at: number, isPowerCut: 
     (root) => verb !== 'switch' || (node !== to && viewOf(root, node).isMounted && !viewOf(root, to).isMounted),
   )
 
+/** What the built command is called with for a verb. */
+const WORDS: Readonly<Record<Exclude<Verb, 'switch'>, (name: string, first: number) => readonly string[]>> = {
+  mount: (name) => ['root', 'mount', name],
+  unmount: (name) => ['root', 'unmount', name],
+  solidify: (name) => ['solidify', name],
+  'solidify live': (name) => ['solidify', name, '--live'],
+  compact: (name) => ['root', 'compact', name, '--max-layers', '2'],
+  gc: (name) => ['root', 'gc', name, '--keep', '1', '--yes'],
+  rollback: (name, first) => ['root', 'rollback', name, '--to', String(first)],
+}
+
+/** A command in a process of its own, which gets SIGKILL at one of its calls, or comes to its end where there are not so many. */
+const strike = (index: number, node: NodeName, verb: keyof typeof WORDS, at: Point): Command =>
+  command(`${verb} killed at ${at.call} ${at.nth}`, index, node, async (root, real, world) => {
+    const before = await look(root, real, node)
+    const first = [...root.versions.keys()][0] as number
+    // Two processes that follow one upper at once would refuse each other.
+    await world.drop(index, node, false)
+    const { isKilled, status, stderr } = struck(world.statePath(node), WORDS[verb](`lab-${index}`, first), at)
+    if (!isKilled && status !== 0) assertJustified(/\((\w+)\)\n$/.exec(stderr)?.[1], before)
+    await (await world.root(index, node)).recover()
+    await adopt(root, [node], verb, before, world, index)
+  })
+
 /** Takes over what a cut left, if it is one of the states that it may leave. */
 async function adopt(
   root: RootModel,
@@ -418,6 +486,8 @@ async function adopt(
 }
 
 const anyIndex = fc.nat(1)
+/** One or two roots, of layers of either form. */
+const anyForms = fc.array(fc.constantFrom<LayerStorage>('tree', 'tree', 'sealed'), { minLength: 1, maxLength: 2 })
 const anyNode = fc.constantFrom(...NODES)
 const anyVerb = fc.constantFrom<Verb>(
   'mount',
@@ -431,7 +501,13 @@ const anyVerb = fc.constantFrom<Verb>(
 )
 const anyText = fc.option(fc.string({ maxLength: 5 }), { nil: undefined, freq: 4 })
 const rarely = fc.nat(3).map((number) => number === 0)
-const mounts = fc.tuple(anyIndex, anyNode, rarely, rarely).map((args) => mount(...args))
+// Nearly always without; whoever takes over waits for the holder's silence or does not.
+const anyTakeover = fc.nat(9).map((number): Takeover => (number < 2 ? 'force' : number < 4 ? 'expired' : undefined))
+const anyPoint = fc.oneof(
+  fc.record({ call: fc.constant('renameat'), nth: fc.integer({ min: 1, max: 14 }) }),
+  fc.record({ call: fc.constantFrom('linkat', 'umount2', 'move_mount'), nth: fc.integer({ min: 1, max: 3 }) }),
+)
+const mounts = fc.tuple(anyIndex, anyNode, anyTakeover, rarely).map((args) => mount(...args))
 const writes = fc.tuple(anyIndex, anyNode, fc.constantFrom(...FILES), anyText).map((args) => write(...args))
 const solidifies = fc.tuple(anyIndex, anyNode, fc.boolean()).map((args) => solidify(...args))
 const commands = fc.commands(
@@ -440,11 +516,16 @@ const commands = fc.commands(
     ...[mounts, mounts, writes, writes, writes, solidifies, solidifies],
     fc.tuple(anyIndex, anyNode).map((args) => barrier(...args)),
     fc.tuple(anyIndex, anyNode).map((args) => unmountCommand(...args)),
-    fc.tuple(anyIndex, anyNode).map((args) => compact(...args)),
+    fc.tuple(anyIndex, anyNode, fc.boolean()).map((args) => compact(...args)),
+    fc.tuple(anyIndex, anyNode, fc.constantFrom<LayerStorage>('tree', 'sealed')).map((args) => convert(...args)),
+    fc.tuple(anyIndex, anyNode, fc.nat(5)).map((args) => fork(...args)),
     fc.tuple(anyIndex, anyNode, fc.integer({ min: 1, max: 3 })).map((args) => gc(...args)),
     fc.tuple(anyIndex, anyNode, fc.nat(5), fc.boolean()).map((args) => rollback(...args)),
     fc.tuple(anyIndex, anyNode, anyNode).map((args) => change(...args)),
     fc.tuple(anyIndex, anyNode, fc.boolean()).map((args) => crash(...args)),
+    fc
+      .tuple(anyIndex, anyNode, anyVerb, anyPoint)
+      .map(([index, node, verb, at]) => strike(index, node, verb === 'switch' ? 'solidify' : verb, at)),
     ...Array.from({ length: 3 }, () =>
       fc.tuple(anyIndex, anyNode, anyVerb, fc.nat(45), fc.boolean(), anyNode).map((args) => cut(...args)),
     ),
@@ -456,8 +537,8 @@ test.skipIf(!canRun)(
   'whatever nodes do and suffer, nothing is lost and one may write at most',
   async () => {
     let running: Promise<void> = Promise.resolve()
-    const property = fc.asyncProperty(commands, fc.integer({ min: 1, max: 2 }), (list, count) => {
-      running = runOnce(list, count)
+    const property = fc.asyncProperty(commands, anyForms, (list, forms) => {
+      running = runOnce(list, forms)
       return running
     })
     try {
@@ -470,13 +551,15 @@ test.skipIf(!canRun)(
   timeLimit(),
 )
 
-async function runOnce(list: Iterable<Command>, count: number): Promise<void> {
+async function runOnce(list: Iterable<Command>, layerForms: readonly LayerStorage[]): Promise<void> {
   const at = disk.current.fresh()
   const sites: Site[] = []
-  for (let index = 0; index < count; index++) {
+  for (const index of layerForms.keys()) {
     const local = `${at}/${index}`
     mkdirSync(local)
-    sites.push(await makeSite(local, local, dir({ a: file('base'), d: dir({ e: file('base') }) })))
+    sites.push(
+      await makeSite(local, local, dir({ a: file('base'), d: dir({ e: file('base') }) }), layerForms[index], LEASE_MS),
+    )
   }
   const world = new World(sites)
   const roots = sites.map(

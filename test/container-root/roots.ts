@@ -17,6 +17,7 @@ export async function makeSite(
   local: string,
   base: DirectorySpec,
   layerForm?: LayerStorage,
+  leaseMs?: number,
 ): Promise<Site> {
   const basePath = `${local}/base` as HostPath
   buildTree(basePath, base)
@@ -30,7 +31,13 @@ export async function makeSite(
     states.set(name, state)
     return state
   }
-  const made = await initHome({ home, bases: [basePath], node: node('one').node, ...(layerForm && { layerForm }) })
+  const made = await initHome({
+    home,
+    bases: [basePath],
+    node: node('one').node,
+    ...(layerForm && { layerForm }),
+    ...(leaseMs !== undefined && { lease: { durationMs: leaseMs } }),
+  })
   made.close()
   return { home, base: basePath, node }
 }
