@@ -4,6 +4,7 @@ import { afterEach, describe, expect, onTestFinished, test } from 'vitest'
 import {
   areUppersFree,
   bindMount,
+  createFileSystem,
   createOverlay,
   hostPath,
   isUpperInUse,
@@ -108,6 +109,18 @@ describe.skipIf(!mayMount)('overlayUsers', () => {
     // The kernel is not deceived.
     expect(isUpperInUse(at('renamed/upper'))).toBe(true)
     expect(isUpperInUse(at('base/upper'))).toBe(false)
+  })
+
+  test('a layer that is mounted nowhere is not taken for the root directory, as which the kernel shows it', () => {
+    const { stack, at } = stage()
+    withFd(createFileSystem('tmpfs', undefined), (fd) => mountOverlay({ ...stack, lowers: [fd] }, at('merged')))
+    try {
+      const { uses, unresolved } = overlayUsers(hostPath('/'))
+      expect(uses.filter(({ role, target }) => role === 'lower' && target === at('merged'))).toEqual([])
+      expect(unresolved.filter(({ target }) => target === at('merged'))).toMatchObject([{ layer: '/' }])
+    } finally {
+      unmount(at('merged'))
+    }
   })
 
   test.each<MountWay>(['fd', 'string', 'mount(2)'])('hostile names mounted by %s are resolved', (way) => {

@@ -109,6 +109,8 @@ export type LayerRole = 'upper' | 'work' | 'lower' | 'data'
 export interface OverlayLayer {
   readonly role: LayerRole
   readonly paths: readonly HostPath[]
+  /** Shown as `/`, which is also what the root of a mount that is mounted nowhere looks like. */
+  readonly mayBeNowhere?: true
 }
 
 /**
@@ -123,12 +125,19 @@ export function overlayLayers(mount: Mount): OverlayLayer[] {
   return mount.superOptions.flatMap(({ name, value }): OverlayLayer[] => {
     if (value === undefined) return []
     if (name === 'lowerdir') return parseLowers(value)
-    if (name === 'lowerdir+') return [{ role: 'lower', paths: [value as HostPath] }]
-    if (name === 'datadir+') return [{ role: 'data', paths: [value as HostPath] }]
-    if (name === 'upperdir') return [{ role: 'upper', paths: readings(value) }]
-    if (name === 'workdir') return [{ role: 'work', paths: readings(value) }]
-    return []
+    const role = ROLES_OF_FDS[name]
+    if (role === undefined) return []
+    const paths = name.endsWith('+') ? [value as HostPath] : readings(value)
+    return [{ role, paths, ...(value === '/' ? { mayBeNowhere: true } : {}) }]
   })
+}
+
+/** The options that take an fd, too. */
+const ROLES_OF_FDS: Readonly<Record<string, LayerRole>> = {
+  'lowerdir+': 'lower',
+  'datadir+': 'data',
+  upperdir: 'upper',
+  workdir: 'work',
 }
 
 function readings(value: ByteString): HostPath[] {

@@ -23,7 +23,10 @@ export interface OverlayUse {
 /** What was found, and what could not be looked at. */
 export interface OverlayUsers {
   readonly uses: readonly OverlayUse[]
-  /** Layers whose path could not be opened in any root that was tried: relative, renamed, or of another root. */
+  /**
+   * Layers whose path could not be opened in any root that was tried (relative, renamed, or of another root), or is `/`,
+   * as that of a mount that is mounted nowhere.
+   */
   readonly unresolved: readonly { readonly layer: HostPath; readonly target: HostPath; readonly pid: number }[]
   /** Processes whose mounts this process may not read. */
   readonly hiddenProcesses: number
@@ -67,10 +70,13 @@ function findUses(dir: Place, views: readonly View[]): Pick<OverlayUsers, 'uses'
     const [first] = seenBy
     // A container runtime names layers by the host's root, which the processes that see the mount may not have.
     const roots = new Set([...seenBy, ...views.filter(({ pid }) => pid === process.pid)])
-    for (const { role, paths } of overlayLayers(mount)) {
+    for (const { role, paths, mayBeNowhere } of overlayLayers(mount)) {
       const layer = paths[0] as HostPath
       const about = { layer, target: mount.target, pid: first.pid }
-      const chains = [...roots].flatMap(({ rootFd }) => paths.flatMap((path) => atlas.chainOfPath(rootFd, path)))
+      // A sealed layer is mounted nowhere. Taken for the host's root, it would contain every directory of that; and where it
+      // is the host's root, that is written to all the time anyway.
+      const opened = mayBeNowhere === true ? [] : [...roots]
+      const chains = opened.flatMap(({ rootFd }) => paths.flatMap((path) => atlas.chainOfPath(rootFd, path)))
       if (chains.length === 0) unresolved.push(about)
       const relation = chains.map((chain) => relationOf(askedChain, chain)).find((found) => found !== undefined)
       if (relation !== undefined) uses.push({ role, relation, ...about })
