@@ -1,5 +1,6 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, globSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
+import type { RootStatus } from '@lsync/container-root'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { lsync, startLsync } from '../cli/lsync.ts'
 import { buildTree, dir, file } from '../support/build.ts'
@@ -115,6 +116,27 @@ describe.skipIf(!needs('root, bindfs and file-system tools', canMountImages() &&
       expect(run('two', 'root', 'unmount', 'lab').code).toBe(0)
     })
 
+    test('since its client died is found again by the agent once it is mounted, and what was written meanwhile carried over', async () => {
+      const { clients, start, run, upper } = await setUp('1m')
+      const agent = start('one', 'root', 'agent', '--look', '200ms')
+      onTestFinished(() => void agent.child.kill('SIGKILL'))
+      const isCarriedOver = () => {
+        const { stdout } = run('one', 'root', 'status', 'lab', '--json')
+        const [target] = (JSON.parse(stdout || '{}') as RootStatus).sync?.targets ?? []
+        return target?.lagMs === 0 && target.checkpoint !== undefined
+      }
+      await until(isCarriedOver)
+      await clients.one.die()
+      // What its container has open goes on; names that lie in dead layers cannot be looked up.
+      writeFileSync(`${upper('one')}/meanwhile`, 'one')
+      await delay(1000)
+      await clients.one.mount()
+      const [copy] = globSync(`${clients.two.root}/home/incoming/1/*/tree`)
+      await until(() => existsSync(`${copy}/meanwhile`))
+      agent.child.kill('SIGTERM')
+      expect(await agent.ended).toMatchObject({ code: 0, stderr: expect.stringContaining('HOME_MISSING') })
+    })
+
     test('since its client died is not taken for an empty one, and goes on when it is mounted again', async () => {
       const lab = await setUp('1m')
       const { clients, run, merged } = lab
@@ -158,3 +180,11 @@ describe.skipIf(!needs('root, bindfs and file-system tools', canMountImages() &&
     })
   },
 )
+
+async function until(holds: () => boolean): Promise<void> {
+  const endMs = performance.now() + 60_000
+  while (!holds()) {
+    if (performance.now() > endMs) throw new Error('it has not come to that within a minute')
+    await delay(100)
+  }
+}

@@ -11,10 +11,12 @@ import {
   O_NOFOLLOW,
   openat,
   openRoot,
+  PosixError,
   printable,
   randomHex,
   realPath,
   rename,
+  statFd,
   tryStatAt,
   withFd,
 } from '@lsync/posix'
@@ -174,6 +176,17 @@ export class Home {
   /** The directory that was opened, for records beside `root.json`: whatever is mounted on its path since, this is the home. */
   get place(): RecordPlace {
     return { fd: this.#fd, path: this.path }
+  }
+
+  /** Whether the path still leads to what was opened. A store whose client died, or that was mounted anew, has to be opened again. */
+  isInPlace(): boolean {
+    try {
+      const [here, there] = [statFd(this.#fd), withFd(openRoot(this.path), statFd)]
+      return here.dev === there.dev && here.ino === there.ino
+    } catch (cause) {
+      if (!(cause instanceof PosixError)) throw cause
+      return false
+    }
   }
 
   /** Where leases are kept, for `FileLeases`. */

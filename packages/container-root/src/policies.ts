@@ -3,6 +3,7 @@ import { type ByteString, openRoot, withFd } from '@lsync/posix'
 import type { Repository } from '@lsync/snapshot'
 import { z } from 'zod'
 import type { ContainerRoot } from './container-root.ts'
+import { HomeMissingError } from './home.ts'
 import { quiescenceByFreezer } from './quiescence.ts'
 import { readRecord, replaceRecord } from './record-file.ts'
 import type { RootStatus } from './status.ts'
@@ -194,10 +195,15 @@ export class PolicyKeeper {
   }
 }
 
-/** Follows a root and keeps its policies until it is aborted. It claims nothing: it begins when the root is mounted. */
+/**
+ * Follows a root and keeps its policies until it is aborted. It claims nothing: it begins when the root is mounted.
+ * @throws {HomeMissingError} once the store is not there any more, or mounted anew: open the root again then
+ */
 export async function keepRoot(root: ContainerRoot, options: PoliciesOptions): Promise<void> {
-  const { signal } = options
-  const keeper = new PolicyKeeper(root, options)
+  const { lookMs = LOOK_MS } = options
+  const gone = new AbortController()
+  const signal = AbortSignal.any([options.signal, gone.signal])
+  const keeper = new PolicyKeeper(root, { ...options, signal })
   const follow = async () => {
     while (!signal.aborted) {
       // A copy that stays on this node is of use for live versions only.
@@ -207,8 +213,15 @@ export async function keepRoot(root: ContainerRoot, options: PoliciesOptions): P
       } catch (error) {
         root.events.emit('problem', { verb: 'sync', error: error as Error })
       }
-      await delay(options.lookMs ?? LOOK_MS, undefined, { signal }).catch(() => undefined)
+      await delay(lookMs, undefined, { signal }).catch(() => undefined)
     }
   }
-  await Promise.all([follow(), keeper.run()])
+  const watch = async () => {
+    while (!signal.aborted) {
+      if (!root.home.isInPlace()) gone.abort()
+      await delay(lookMs, undefined, { signal }).catch(() => undefined)
+    }
+  }
+  await Promise.all([follow(), watch(), keeper.run()])
+  if (gone.signal.aborted) throw new HomeMissingError(root.home.path)
 }

@@ -1,6 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import {
   ContainerRoot,
+  HomeMissingError,
   keepRoot,
   type Policies,
   type PoliciesOptions,
@@ -145,8 +146,13 @@ async function keepOne(name: string, options: AgentOptions, session: Session): P
   try {
     if (options.once === true) await new PolicyKeeper(root, keeping).look()
     else await keepRoot(root, keeping)
+  } catch (error) {
+    // The next look opens it again, once its store is back.
+    if (!(error instanceof HomeMissingError)) throw error
+    session.warnOf(error, name)
   } finally {
-    await root.close()
+    // What was open of a store that is gone cannot be closed in good order.
+    await root.close().catch((error: unknown) => session.warnOf(error, name))
   }
 }
 
