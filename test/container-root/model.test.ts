@@ -35,7 +35,7 @@ const FILES = ['a', 'b', 'd/e', 'd/f'] as const
 /** What the files hold; those that are not there are absent. */
 type Content = Partial<Record<(typeof FILES)[number], string>>
 /** So many sequences of commands, in half a minute. */
-const RUNS = 12
+const RUNS = 8
 /** So short that a takeover by expiry costs no more than the rest. */
 const LEASE_MS = 1000
 const BASE: Content = { a: 'base', 'd/e': 'base' }

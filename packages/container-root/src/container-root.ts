@@ -277,8 +277,8 @@ export class ContainerRoot {
    */
   startSync(options: { readonly signal?: AbortSignal } = {}): Promise<Sync> {
     return this.#exclusive(async () => {
-      // Layers of an older version may be gone, and nobody else need wait for what cannot be published.
-      assertCurrent(this.#context, configOf(this.#context))
+      // Layers of an older version may be gone, and nobody else need wait for what cannot be published. A lease that was lost says more.
+      if (configOf(this.#context).lease === undefined) assertCurrent(this.#context, configOf(this.#context))
       const lease = await ensureLease(this.#context, options)
       assertCurrent(this.#context, configOf(this.#context))
       lease.keepAlive()
