@@ -12,7 +12,7 @@ import { changesSince, makeSite, type Site, shown, withRoot } from './roots.ts'
 
 const canRun = needs('a mount and mkfs.erofs', canMountImages() && isPresent('mkfs.erofs'))
 const disk = useFileSystem('ext4')
-const POINTS = 10
+const POINTS = 7
 
 /** A root with changes, some of which are only made when it is stopped. */
 interface Trial {
