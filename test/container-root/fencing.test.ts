@@ -65,6 +65,21 @@ describe.skipIf(!canMountImages())('two nodes that want to write one root', () =
     })
   })
 
+  test('a process that still holds a lease which another node took needs no other rule than one that starts anew', async () => {
+    const site = await setUp()
+    await withRoot(site, 'one', async (root) => {
+      await root.mount()
+      await root.solidify()
+      await takeAway(site, 'by-two')
+      // It learns of it here, by its own heartbeat; nothing was written, so nothing is lost with the old claim.
+      await root.mount()
+      expect(existsSync(`${root.mergedPath}/by-two`)).toBe(true)
+      writeFileSync(`${root.mergedPath}/by-one`, 'one')
+      await takeAway(site, 'by-two-again')
+      await expect(root.mount()).rejects.toMatchObject({ code: 'LEASE_LOST' })
+    })
+  })
+
   test('an upper that lies on an old version is not followed, and nothing is claimed for it', async () => {
     const site = await setUp()
     await withRoot(site, 'one', async (root) => {

@@ -140,18 +140,12 @@ export async function ensureLease(
 
 async function standing(context: RootContext, config: NodeRootRecord, discard: boolean): Promise<Lease | undefined> {
   const { lease, leases, root } = context
-  if (lease !== undefined && !lease.signal.aborted) {
-    try {
+  try {
+    if (lease !== undefined && !lease.signal.aborted) {
       await lease.heartbeat()
       return lease
-    } catch (error) {
-      if (!(error instanceof LeaseLostError) || !discard) throw error
-      return undefined
     }
-  }
-  if (config.lease === undefined) return undefined
-  try {
-    return await leases.resume(config.lease)
+    return config.lease === undefined ? undefined : await leases.resume(config.lease)
   } catch (error) {
     // What another node published since knows nothing of the changes in this upper.
     if (!(error instanceof LeaseLostError) || (root.hasChanges() && !discard)) throw error
