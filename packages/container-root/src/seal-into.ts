@@ -1,7 +1,7 @@
 import { type HostPath, textOf } from '@lsync/posix'
 import type { Home } from './home.ts'
 import type { LayerRecord } from './records.ts'
-import { SealLossyError, sealLayer } from './sealed-layer.ts'
+import { SealLossyError, type SealRequest, sealLayer } from './sealed-layer.ts'
 
 export interface SealIntoRequest {
   readonly tree: HostPath
@@ -15,6 +15,8 @@ export interface SealIntoRequest {
   readonly lossy?: boolean | undefined
   /** As `SealRequest` says. Default false. */
   readonly isUrgent?: boolean | undefined
+  /** As `SealRequest` says. */
+  readonly counts?: SealRequest['counts']
   /** Hears of flags that are lost. */
   readonly onLoss?: ((loss: SealLossyError) => void) | undefined
   readonly signal?: AbortSignal | undefined
@@ -23,7 +25,7 @@ export interface SealIntoRequest {
 /** Makes a sealed layer of a tree that nobody changes meanwhile; `publish` gets the record with which it is promoted, and does that. */
 export function sealInto<T>(
   home: Home,
-  { tree, record, epoch, scratch, lossy = true, isUrgent, onLoss, signal }: SealIntoRequest,
+  { tree, record, epoch, scratch, lossy = true, isUrgent, counts, onLoss, signal }: SealIntoRequest,
   publish: (name: string, record: LayerRecord) => Promise<T> | T,
 ): Promise<T> {
   return home.withScratch(epoch, record.id, async (path, name) => {
@@ -33,6 +35,7 @@ export function sealInto<T>(
       scratch: textOf(scratch),
       lossy,
       isUrgent,
+      counts,
       signal,
     })
     const { sizeBytes, sha256, entries, contentBytes, losses } = report

@@ -215,7 +215,7 @@ class Solidify {
       root.writeSolidify(journal)
       const record = { ...layerOf(journal), id: deltaId, covers: [deltaId] }
       const { signal } = this.#request
-      const request = { tree, record, epoch: journal.epoch, scratch, lossy: false, isUrgent: true, signal }
+      const request = { tree, record, epoch: journal.epoch, scratch, lossy: false, isUrgent: true, counts, signal }
       try {
         return await sealInto(home, request, async (name, sealed) => {
           this.#step('sealed')
