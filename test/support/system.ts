@@ -39,11 +39,14 @@ export function mount(source: string, target: string, type: string, flags: numbe
   if (mountNative(source, target, type, flags, options) < 0) throw new MountError(type, options, koffi.errno())
 }
 
+// Five seconds: an image that was mounted from a file is let go of by the kernel some time after its last descriptor.
+const UNMOUNT_ATTEMPTS = 500
+
 /** Unmounts, waiting a moment for a last user to let go; lazily when it does not. `false` when nothing was mounted. */
 export function unmount(target: string): boolean {
   for (let attempt = 0; ; attempt++) {
-    if (umountNative(target, attempt < 50 ? 0 : MNT_DETACH) >= 0) {
-      if (attempt >= 50) throw new Error(`${target} was busy and had to be unmounted lazily: an fd was left open`)
+    if (umountNative(target, attempt < UNMOUNT_ATTEMPTS ? 0 : MNT_DETACH) >= 0) {
+      if (attempt >= UNMOUNT_ATTEMPTS) throw new Error(`${target} was busy and had to be unmounted lazily: an fd was left open`)
       return true
     }
     const code = koffi.errno()
