@@ -648,7 +648,7 @@ function isChangedGroup({ arrived, stayed }: Group): boolean {
 
 /** Whether a row says of an inode what was seen, its change time included. */
 export function isUnchangedRow(row: Row, seen: Row): boolean {
-  return row.isSettled && row.change === seen.change && row.sizeBytes === seen.sizeBytes
+  return row.isSettled && row.isSameLook(seen)
 }
 
 function isSameObject(row: Row, seen: Row): boolean {

@@ -4,6 +4,8 @@ import type { ByteString } from '@lsync/posix'
 // for a comparison with the words of `struct statx` without making objects: docs/format.md, "Rows of the index".
 
 export const ROW_BYTES = 92
+// Owner, group, type and mode.
+const UID_AT = 4
 const NAME_LENGTH_AT = 14
 const FLAGS_AT = 15
 const IDENTITY_AT = 16
@@ -82,6 +84,13 @@ export class Row {
   /** Whether the change time says that nothing changes unseen. */
   get isSettled(): boolean {
     return this.change !== NO_CHANGE
+  }
+  /** Whether another look at it found the same: see `isUnchanged`. */
+  isSameLook(seen: Row): boolean {
+    return (
+      this.image.compare(seen.image, CHANGE_AT, REF_AT, CHANGE_AT, REF_AT) === 0 &&
+      this.image.compare(seen.image, UID_AT, NAME_LENGTH_AT, UID_AT, NAME_LENGTH_AT) === 0
+    )
   }
   get sizeBytes(): number {
     return this.image.readUInt32LE(SIZE_AT + 4) * 0x1_0000_0000 + this.image.readUInt32LE(SIZE_AT)
@@ -167,7 +176,11 @@ function deviceOf(major: number, minor: number): number {
   return (minor & 0xff) + (major & 0xfff) * 0x100 + (minor >>> 8) * 0x100000
 }
 
-/** Whether a row says the same of an inode as statx(2) just did. The change time covers all that is not compared. */
+/**
+ * Whether a row says the same of an inode as statx(2) just did. The change time covers all that is not compared. It does not
+ * cover what a look in the middle of a change may find: the kernel sets the change time before the other times and the mode,
+ * and statx(2) takes no lock, so that they can be of before and the change time of after.
+ */
 export function isUnchanged(page: Buffer, at: number, words: StatWords): boolean {
   return (
     page.readUInt32LE(at + 36) === words[24] &&
@@ -176,7 +189,13 @@ export function isUnchanged(page: Buffer, at: number, words: StatWords): boolean
     page.readUInt32LE(at + 20) === words[9] &&
     page.readUInt32LE(at + 60) === words[10] &&
     page.readUInt32LE(at + 64) === words[11] &&
-    page.readUInt32LE(at + 40) === words[25]
+    page.readUInt32LE(at + 40) === words[25] &&
+    page.readUInt32LE(at + 56) === words[30] &&
+    page.readUInt32LE(at + 48) === words[28] &&
+    page.readUInt32LE(at + 52) === words[29] &&
+    page.readUInt16LE(at + 12) === ((words[7] as number) & 0xffff) &&
+    page.readUInt32LE(at + 4) === words[5] &&
+    page.readUInt32LE(at + 8) === words[6]
   )
 }
 
