@@ -185,10 +185,11 @@ function sendOnce(
   const { sizeBytes } = row
   // After the look at the inode and before the content is read: a mapping that comes later changes the times when it
   // first writes, one that is there now need not. Then the next hint of this name is about the content.
-  const hasWriter = hasWriters(fd) === true
+  const hasWriter = hasWriters(fd)
   const settle = (more: { contentHash: bigint }, isUnsettled: boolean): Row =>
-    row.with({ metaHash, ...more, ...(isUnsettled || hasWriter ? { settled: false as const } : {}) })
-  const isRacyNow = isRacy(row, context)
+    row.with({ metaHash, ...more, ...(isUnsettled || hasWriter === true ? { settled: false as const } : {}) })
+  // The times change before the content does: where nobody can say that no one is writing, a young time says nothing of it.
+  const isRacyNow = isRacy(row, hasWriter === undefined ? { hasFineTimes: false } : context)
 
   if (sizeBytes <= SMALL_BYTES && allocated * 512 >= sizeBytes) {
     const bytes = sizeBytes === 0 ? NOTHING : readShared(fd, 0, sizeBytes)
