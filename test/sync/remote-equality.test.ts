@@ -19,7 +19,8 @@ const lsync = fileURLToPath(new URL('../../packages/cli/bin/lsync', import.meta.
 
 // What an SFTP target names in its losses, as the comparison words it.
 const LOST_BY_SFTP = /: (?:xattr .*|missing, should be a (?:character|block|fifo|socket))/
-const WHITEOUT = ['mtime', 'mode', 'uid', 'gid']
+// A directory's default ACL is a whiteout's as well.
+const WHITEOUT = ['mtime', 'mode', 'uid', 'gid', 'xattr system.posix_acl_access']
 type Kind = 'ssh2' | 'ssh' | 'sftp' | 'portable layer'
 const SECOND_NS = 1_000_000_000n
 
