@@ -48,6 +48,11 @@ const HOST_KEY_TYPES = [
 type HostKeyType = (typeof HOST_KEY_TYPES)[number]
 
 /** One connection to a machine with the channels in it. */
+interface OpenChannel {
+  readonly channel: ClientChannel
+  readonly end: ReturnType<typeof endOf>
+}
+
 interface Shared {
   readonly client: Client
   channels: number
@@ -82,14 +87,17 @@ export class SshConnections {
     ask: (client: Client, done: (error: Error | undefined, channel: ClientChannel) => void) => void,
   ): Promise<Connection> {
     const shared = await this.#take(address, signal)
-    const channel = await new Promise<ClientChannel>((resolve, reject) => {
-      ask(shared.client, (error, opened) => (error ? reject(error) : resolve(opened)))
+    const { channel, end } = await new Promise<OpenChannel>((resolve, reject) => {
+      ask(shared.client, (error, opened) => {
+        if (error) return reject(error)
+        // Listened to at once: how the command ended may have come together with word that it was started.
+        opened.once('close', () => this.#release(shared))
+        resolve({ channel: opened, end: endOf(opened) })
+      })
     }).catch((error: Error) => {
       this.#release(shared)
       throw shared.failure ?? new ConnectError(whereOf(address), error.message, error)
     })
-    channel.once('close', () => this.#release(shared))
-    const end = endOf(channel)
     return {
       readable: channel,
       writable: channel,
