@@ -46,7 +46,8 @@ const UNMOUNT_ATTEMPTS = 500
 export function unmount(target: string): boolean {
   for (let attempt = 0; ; attempt++) {
     if (umountNative(target, attempt < UNMOUNT_ATTEMPTS ? 0 : MNT_DETACH) >= 0) {
-      if (attempt >= UNMOUNT_ATTEMPTS) throw new Error(`${target} was busy and had to be unmounted lazily: an fd was left open`)
+      if (attempt >= UNMOUNT_ATTEMPTS)
+        throw new Error(`${target} was busy and had to be unmounted lazily: an fd was left open`)
       return true
     }
     const code = koffi.errno()
