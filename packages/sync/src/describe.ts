@@ -73,7 +73,7 @@ export const MAX_DESCRIBED_BLOCKS_BYTES = 128 << 10
  * that is not there has none.
  */
 export function describeDirectory(rootFd: number, path: TreePath, after: ByteString | ''): Description {
-  const fd = tryOpenDirectory(rootFd, path)
+  const fd = tryOpenAsked(rootFd, path)
   if (fd === undefined) return { files: [], isWhole: true }
   return withFd(fd, () => {
     const names = namesIn(fd, path).filter((name) => name > after)
@@ -95,7 +95,7 @@ export function describeDirectory(rootFd: number, path: TreePath, after: ByteStr
 
 /** What is in a directory of a target of this machine; each file is read when it is asked for. */
 export function openListing(rootFd: number, path: TreePath): TargetListing {
-  const fd = tryOpenDirectory(rootFd, path)
+  const fd = tryOpenAsked(rootFd, path)
   if (fd === undefined) return NO_LISTING
   const names = new Set(namesIn(fd, path))
   return {
@@ -153,8 +153,14 @@ function namesIn(fd: number, path: TreePath): ByteString[] {
   return names
 }
 
-function tryOpenDirectory(rootFd: number, path: TreePath): number | undefined {
+/** As `tryOpenDirectory`, for a path that another side has sent. */
+function tryOpenAsked(rootFd: number, path: TreePath): number | undefined {
   if (path !== '') checkPath(path)
+  return tryOpenDirectory(rootFd, path)
+}
+
+/** `undefined` where no directory is there. */
+export function tryOpenDirectory(rootFd: number, path: TreePath): number | undefined {
   try {
     return openBeneath(rootFd, path === '' ? ('.' as ByteString) : path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
   } catch (error) {

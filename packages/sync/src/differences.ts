@@ -1,17 +1,7 @@
 import { readXattrs } from '@lsync/overlay-merge'
-import {
-  type ByteString,
-  errnoOf,
-  listsAcls,
-  O_DIRECTORY,
-  O_NOFOLLOW,
-  O_RDONLY,
-  openBeneath,
-  rawStatFd,
-  tryRawStatAt,
-  withFd,
-} from '@lsync/posix'
+import { type ByteString, listsAcls, rawStatFd, tryRawStatAt, withFd } from '@lsync/posix'
 import { metaHashOf } from './content.ts'
+import { tryOpenDirectory } from './describe.ts'
 import type { NamePlace } from './model/index-change.ts'
 import type { TreePath } from './model/operation.ts'
 import type { Row } from './model/row.ts'
@@ -88,24 +78,14 @@ export function describeDifferences({ upperFd, places, index, keeps }: Differenc
     }
     const path = index.pathOf(directory)
     if (path === undefined) continue
-    const fd = tryOpen(upperFd, path)
+    // One that is gone is a difference of the one above it.
+    const fd = tryOpenDirectory(upperFd, path)
     if (fd === undefined) continue
     withFd(fd, () => {
       for (const name of names) look(directory, name, (path === '' ? name : `${path}/${name}`) as TreePath, fd)
     })
   }
   return found.sort((one, other) => (one.path < other.path ? -1 : one.path > other.path ? 1 : 0))
-}
-
-/** A directory that is gone is a difference of the one above it. */
-function tryOpen(upperFd: number, path: TreePath): number | undefined {
-  try {
-    return openBeneath(upperFd, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
-  } catch (cause) {
-    const code = errnoOf(cause)
-    if (code === 'ENOENT' || code === 'ENOTDIR' || code === 'ELOOP') return undefined
-    throw cause
-  }
 }
 
 function kindOf(row: Row | undefined): NameKind {

@@ -9,15 +9,14 @@ import {
   handleKey,
   LsyncError,
   O_DIRECTORY,
-  O_NOFOLLOW,
   O_PATH,
-  openBeneath,
   openByHandle,
   pathOfFd,
   rawStatFd,
+  tryRawStatAt,
   withFd,
 } from '@lsync/posix'
-import type { DescribedFile } from './describe.ts'
+import { type DescribedFile, tryOpenDirectory } from './describe.ts'
 import { type Differences, describeDifferences } from './differences.ts'
 import type { Patterns } from './filter.ts'
 import { IndexStore, ROOT_ID } from './index-store.ts'
@@ -337,23 +336,16 @@ export class TargetSession {
   get pending(): { readonly names: number; readonly bytes: number } {
     const { upperFd } = this.#request
     let [names, looked, bytes] = [0, 0, 0]
-    for (const [id, changed] of this.#dirty) {
+    const count = (changed: ReadonlySet<ByteString>, pathOf: () => TreePath | undefined) => {
       names += changed.size
-      const path = this.#index.pathOf(id)
-      for (const name of changed) {
-        if (path === undefined || looked >= PENDING_LOOKS) break
-        looked++
-        bytes += sizeBeneath(upperFd, (path === '' ? name : `${path}/${name}`) as TreePath)
-      }
+      const path = looked < PENDING_LOOKS ? pathOf() : undefined
+      if (path === undefined) return
+      const some = [...changed].slice(0, PENDING_LOOKS - looked)
+      looked += some.length
+      bytes += sizeOfFiles(upperFd, path, some)
     }
-    for (const { handle, names: changed } of this.#unknown.values()) {
-      names += changed.size
-      const path = looked < PENDING_LOOKS ? this.#pathOfHandle(handle) : undefined
-      for (const name of path === undefined ? [] : changed) {
-        looked++
-        bytes += sizeBeneath(upperFd, `${path}/${name}` as TreePath)
-      }
-    }
+    for (const [id, changed] of this.#dirty) count(changed, () => this.#index.pathOf(id))
+    for (const { handle, names: changed } of this.#unknown.values()) count(changed, () => this.#pathOfHandle(handle))
     // What was not looked at is taken for as large as the rest.
     return { names, bytes: looked === 0 ? 0 : Math.round((bytes / looked) * names) }
   }
@@ -1516,12 +1508,20 @@ export class TargetSession {
   }
 }
 
-const S_IFREG = 0o100000
-
-function sizeBeneath(fd: number, path: TreePath): number {
+/** Of some names in a directory, the files; what cannot be looked at counts nothing. */
+function sizeOfFiles(upperFd: number, path: TreePath, names: readonly ByteString[]): number {
   try {
-    const { type, sizeBytes } = rowOf(NO_NAME, withFd(openBeneath(fd, path, O_PATH | O_NOFOLLOW), rawStatFd))
-    return type === S_IFREG ? sizeBytes : 0
+    const fd = tryOpenDirectory(upperFd, path)
+    if (fd === undefined) return 0
+    return withFd(fd, () => {
+      let bytes = 0
+      for (const name of names) {
+        const words = tryRawStatAt(fd, name)
+        const row = words && rowOf(name, words)
+        if (row?.isFile === true) bytes += row.sizeBytes
+      }
+      return bytes
+    })
   } catch (error) {
     if (errnoOf(error) === undefined) throw error
     return 0
