@@ -10,7 +10,14 @@ import {
   syncFileSystem,
   tryStatAt,
 } from '@lsync/posix'
-import { type CloneContext, type CloneMethod, cloneDirectory, emptyClonePart, protect } from './clone.ts'
+import {
+  type CloneContext,
+  type CloneMethod,
+  cloneDirectory,
+  emptyClonePart,
+  leaveOutNothing,
+  protect,
+} from './clone.ts'
 import { cloneMethods, isSnapshot, snapshotTree } from './clone-method.ts'
 import { addFlags } from './encodings/inode.ts'
 import { placeOf } from './journal.ts'
@@ -33,7 +40,6 @@ export interface CloneLayerRequest {
 }
 
 const TURN_MS = 20
-const NOTHING: ReadonlySet<string> = new Set()
 
 /**
  * A second copy of a layer, with its whiteouts and marks, by the cheapest way that works: a snapshot of the file system,
@@ -72,7 +78,7 @@ async function cloneEntries(
   let turn = performance.now()
   for (let path = pending.pop(); path !== undefined; path = pending.pop()) {
     const part = emptyClonePart()
-    cloneDirectory(context, path, part, () => NOTHING)
+    cloneDirectory(context, path, part, leaveOutNothing)
     pending.push(...part.next)
     flagged.push(...part.flagged)
     for (const [key, name] of part.groups) addTo(groups, key, planPath(name))

@@ -69,6 +69,9 @@ export function emptyClonePart(): ClonePart {
 /** The names among some (in byte order) that are to be left out. They are asked for once, a range at a time. */
 export type LeftOut = (names: readonly { readonly name: string }[]) => ReadonlySet<string>
 
+const NOTHING: ReadonlySet<string> = new Set()
+export const leaveOutNothing: LeftOut = () => NOTHING
+
 /**
  * Clones one directory of the source into the one of the same path that exists in the target: links or copies what is
  * not a directory, makes the subdirectories (given back in `part.next`), and sets the directory's metadata last. What

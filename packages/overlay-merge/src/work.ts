@@ -7,7 +7,14 @@ import {
   type Phase,
   removeUpperDirectories,
 } from './apply.ts'
-import { type CloneContext, type ClonePart, cloneDirectory, emptyClonePart, type LeftOut } from './clone.ts'
+import {
+  type CloneContext,
+  type ClonePart,
+  cloneDirectory,
+  emptyClonePart,
+  type LeftOut,
+  leaveOutNothing,
+} from './clone.ts'
 import { removeTree, type Trash } from './effects.ts'
 import { type EncodedLine, lineOf, readRecord } from './journal.ts'
 import type { Namespace } from './model/marks.ts'
@@ -196,12 +203,11 @@ export class Workshop {
   }
 }
 
-const NOTHING: ReadonlySet<string> = new Set()
 // So many records of a directory are read together, and forgotten with its range of names where there are more.
 const RECORDS_AT_ONCE = 64
 
 function replacedNames(planFd: number, lines: readonly LinePlace[] | undefined): LeftOut {
-  if (lines === undefined) return () => NOTHING
+  if (lines === undefined) return leaveOutNothing
   if (lines.length <= RECORDS_AT_ONCE) {
     const names = new Set(lines.flatMap((line) => replacedBy(planFd, line)))
     return () => names
