@@ -21,6 +21,7 @@ import {
 } from '@lsync/posix'
 import type { Difference, Differences, TreePath } from '@lsync/sync'
 import { DIRECTORY_FLAGS } from './directory.ts'
+import type { Changed } from './last-delta.ts'
 
 export interface DeltaRequest {
   /** Nobody writes to it meanwhile. */
@@ -30,13 +31,6 @@ export interface DeltaRequest {
   readonly namespace: Namespace
   /** The directory to be made, on the upper's file system: files are hard links of those in the upper. */
   readonly to: HostPath
-}
-
-/** What is in a delta. */
-export interface DeltaCounts {
-  /** Names, whiteouts included; without directories that only lead to others. */
-  readonly names: number
-  readonly bytes: number
 }
 
 /** Why a difference cannot be a layer of its own on top of the copy. */
@@ -49,9 +43,9 @@ const CLOSED = 0x79
  * Makes a layer which, laid over the copy of an upper, shows what the upper shows: what changed as a whole, whiteouts for what went, and
  * directories that lead there, open towards the copy. Gives `undefined` where no such layer says it exactly: redirects, whose
  * meaning depends on what lies directly beneath, and directories that would have to hide the copy and show what it lies on.
- * What is there then is for the caller to remove.
+ * What is there then is for the caller to remove. Names are counted with whiteouts, without directories that only lead to others.
  */
-export function buildDelta(request: DeltaRequest): DeltaCounts | undefined {
+export function buildDelta(request: DeltaRequest): Changed | undefined {
   try {
     return withFd(openRoot(request.upper, O_NOFOLLOW), (upperFd) => new DeltaTree(request, upperFd).build())
   } catch (error) {
@@ -78,7 +72,7 @@ class DeltaTree {
     this.#marks = MARKS[request.namespace]
   }
 
-  build(): DeltaCounts {
+  build(): Changed {
     const { to, differences } = this.#request
     makeDirectory(AT_FDCWD, to, 0o700)
     return withFd(openRoot(to, O_NOFOLLOW), (toFd) => {

@@ -10,7 +10,6 @@ export {
 } from './container-root.ts'
 export { leaseNameOf, type PrefetchReport, type RootEvents, UnsavedChangesError, UpperStaleError } from './context.ts'
 export { type ConvertReport, type ConvertRequest, StoreHoldsNoTreesError } from './convert.ts'
-export type { DeltaCounts } from './delta-tree.ts'
 export { EtcdLeases, type EtcdLeasesOptions } from './etcd-lease.ts'
 export { FileLeases, type FileLeasesOptions } from './file-lease.ts'
 export type { ForkRequest } from './fork.ts'

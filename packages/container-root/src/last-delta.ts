@@ -10,6 +10,7 @@ export interface StoreRates {
   readonly fixedMs: number
 }
 
+/** How much has changed. */
 export interface Changed {
   readonly names: number
   readonly bytes: number

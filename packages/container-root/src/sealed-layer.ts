@@ -31,6 +31,7 @@ import {
   unlink,
   withFd,
 } from '@lsync/posix'
+import type { Changed } from './last-delta.ts'
 
 export interface SealRequest {
   /** A kernel layer that nobody changes meanwhile. */
@@ -47,7 +48,7 @@ export interface SealRequest {
    */
   readonly isUrgent?: boolean | undefined
   /** What is in the layer, where that is known: a small one is compared without threads. */
-  readonly counts?: { readonly names: number; readonly bytes: number } | undefined
+  readonly counts?: Changed | undefined
   readonly signal?: AbortSignal | undefined
 }
 

@@ -11,8 +11,9 @@ import {
 } from '@lsync/sync'
 import { thawCgroup } from './cgroup.ts'
 import { assertCurrent, configOf, ensureLease, makeUpperOn, mountBase, type RootContext } from './context.ts'
-import { buildDelta, type DeltaCounts } from './delta-tree.ts'
+import { buildDelta } from './delta-tree.ts'
 import type { Home } from './home.ts'
+import type { Changed } from './last-delta.ts'
 import { findMount, unmountRoot } from './mount.ts'
 import type { Quiescence } from './quiescence.ts'
 import type { LayerRecord, NodeRootRecord, SolidifyRecord, VersionRecord } from './records.ts'
@@ -46,7 +47,7 @@ export interface SolidifyRequest {
    * that is known. For a stopped container. Where it cannot be said exactly in such a layer, or it cannot be sealed, it is carried
    * over like all else. Default: never.
    */
-  readonly sealsDelta?: (delta: DeltaCounts) => boolean
+  readonly sealsDelta?: (delta: Changed) => boolean
   /** After a success mount the root again and end the rest. Default true; not for a container that goes on elsewhere. */
   readonly goesOn?: boolean
   readonly signal?: AbortSignal
@@ -64,7 +65,7 @@ export interface SolidifyReport {
 }
 
 /** A sealed layer of what changed last. */
-export interface SealedDelta extends DeltaCounts {
+export interface SealedDelta extends Changed {
   readonly layerId: string
   readonly imageBytes: number
 }

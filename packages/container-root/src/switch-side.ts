@@ -133,8 +133,8 @@ export class SwitchSide {
    */
   async preCopy(maxDowntimeMs: number, lastDelta: LastDelta, signal?: AbortSignal): Promise<PreCopyRound[]> {
     this.#sync ??= await this.#root.startSync(signal === undefined ? {} : { signal })
-    if (lastDelta === 'sealed' && !canSeal()) throw new SealToolMissingError()
     const allowed = canSeal() ? lastDelta : 'tree'
+    if (lastDelta === 'sealed' && allowed !== 'sealed') throw new SealToolMissingError()
     const fileMs = smallFileMs(this.#root.home.path)
     const rounds: PreCopyRound[] = []
     for (;;) {
